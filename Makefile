@@ -1,0 +1,33 @@
+# Every target installs what it needs into $(VENV) first. `make demo CONFIG=configs/digits_sit.yaml` for the smallest one.
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/mnist_sit.yaml
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format install clean
+
+demo: install
+	$(BIN)/python -m demo --config $(CONFIG)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"This project needs Python 3.11 or newer; $(PYTHON) is {sys.version.split()[0]}. Try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,161 @@
+"""From noise to data on diffusers' schedulers, as functions of `predict(x_t, t)`.
+
+`predict` is the network with labels and guidance applied: (B, C, H, W), (B,) integer steps -> (B, 2C, H, W).
+
+The schedulers' own respacing is not the published one (their defaults start below the last step, and DDIM steps back by a
+rounded stride), so DDPM and DDIM get the betas of the kept steps, for which theirs is exact, and the network gets the
+original numbers of these steps. Latents are never clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dit_vca.diffusion import Diffusion
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+Generator = torch.Generator | Sequence[torch.Generator] | None
+
+
+class Sampler(Protocol):
+    """Noise (B, C, H, W) -> samples (B, C, H, W); a list of generators draws each sample's randomness separately."""
+
+    def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
+        """See the class."""
+
+
+def respace(betas: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """Keep `num_steps` of T steps, evenly: the original steps round(i (T-1) / (K-1)), and the betas between them.
+
+    Args:
+        betas: (T,) float64.
+        num_steps: K, 2 ... T.
+
+    Returns:
+        The kept steps (K,) int64, ascending, and their betas (K,) = 1 - abar_kept / abar_kept_before.
+
+    Raises:
+        ValueError: K is out of range.
+
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 4.
+    """
+    if not 2 <= num_steps <= len(betas):
+        raise ValueError(f"sample.sampler.num_steps is {num_steps}; choose 2 ... {len(betas)}, the steps of training.")
+    stride = (len(betas) - 1) / (num_steps - 1)
+    steps = torch.tensor([round(i * stride) for i in range(num_steps)])
+    abar = torch.cumprod(1 - betas, dim=0)[steps]
+    return steps, 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+
+
+class _Respaced:
+    """A scheduler of diffusers on the kept steps, and the loop."""
+
+    scheduler_class: type
+    config: dict[str, Any]
+
+    def __init__(self, diffusion: Diffusion, num_steps: int) -> None:
+        self.steps, betas = respace(diffusion.betas, num_steps)
+        self.scheduler = self.scheduler_class(
+            num_train_timesteps=num_steps, trained_betas=betas.tolist(), timestep_spacing="linspace", **self.config
+        )
+        self.scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64; the scheduler rounds the betas
+        self.scheduler.set_timesteps(num_steps)
+
+    def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = noise
+        for index in self.scheduler.timesteps.tolist():
+            t = torch.full((len(x),), int(self.steps[index]), device=x.device)  # (B,) original steps
+            x = self.step(predict(x, t), index, x, generator)
+        return x
+
+    def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
+        """X of the kept step before `index`."""
+        raise NotImplementedError
+
+
+class DDPM(_Respaced):
+    """Ancestral sampling with the learned variance; noise at every step but the last.
+
+    Args:
+        diffusion: The process.
+        num_steps: Steps, respaced from those of training.
+
+    Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; Nichol & Dhariwal 2021, arXiv:2102.09672.
+    """
+
+    scheduler_class = DDPMScheduler
+    config = {"variance_type": "learned_range", "clip_sample": False}  # noqa: RUF012
+
+    def __init__(self, diffusion: Diffusion, *, num_steps: int = 250) -> None:
+        super().__init__(diffusion, num_steps)
+
+    def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
+        """One ancestral step."""
+        return self.scheduler.step(output, index, x, generator=generator).prev_sample
+
+
+class DDIM(_Respaced):
+    """The implicit sampler: deterministic at eta 0, ancestral with the posterior variance at eta 1.
+
+    Args:
+        diffusion: The process.
+        num_steps: Steps, respaced from those of training.
+        eta: Share of the noise, 0 ... 1.
+
+    Source: Song et al. 2021, arXiv:2010.02502, equations 12 and 16.
+    """
+
+    scheduler_class = DDIMScheduler
+    config = {"clip_sample": False}  # noqa: RUF012
+
+    def __init__(self, diffusion: Diffusion, *, num_steps: int = 250, eta: float = 0.0) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"sample.sampler.eta is {eta}; choose 0 ... 1.")
+        super().__init__(diffusion, num_steps)
+        self.eta = eta
+
+    def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
+        """One implicit step; the learned variance is not used."""
+        predicted = output[:, : x.shape[1]]
+        return self.scheduler.step(predicted, index, x, eta=self.eta, generator=generator).prev_sample
+
+
+class DPMSolver:
+    """DPM-Solver++ of order 2: few steps, deterministic, the learned variance not used.
+
+    Args:
+        diffusion: The process.
+        num_steps: Steps.
+
+    Source: Lu et al. 2022, arXiv:2211.01095.
+    """
+
+    def __init__(self, diffusion: Diffusion, *, num_steps: int = 20) -> None:
+        if not 1 <= num_steps < diffusion.num_timesteps:
+            raise ValueError(f"sample.sampler.num_steps is {num_steps}; choose 1 ... {diffusion.num_timesteps - 1}.")
+        self.num_steps = num_steps
+        self.config = {
+            "num_train_timesteps": diffusion.num_timesteps,
+            "trained_betas": diffusion.betas.tolist(),
+            "timestep_spacing": "linspace",
+        }
+
+    def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W). It draws nothing, so `generator` is not used."""
+        scheduler = DPMSolverMultistepScheduler(**self.config)  # a new one each time: it remembers the last outputs
+        scheduler.set_timesteps(self.num_steps)
+        x = noise
+        for t in scheduler.timesteps:
+            output = predict(x, torch.full((len(x),), int(t), device=x.device))
+            x = scheduler.step(output[:, : x.shape[1]], t, x).prev_sample
+        return x
+
+
+SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "dpm-solver": DPMSolver}

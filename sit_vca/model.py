@@ -1,0 +1,28 @@
+"""The network of flow models."""
+
+from typing import Any
+
+from torch import Tensor
+
+from vca import Transformer
+
+
+class SiT(Transformer):
+    """`Transformer` whose output has the shape of its input: a velocity, a noise or a score.
+
+    Args:
+        in_channels: Channels C of the latents.
+        learn_sigma: Give the last layer 2C channels and drop the second half, as the published SiT does; only needed to
+            load its weights.
+        **backbone: The other keywords of `vca.Transformer`.
+
+    Source: Ma et al. 2024, arXiv:2401.08740.
+    """
+
+    def __init__(self, *, in_channels: int = 4, learn_sigma: bool = False, **backbone: Any) -> None:
+        out_channels = 2 * in_channels if learn_sigma else in_channels
+        super().__init__(in_channels=in_channels, **{"out_channels": out_channels, **backbone})
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """(B, C, H, W), (B,) in [0, 1], (B,) -> (B, C, H, W)."""
+        return super().forward(x_t, t, y)[:, : self.in_channels]

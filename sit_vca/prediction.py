@@ -1,0 +1,98 @@
+"""What the network predicts: velocity, noise or score; how to turn it into velocity and score; and the loss weights.
+
+    velocity u = dx_t/dt = alpha' x + sigma' noise,   score = -noise / sigma,
+    u = (alpha'/alpha) x_t + g score,   g = (alpha'/alpha) sigma^2 - sigma sigma'
+
+Source: Ma et al. 2024, arXiv:2401.08740, equations 4 to 10.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sit_vca.path import Coefficients
+
+
+class Prediction(Protocol):
+    """One meaning of the network's output; all tensors (B, ...), coefficients broadcastable to them."""
+
+    weighted: bool
+
+    def error(self, output: Tensor, x: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
+        """What the loss squares."""
+
+    def velocity(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """The velocity at x_t that `output` implies."""
+
+    def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """The score at x_t that `output` implies."""
+
+
+class VelocityPrediction:
+    """output = u. The loss weight is not used."""
+
+    weighted = False
+
+    def error(self, output: Tensor, x: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
+        """Output - u."""
+        return output - (c.d_alpha * x + c.d_sigma * noise)
+
+    def velocity(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """U itself."""
+        return output
+
+    def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """(alpha u - alpha' x_t) / (sigma (alpha' sigma - alpha sigma'))."""
+        return (c.alpha * output - c.d_alpha * x_t) / c.sigma_wronskian
+
+
+class ScorePrediction:
+    """output = score; the loss is that of the noise which it implies."""
+
+    weighted = True
+
+    def error(self, output: Tensor, x: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
+        """Sigma output + noise."""
+        return c.sigma * output + noise
+
+    def velocity(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """(alpha'/alpha) x_t + g score."""
+        return c.d_alpha / c.alpha * x_t + c.g * self.score(output, x_t, c)
+
+    def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """The output itself."""
+        return output
+
+
+class NoisePrediction(ScorePrediction):
+    """output = noise = -sigma score."""
+
+    def error(self, output: Tensor, x: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
+        """Output - noise."""
+        return output - noise
+
+    def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """-noise / sigma."""
+        return -output / c.sigma
+
+
+PREDICTIONS = {"velocity": VelocityPrediction, "noise": NoisePrediction, "score": ScorePrediction}
+
+
+def no_weight(c: Coefficients) -> Tensor:
+    """1."""
+    return torch.ones_like(c.sigma)
+
+
+def velocity_weight(c: Coefficients) -> Tensor:
+    """(g / sigma)^2: the loss becomes that of the velocity."""
+    return (c.g / c.sigma).square()
+
+
+def likelihood_weight(c: Coefficients) -> Tensor:
+    """g / sigma^2: the loss becomes a bound on the likelihood."""
+    return c.g / c.sigma.square()
+
+
+WEIGHTS = {"none": no_weight, "velocity": velocity_weight, "likelihood": likelihood_weight}

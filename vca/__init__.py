@@ -1,0 +1,28 @@
+"""The network: Visual-Contrast Attention, its controls, and the adaLN-Zero transformer that DiT and SiT share.
+
+Imports torch only and is usable alone: `from vca import VisualContrastAttention`.
+"""
+
+from vca.attention import Differential, VisualContrastAttention, lambda_init
+from vca.baseline import DifferentialAttention, SelfAttention
+from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
+from vca.registry import build, lookup, options_of
+from vca.transformer import ATTENTIONS, SIZES, Transformer, parse_size
+
+__all__ = [
+    "ATTENTIONS",
+    "SIZES",
+    "Differential",
+    "DifferentialAttention",
+    "LabelEmbedding",
+    "SelfAttention",
+    "TimestepEmbedding",
+    "Transformer",
+    "VisualContrastAttention",
+    "build",
+    "lambda_init",
+    "lookup",
+    "options_of",
+    "parse_size",
+    "sincos_2d",
+]

@@ -1,0 +1,59 @@
+"""A choice is a word, an entry of a dict, and a class: the three functions that turn the first into the last."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`" did you mean 'linear'?"` if one of `choices` is close to `word`, else an empty string."""
+    close = difflib.get_close_matches(str(word), list(choices), n=1)
+    return f" did you mean {close[0]!r}?" if close else ""
+
+
+def lookup(registry: Mapping[str, Any], name: str, where: str) -> Any:
+    """The entry called `name`.
+
+    Args:
+        registry: name -> entry.
+        name: The word that the user wrote.
+        where: What the word is called in the config, for the error, e.g. `process.path`.
+
+    Raises:
+        ValueError: No such entry; says the nearest name and all of them.
+    """
+    if name not in registry:
+        raise ValueError(f"{where} is {name!r};{nearest(name, registry)} choose one of {sorted(registry)}.")
+    return registry[name]
+
+
+def options_of(entry: Callable[..., Any]) -> list[str]:
+    """The names of the keyword-only arguments of a class or function: the options that a config may set."""
+    parameters = inspect.signature(entry).parameters.values()
+    return sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str, *args: Any, **given: Any) -> Any:
+    """Call the entry that `spec` names with `args`, the options in `spec`, and `given`.
+
+    Args:
+        registry: name -> class or function whose keyword-only arguments are its options.
+        spec: A name, or `{"name": ..., option: value, ...}`.
+        where: What the spec is called in the config, for the errors.
+        *args: Positional arguments of the entry.
+        **given: Keyword arguments that the program supplies; a spec cannot set them.
+
+    Raises:
+        ValueError: The spec has no name, an unknown one, or an option that the entry does not take.
+    """
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if "name" not in options:
+        raise ValueError(f"{where} is {options}; it needs a name, one of {sorted(registry)}.")
+    name = options.pop("name")
+    entry = lookup(registry, name, f"{where}.name")
+    allowed = [option for option in options_of(entry) if option not in given]
+    for option in options:
+        if option not in allowed:
+            raise ValueError(f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}.")
+    return entry(*args, **options, **given)
