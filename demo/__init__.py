@@ -1,0 +1,1 @@
+"""The whole pipeline in miniature, on real handwritten digits: `python -m demo`."""

@@ -52,7 +52,9 @@ class SelfAttention(nn.Module):
 
 
 class DifferentialAttention(nn.Module):
-    """Full N x N differential attention: (1 - lambda_init) RMSNorm((A1 - lambda A2) v), A_i = softmax(q_i k_i^T / sqrt(d/2)).
+    """Full N x N differential attention: (1 - lambda_init) RMSNorm((A1 - lambda A2) v).
+
+        A_i = softmax(q_i k_i^T / sqrt(d/2))
 
     The queries and keys of a head are split into two halves of d/2, the values are not, so the parameters are those of
     self-attention, four lambda vectors of d/2 and one gain of d.

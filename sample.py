@@ -1,0 +1,158 @@
+"""Draw images from a checkpoint, which knows everything but what you want to see.
+
+    python sample.py --checkpoint runs/demo                                       a labelled grid, runs/demo/samples.png
+    python sample.py --checkpoint runs/demo --classes [3,7] --rows 8 --cfg_scale 3
+    python sample.py --checkpoint runs/demo --num 1000 --out runs/demo/png        1000 PNG files
+    python sample.py --checkpoint runs/demo --num 1000 --out runs/demo/1000.npz   one file, arr_0 images, arr_1 labels
+    accelerate launch sample.py --checkpoint runs/sit_b2 --num 50000 --out 50k.npz   on all GPUs
+
+Image i is a function of (seed, i), whatever the batch size and the number of processes; run the same command again to
+go on where it stopped.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from accelerate import PartialState
+from tqdm import tqdm
+
+import build
+from runtime import checkpoint
+from runtime.config import Config, Spec, from_dict, parse, report_errors, require
+from runtime.generation import check_labels, generate, random_label, spread
+from runtime.images import save_grid
+from runtime.sink import open_sink
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to draw.
+
+    Args:
+        checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders.
+        num: Number of images; not given draws a grid.
+        out: Grid: a PNG file, else samples.png in the run's folder. Images: a folder for PNG files, or a file.npz, else
+            the folder samples in the run's folder.
+        cfg_scale: Classifier-free guidance; 1 is none. Not given means as in the run's config.
+        guided_channels: Guide the first channels only; not given means as in the run's config.
+        sampler: Sampler by name with its options; not given means as in the run's config.
+        classes: Classes to draw; not given means all, or for a grid as in the run's config.
+        labels: With num, labels that are uniformly random, as for published FIDs, or balanced, the classes in turn.
+        rows: Rows of the grid.
+        seed: Not given means as in the run's config.
+        batch_size: Images drawn together on each process.
+        weights: The averaged weights, or those of the last training step.
+        vae: Where the autoencoder is now, if not where it was in training.
+        device: cuda or cpu; auto is the GPU if there is one.
+    """
+
+    checkpoint: str
+    num: int | None = None
+    out: str | None = None
+    cfg_scale: float | None = None
+    guided_channels: int | None = None
+    sampler: Spec | None = None
+    classes: list[int] | None = None
+    labels: Literal["random", "balanced"] = "random"
+    rows: int | None = None
+    seed: int | None = None
+    batch_size: int = 64
+    weights: Literal["ema", "model"] = "ema"
+    vae: str | None = None
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+
+    def __post_init__(self) -> None:
+        require(self.num is None or self.num > 0, "num", self.num, "choose at least 1 image")
+        require(self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
+
+
+@report_errors("sample.py")
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    args = parse(Arguments, argv, prog="sample.py", description=__doc__)
+    folder = checkpoint.find(args.checkpoint)
+    record = checkpoint.read_record(folder)
+    config = with_arguments(from_dict(Config, record["config"], str(folder / checkpoint.RECORD)), args)
+    shape = build.Shape(**record["shape"])
+
+    state = PartialState(cpu=args.device == "cpu")
+    codec = build.build_codec(config, shape.channels)
+    model = build.build_model(config, shape, codec)
+    classes = args.classes or list(range(model.num_classes))
+    check_labels(classes, model.num_classes)
+    sampler = build.build_sampler(config, build.build_process(config))
+    checkpoint.load_weights(folder, args.weights, model)
+    model, codec = model.eval().to(state.device), codec.to(state.device)
+
+    sample = config.sample
+    options = {"cfg_scale": sample.cfg_scale, "guided_channels": sample.guided_channels, "seed": sample.seed}
+    run_dir = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+    def draw(indices: Sequence[int], labels: Sequence[int]) -> Any:
+        return generate(model, sampler, codec.decode, labels, indices, **options)
+
+    if args.num is None:
+        if state.is_main_process:
+            classes = sample.classes or spread(classes)
+            out = Path(args.out or run_dir / "samples.png")
+            draw_grid(draw, classes, sample.rows, args.batch_size, [shape.class_names[k] for k in classes], out)
+            print(f"wrote {out}: step {record['step']}, cfg {sample.cfg_scale:g}, seed {sample.seed}")
+        return
+
+    label = {
+        "random": lambda i: classes[random_label(sample.seed, i, len(classes))],
+        "balanced": lambda i: classes[i % len(classes)],
+    }[args.labels]
+    settings = {
+        "checkpoint": {"run": config.run_dir, "step": record["step"], "weights": args.weights},
+        "sampler": sample.sampler,
+        **options,
+        "labels": args.labels,
+        "classes": classes if args.classes else "all",
+    }
+    sink = open_sink(Path(args.out or run_dir / "samples"), args.num, settings, state)
+    todo = [i for i in sink.missing() if i % state.num_processes == state.process_index]
+    bar = tqdm(total=args.num, initial=args.num - len(sink.missing()), unit="image", disable=not state.is_main_process)
+    for k in range(0, len(todo), args.batch_size):
+        indices = todo[k : k + args.batch_size]
+        labels = [label(i) for i in indices]
+        sink.write(indices, draw(indices, labels), labels)
+        bar.update(min(len(indices) * state.num_processes, args.num - bar.n))
+    bar.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"wrote {sink.finish()}: {args.num} images, step {record['step']}, cfg {sample.cfg_scale:g}")
+    state.wait_for_everyone()
+
+
+def with_arguments(config: Config, args: Arguments) -> Config:
+    """The run's config with what the command line says of sampling."""
+    names = ("cfg_scale", "guided_channels", "sampler", "classes", "rows", "seed")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "name" not in given.get("sampler", {"name": None}):  # only options: of the sampler that the run has
+        given["sampler"] = {**(config.sample.sampler or {}), **given["sampler"]}
+    codec = config.codec
+    if args.vae is not None:
+        if codec["name"] != "vae":
+            raise ValueError(f"--vae is given, but this run's codec is {codec['name']!r}.")
+        codec = {**codec, "path": args.vae}
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given), codec=codec)
+
+
+def draw_grid(draw: Any, classes: Sequence[int], rows: int, batch_size: int, names: Sequence[str], out: Path) -> None:
+    """A grid of `rows` images of each class, a column a class; image i stands at row i // columns."""
+    labels = list(classes) * rows
+    images = []
+    for k in tqdm(range(0, len(labels), batch_size), desc="sample", unit="batch"):
+        stop = min(k + batch_size, len(labels))
+        images.append(draw(range(k, stop), labels[k:stop]))
+    grid = np.concatenate(images)
+    save_grid(grid.reshape(rows, len(classes), *grid.shape[1:]), names, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,551 @@
+"""Flow against derivatives, scalar loops, hand-written chains, and Gaussian data, whose answers are exact."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sit_vca import DIFFUSION_FORMS, LAST_STEPS, ODE, PATHS, PREDICTIONS, SAMPLERS, SDE, WEIGHTS, Transport
+from sit_vca.sampler import ODE_METHODS, SDE_METHODS
+
+FLOAT = torch.float64
+
+
+def coefficients(path, t):
+    """alpha, sigma, their derivatives, and g, from their definitions; t a float64 tensor."""
+    if path == "linear":
+        alpha, sigma, d_alpha, d_sigma = t, 1 - t, torch.ones_like(t), -torch.ones_like(t)
+    elif path == "gvp":
+        alpha, sigma = torch.sin(math.pi * t / 2), torch.cos(math.pi * t / 2)
+        d_alpha, d_sigma = math.pi / 2 * sigma, -math.pi / 2 * alpha
+    else:
+        alpha = torch.exp(-((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.1 / 2)
+        sigma = (1 - alpha**2).sqrt()
+        beta = 0.1 + (1 - t) * 19.9
+        return alpha, sigma, alpha * beta / 2, -(alpha**2) * beta / 2 / sigma, beta / 2
+    return alpha, sigma, d_alpha, d_sigma, d_alpha / alpha * sigma**2 - sigma * d_sigma
+
+
+MEAN, STD = 0.7, 0.5
+
+
+def marginal(path, t, mean=MEAN, std=STD):
+    """Mean and variance of x_t for data N(mean, std^2); t a number."""
+    alpha, sigma, *_ = coefficients(path, torch.tensor(t, dtype=FLOAT))
+    return alpha * mean, alpha**2 * std**2 + sigma**2
+
+
+def gaussian_network(path, prediction, mean=MEAN, std=STD):
+    """What the best network predicts for data N(mean, std^2): the conditional expectation given x_t."""
+
+    def predict(x_t, t):
+        t = t.to(FLOAT).clamp(max=1 - 1e-5) if path == "vp" else t.to(FLOAT)  # sigma' is infinite at t = 1
+        alpha, sigma, d_alpha, d_sigma, _ = (c.view(-1, *[1] * (x_t.ndim - 1)) for c in coefficients(path, t))
+        standard = (x_t - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+        x, noise = mean + alpha * std**2 * standard, sigma * standard
+        return {"velocity": d_alpha * x + d_sigma * noise, "noise": noise, "score": -standard}[prediction]
+
+    return predict
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_derivatives_of_a_path_agree_with_autograd(path):
+    t = torch.linspace(0.01, 0.999, 100, dtype=FLOAT, requires_grad=True)
+    c = Transport(path=path).path.at(t, like=t)
+    for value, derivative in ((c.alpha, c.d_alpha), (c.sigma, c.d_sigma)):
+        (expected,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+        torch.testing.assert_close(derivative, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_coefficients_of_a_path_equal_their_formulas(path):
+    t = torch.linspace(0.01, 0.999, 100, dtype=FLOAT)
+    c = Transport(path=path).path.at(t, like=t)
+    for value, expected in zip((c.alpha, c.sigma, c.d_alpha, c.d_sigma, c.g), coefficients(path, t), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_begins_with_noise_and_ends_with_data(path):
+    ends = torch.tensor([0.0, 1.0], dtype=FLOAT)
+    c = Transport(path=path).path.at(ends, like=torch.zeros(2, 1, 1, 1, dtype=FLOAT))
+    assert c.alpha.shape == c.sigma.shape == (2, 1, 1, 1)
+    alpha0 = math.exp(-19.9 / 4 - 0.05) if path == "vp" else 0.0
+    at_data = 2e-3 if path == "vp" else 1e-12  # vp keeps 1e-5 from t = 1, where sigma is 1e-3
+    assert c.alpha.flatten().tolist() == pytest.approx([alpha0, 1], abs=min(at_data, 1e-5))
+    assert c.sigma.flatten().tolist() == pytest.approx([math.sqrt(1 - alpha0**2), 0], abs=at_data)
+    if path != "linear":
+        torch.testing.assert_close(c.alpha**2 + c.sigma**2, torch.ones(2, 1, 1, 1, dtype=FLOAT))
+
+
+def test_options_of_vp_set_its_betas():
+    t = torch.linspace(0, 0.99, 50, dtype=FLOAT)
+    c = Transport(path={"name": "vp", "beta_min": 0.5, "beta_max": 3.0}).path.at(t, like=t)
+    torch.testing.assert_close(c.g, (0.5 + (1 - t) * 2.5) / 2, rtol=1e-10, atol=0)
+    torch.testing.assert_close(c.alpha.log(), -((1 - t) ** 2) * 2.5 / 4 - (1 - t) * 0.25, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_score_from_velocity_is_the_published_formula(path):
+    transport = Transport(path=path)
+    t = torch.linspace(0.05, 0.95, 7, dtype=FLOAT)
+    u, x_t = torch.randn(2, 7, 2, 3, dtype=FLOAT)
+    alpha, sigma, d_alpha, d_sigma, _ = (c[:, None, None] for c in coefficients(path, t))
+    ratio = alpha / d_alpha
+    expected = (ratio * u - x_t) / (sigma**2 - ratio * d_sigma * sigma)
+    torch.testing.assert_close(transport.score(u, x_t, t), expected, rtol=1e-8, atol=1e-8)
+    assert torch.equal(transport.velocity(u, x_t, t), u)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "score"])
+@pytest.mark.parametrize("path", PATHS)
+def test_velocity_from_noise_and_score_is_the_published_formula(path, prediction):
+    transport = Transport(path=path, prediction=prediction)
+    t = torch.linspace(0.05, 0.95, 7, dtype=FLOAT)
+    output, x_t = torch.randn(2, 7, 2, 3, dtype=FLOAT)
+    alpha, sigma, d_alpha, _, g = (c[:, None, None] for c in coefficients(path, t))
+    score = -output / sigma if prediction == "noise" else output
+    torch.testing.assert_close(transport.score(output, x_t, t), score, rtol=1e-8, atol=1e-8)
+    expected = d_alpha / alpha * x_t + g * score
+    torch.testing.assert_close(transport.velocity(output, x_t, t), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_the_best_network_of_every_prediction_gives_the_same_velocity_and_score(path, prediction):
+    transport = Transport(path=path, prediction=prediction)
+    x_t, t = torch.randn(40, 2, 1, 1, dtype=FLOAT), torch.linspace(0.01, 0.99, 40, dtype=FLOAT)
+    output = gaussian_network(path, prediction)(x_t, t)
+    velocity, score = (gaussian_network(path, name)(x_t, t) for name in ("velocity", "score"))
+    torch.testing.assert_close(transport.velocity(output, x_t, t), velocity, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(transport.score(output, x_t, t), score, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_score_of_the_exact_network_is_the_gradient_of_the_log_density(path):
+    mean, variance = marginal(path, 0.3)
+    x_t = torch.randn(40, dtype=FLOAT, requires_grad=True)
+    (gradient,) = torch.autograd.grad(torch.distributions.Normal(mean, variance.sqrt()).log_prob(x_t).sum(), x_t)
+    t = torch.full((40,), 0.3, dtype=FLOAT)
+    score = Transport(path=path).score(gaussian_network(path, "velocity")(x_t, t), x_t, t)
+    torch.testing.assert_close(score.detach(), gradient, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_exact_velocity_moves_the_mean_and_the_variance(path):
+    """d mean/dt = E[u], d variance/dt = 2 Cov(u, x): the continuity equation for a Gaussian, by finite differences."""
+    for t in (0.1, 0.5, 0.9):
+        (m0, v0), (m, v), (m1, v1) = (marginal(path, t + shift) for shift in (-1e-4, 0, 1e-4))
+        x_t = torch.stack([m - v.sqrt(), m + v.sqrt()])  # a two-point rule, exact for an affine velocity
+        u = gaussian_network(path, "velocity")(x_t, torch.full((2,), t, dtype=FLOAT))
+        torch.testing.assert_close(u.mean(), (m1 - m0) / 2e-4, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(2 * (u * (x_t - m)).mean(), (v1 - v0) / 2e-4, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_loss_equals_a_scalar_loop(path, prediction, weight):
+    x, noise, output = torch.randn(3, 4, 2, 1, 3, dtype=FLOAT)
+    times, labels, seen = [0.01, 0.3, 0.7, 0.99], torch.tensor([3, 1, 4, 1]), []
+
+    def model(x_t, t, y):
+        seen.append((x_t, t, y))
+        return output
+
+    t = torch.tensor(times, dtype=FLOAT)
+    loss = Transport(path=path, prediction=prediction, weight=weight).loss(model, x, labels, t=t, noise=noise)
+    expected, states = [], []
+    for i, time in enumerate(times):
+        alpha, sigma, d_alpha, d_sigma, g = (float(c) for c in coefficients(path, torch.tensor(time, dtype=FLOAT)))
+        w = {"none": 1.0, "velocity": (g / sigma) ** 2, "likelihood": g / sigma**2}[weight]
+        total = 0.0
+        for a, b, o in zip(*(part[i].flatten().tolist() for part in (x, noise, output)), strict=True):
+            total += {
+                "velocity": (o - d_alpha * a - d_sigma * b) ** 2,
+                "noise": w * (o - b) ** 2,
+                "score": w * (o * sigma + b) ** 2,
+            }[prediction]
+            states.append(alpha * a + sigma * b)
+        expected.append(total / 6)
+    torch.testing.assert_close(loss, torch.tensor(expected, dtype=FLOAT), rtol=1e-9, atol=1e-10)
+    ((x_t, seen_t, seen_y),) = seen
+    torch.testing.assert_close(x_t.flatten(), torch.tensor(states, dtype=FLOAT), rtol=1e-10, atol=1e-10)
+    assert torch.equal(seen_t, t)
+    assert torch.equal(seen_y, labels)
+
+
+@pytest.mark.parametrize("prediction", ["noise", "score"])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_velocity_weight_makes_the_loss_that_of_the_velocity(path, prediction):
+    x, noise, output = torch.randn(3, 5, 1, 2, 2, dtype=FLOAT)
+    t = torch.linspace(0.1, 0.9, 5, dtype=FLOAT)
+    weighted = Transport(path=path, prediction=prediction, weight="velocity")
+    plain = Transport(path=path, prediction="velocity")
+    loss = weighted.loss(lambda *_: output, x, t, t=t, noise=noise)
+    implied = plain.loss(lambda x_t, t, y: weighted.velocity(output, x_t, t), x, t, t=t, noise=noise)
+    torch.testing.assert_close(loss, implied, rtol=1e-8, atol=1e-8)
+
+
+E3 = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "train", "ode"),
+    [
+        ("linear", "velocity", (0, 1), (0, 1)),
+        ("linear", "noise", (E3, 1 - E3), (E3, 1 - E3)),
+        ("linear", "score", (E3, 1 - E3), (E3, 1 - E3)),
+        ("gvp", "velocity", (0, 1), (0, 1)),
+        ("gvp", "noise", (E3, 1 - E3), (E3, 1 - E3)),
+        ("gvp", "score", (E3, 1 - E3), (E3, 1 - E3)),
+        ("vp", "velocity", (0, 1 - 1e-5), (0, 1 - E3)),
+        ("vp", "noise", (0, 1 - 1e-5), (0, 1 - E3)),
+        ("vp", "score", (0, 1 - 1e-5), (0, 1 - E3)),
+    ],
+)
+def test_intervals_of_training_and_of_the_ode(path, prediction, train, ode):
+    transport = Transport(path=path, prediction=prediction)
+    assert transport.train_interval == pytest.approx(train, abs=1e-12)
+    assert transport.ode_interval == pytest.approx(ode, abs=1e-12)
+
+
+def sde_interval(path, prediction, method, form, last_step, h):
+    """The published interval; off the vp path, `sbdm` starts and Heun without a last step ends 1e-3 inside."""
+    if path == "vp":
+        return 0, 1 - (E3 if last_step == "none" else h)
+    if prediction == "velocity":
+        end = E3 if method == "heun" else 0
+        return E3 if form == "sbdm" else 0, 1 - (end if last_step == "none" else h)
+    return E3, 1 - (E3 if last_step == "none" else h)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_intervals_of_the_sde(path, prediction):
+    transport = Transport(path=path, prediction=prediction)
+    for method, form, last in itertools.product(SDE_METHODS, DIFFUSION_FORMS, LAST_STEPS):
+        sde = SDE(transport, method=method, diffusion=form, last_step=last, last_step_size=0.1)
+        expected = sde_interval(path, prediction, method, form, last, 0.1)
+        assert sde.interval == pytest.approx(expected, abs=1e-12), (method, form, last)
+
+
+@pytest.mark.parametrize("path", ["linear", "vp"])
+@pytest.mark.parametrize("time", ["uniform", "logit-normal"])
+def test_times_of_training_follow_their_distribution(path, time):
+    count, seen = 20000, []
+
+    def model(x_t, t, y):
+        seen.append(t)
+        return x_t
+
+    transport = Transport(path=path, prediction="noise", time=time)
+    transport.loss(model, torch.zeros(count, 1, 1, 1), torch.zeros(count))
+    t0, t1 = transport.train_interval
+    (share,) = ((t - t0) / (t1 - t0) for t in seen)
+    assert share.min() >= 0
+    assert share.max() <= 1
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    below = (share[:, None] < (quantiles if time == "uniform" else torch.special.ndtri(quantiles).sigmoid())).float()
+    assert ((below.mean(0) - quantiles).abs() < 4 * (quantiles * (1 - quantiles) / count).sqrt()).all()
+
+
+def transport_exactly(path, x, t0, t1, mean=MEAN, std=STD):
+    """Where the probability-flow ODE for data N(mean, std^2) takes x from t0 to t1: Gaussians keep their quantiles."""
+    (m0, v0), (m1, v1) = marginal(path, t0, mean, std), marginal(path, t1, mean, std)
+    return m1 + (v1 / v0).sqrt() * (x - m0)
+
+
+QUANTILES = torch.linspace(-2, 2, 9, dtype=FLOAT).view(9, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
+@pytest.mark.parametrize("path", PATHS)
+def test_ode_methods_converge_with_their_order(path, method, order):
+    """The midpoint rule errs by the third derivative of Var(x_t), which on the linear path is quadratic in t."""
+    order = 3 if (path, method) == ("linear", "midpoint") else order
+    transport = Transport(path=path)
+    exact = transport_exactly(path, QUANTILES, *transport.ode_interval)
+    errors = []
+    for num_points in (65, 129, 257):
+        out = ODE(transport, method=method, num_steps=num_points)(gaussian_network(path, "velocity"), QUANTILES)
+        errors.append((out - exact).abs().max().item())
+    assert errors[-1] < 0.01
+    for coarse, fine in itertools.pairwise(errors):
+        assert abs(math.log2(coarse / fine) - order) < 0.25
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_adaptive_methods_are_as_exact_as_asked(path, prediction, method):
+    transport = Transport(path=path, prediction=prediction)
+    exact = transport_exactly(path, QUANTILES, *transport.ode_interval)
+    for rtol, atol in ((1e-3, 1e-6), (1e-7, 1e-9)):
+        out = ODE(transport, method=method, rtol=rtol, atol=atol)(gaussian_network(path, prediction), QUANTILES)
+        assert out.isfinite().all()
+        # torchdiffeq interpolates inside its last step to fourth order, which costs dopri8 its advantage
+        assert (out - exact).abs().max() < (10 if method == "dopri5" else 100) * rtol
+
+
+@pytest.mark.parametrize(("method", "calls_per_step"), [("euler", 1), ("heun", 2), ("midpoint", 2), ("rk4", 4)])
+def test_fixed_step_methods_take_one_step_less_than_points(method, calls_per_step):
+    times = []
+
+    def predict(x, t):
+        times.append(t)
+        return -x
+
+    ODE(Transport(), method=method, num_steps=11)(predict, torch.ones(2, 1, 1, 1))
+    assert len(times) == 10 * calls_per_step
+    if method == "euler":
+        torch.testing.assert_close(torch.stack(times), torch.linspace(0, 1, 11)[:-1, None].expand(10, 2))
+
+
+def form_of(name, t, c, g, sigma):
+    """The diffusion coefficient w at t (a float), from the specification."""
+    return {
+        "constant": c,
+        "sbdm": c * g,
+        "sigma": c * sigma,
+        "linear": c * (1 - t),
+        "decreasing": (c * math.cos(math.pi * t) + 1) ** 2 / 4,
+        "increasing-decreasing": c * math.sin(math.pi * t) ** 2,
+    }[name]
+
+
+def slow_last_step(path, predict, x, t, form, c, last_step, h):
+    """The last step from t (a float), with `predict` giving velocity and score."""
+    alpha, sigma, _, _, g = (float(k) for k in coefficients(path, torch.tensor(t, dtype=FLOAT)))
+    u, score = predict(x, t)
+    return {
+        "none": x,
+        "mean": x + (u + form_of(form, t, c, g, sigma) * score) * h,
+        "tweedie": x / alpha + sigma**2 / alpha * score,
+        "euler": x + u * h,
+    }[last_step]
+
+
+@pytest.mark.parametrize("last_step", LAST_STEPS)
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+@pytest.mark.parametrize("method", SDE_METHODS)
+@pytest.mark.parametrize(("path", "prediction"), list(zip(PATHS, PREDICTIONS, strict=True)) + [("vp", "velocity")])
+def test_sde_equals_the_formulas_at_every_step(path, prediction, method, form, last_step):
+    """Every combination with the same noise; the network is an arbitrary smooth function."""
+    c, h, num_points = 0.8, 0.1, 6
+    transport = Transport(path=path, prediction=prediction)
+    t0, t1 = sde_interval(path, prediction, method, form, last_step, h)
+
+    def network(x, t):
+        return torch.sin(2 * x + t.view(-1, 1, 1, 1))
+
+    def velocity_and_score(x, t):
+        alpha, sigma, d_alpha, d_sigma, g = (float(k) for k in coefficients(path, torch.tensor(t, dtype=FLOAT)))
+        output = torch.sin(2 * x + t)
+        if prediction == "velocity":
+            ratio = alpha / d_alpha
+            return output, (ratio * output - x) / (sigma**2 - ratio * d_sigma * sigma)
+        score = output if prediction == "score" else -output / sigma
+        return d_alpha / alpha * x + g * score, score
+
+    def w(t):
+        _, sigma, _, _, g = (float(k) for k in coefficients(path, torch.tensor(t, dtype=FLOAT)))
+        return form_of(form, t, c, g, sigma)
+
+    def drift(x, t):
+        u, score = velocity_and_score(x, t)
+        return u + w(t) * score
+
+    x = noise = torch.randn(3, 1, 2, 1, dtype=FLOAT)
+    generator, dt = torch.Generator().manual_seed(5), (t1 - t0) / (num_points - 1)
+    for i in range(num_points - 1):
+        t = t0 + i * dt
+        jump = math.sqrt(2 * w(t) * dt) * torch.randn(x.shape, generator=generator, dtype=FLOAT)
+        if method == "euler":
+            x = x + drift(x, t) * dt + jump
+        else:
+            k1 = drift(x + jump, t)
+            k2 = drift(x + jump + dt * k1, t + dt)
+            x = x + jump + dt * (k1 + k2) / 2
+    x = slow_last_step(path, velocity_and_score, x, t1, form, c, last_step, h) if last_step != "none" else x
+
+    options = {"method": method, "num_steps": num_points, "diffusion": form, "diffusion_norm": c}
+    sde = SDE(transport, **options, last_step=last_step, last_step_size=h)
+    out = sde(network, noise, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(out, x, rtol=1e-7, atol=1e-7)
+
+
+def check_moments(path, prediction, num_points, tolerance, **options):
+    """Samples against the exact marginal at the end of the interval, put through the exact last step."""
+    count, h = 5000, 0.04
+    sde = SDE(Transport(path=path, prediction=prediction), num_steps=num_points, **options)
+    noise = torch.randn(count, 1, 1, 1, dtype=FLOAT)
+    out = sde(gaussian_network(path, prediction), noise, torch.Generator().manual_seed(0))
+
+    def exact(x, t):
+        times = torch.full((len(x),), t, dtype=FLOAT)
+        return (gaussian_network(path, name)(x, times) for name in ("velocity", "score"))
+
+    form, last_step = options.get("diffusion", "sigma"), options.get("last_step", "mean")
+    t1 = sde_interval(path, prediction, options.get("method", "euler"), form, last_step, h)[1]
+    mean, variance = marginal(path, t1)
+    points = torch.stack([mean, mean + variance.sqrt()])
+    if last_step != "none":
+        points = slow_last_step(path, exact, points, t1, form, 1.0, last_step, h)
+    mean, std = points[0].item(), (points[1] - points[0]).item()
+    assert abs(out.mean().item() - mean) < 4 * std / math.sqrt(count) + tolerance * std
+    assert abs(out.std().item() / std - 1) < 4 / math.sqrt(2 * count) + tolerance
+
+
+@pytest.mark.parametrize("last_step", LAST_STEPS)
+@pytest.mark.parametrize("form", DIFFUSION_FORMS)
+@pytest.mark.parametrize("method", SDE_METHODS)
+def test_sde_samples_have_the_mean_and_variance_of_the_data(method, form, last_step):
+    check_moments("linear", "velocity", 150, 0.03, method=method, diffusion=form, last_step=last_step)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_sde_with_the_default_options_has_the_mean_and_variance_of_the_data(path, prediction):
+    check_moments(path, prediction, 250, 0.03)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_without_noise_the_sde_is_the_ode(path):
+    transport, noise = Transport(path=path), torch.randn(4, 1, 2, 2, dtype=FLOAT)
+    network = gaussian_network(path, "velocity")
+    sde = SDE(transport, num_steps=20, diffusion_norm=0.0, last_step="none")
+    torch.testing.assert_close(sde(network, noise), ODE(transport, method="euler", num_steps=20)(network, noise))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tweedie_returns_the_expected_data(path):
+    network, calls = gaussian_network(path, "velocity"), []
+
+    def predict(x, t):
+        calls.append((x, t))
+        return network(x, t)
+
+    sde = SDE(Transport(path=path), num_steps=5, last_step="tweedie", last_step_size=0.3)
+    out = sde(predict, QUANTILES)
+    x_t, t = calls[-1]
+    assert t.tolist() == pytest.approx([0.7] * 9)
+    alpha = coefficients(path, torch.tensor(0.7, dtype=FLOAT))[0]
+    mean, variance = marginal(path, 0.7)
+    torch.testing.assert_close(out, MEAN + alpha * STD**2 / variance * (x_t - mean), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", SDE_METHODS)
+def test_a_sample_of_the_sde_does_not_depend_on_its_batch(method):
+    sde, network = SDE(Transport(), method=method, num_steps=8), gaussian_network("linear", "velocity")
+    noise = torch.randn(3, 2, 2, 2)
+
+    def generators(indices):
+        return [torch.Generator().manual_seed(100 + i) for i in indices]
+
+    together = sde(network, noise, generators([0, 1, 2]))
+    for i in range(3):
+        torch.testing.assert_close(sde(network, noise[i : i + 1], generators([i]))[0], together[i])
+    assert not torch.allclose(sde(network, noise, generators([3, 4, 5])), together)
+
+
+MEANS = torch.tensor([0.3, -1.0, 0.0, 2.0], dtype=FLOAT).view(1, 2, 2)
+STDS = torch.tensor([0.2, 0.7, 1.0, 1.8], dtype=FLOAT).view(1, 2, 2)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("path", PATHS)
+def test_bits_per_dim_are_exact_for_a_diagonal_gaussian(path, prediction):
+    """The Jacobian is diagonal, so Hutchinson's estimate has no variance; the flow between the ends is known."""
+    transport = Transport(path=path, prediction=prediction)
+    x = MEANS + STDS * torch.randn(5, 1, 2, 2, dtype=FLOAT)
+    network = gaussian_network(path, prediction, MEANS, STDS)
+    bits = ODE(transport, rtol=1e-9, atol=1e-10).bits_per_dim(network, x)
+
+    t0, t1 = transport.ode_interval
+    noise = transport_exactly(path, x, t1, t0, MEANS, STDS)
+    scale = (marginal(path, t0, MEANS, STDS)[1] / marginal(path, t1, MEANS, STDS)[1]).sqrt()
+    log_density = torch.distributions.Normal(0.0, 1.0).log_prob(noise) + scale.log()
+    expected = -log_density.flatten(1).mean(1) / math.log(2)
+    torch.testing.assert_close(bits, expected, rtol=0, atol=1e-5)
+
+    log_data = torch.distributions.Normal(MEANS, STDS).log_prob(x)  # and so the density of the data itself
+    ends = 1e-5 if (t0, t1) == (0, 1) else 0.05  # what cutting the interval costs
+    torch.testing.assert_close(bits, -log_data.flatten(1).mean(1) / math.log(2), rtol=0, atol=ends)
+
+
+def test_bits_per_dim_estimate_a_full_jacobian_without_bias():
+    """A linear flow with a full matrix A: its divergence is the trace of A, the mean of e . A e."""
+    matrix = torch.tensor([[0.4, 1.0, -0.5], [0.3, -0.2, 0.8], [0.9, 0.1, 0.5]], dtype=FLOAT)
+
+    def predict(x, t):
+        return (x.flatten(1) @ matrix.T).view_as(x)
+
+    x = torch.zeros(4000, 3, 1, 1, dtype=FLOAT)  # the origin stays where it is
+    bits = ODE(Transport(), rtol=1e-6, atol=1e-8).bits_per_dim(predict, x, torch.Generator().manual_seed(0))
+    expected = (1.5 * math.log(2 * math.pi) + matrix.trace().item()) / (3 * math.log(2))
+    assert bits.std() > 0.1
+    assert abs(bits.mean().item() - expected) < 4 * bits.std().item() / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_keep_the_dtype_and_shape_of_the_noise(name):
+    noise = torch.randn(2, 3, 2, 4)
+    out = Transport().sampler({"name": name, "num_steps": 5})(lambda x, t: -x, noise)
+    assert out.dtype == torch.float32
+    assert out.shape == noise.shape
+
+
+def test_default_sampler_settings_are_the_published_ones():
+    ode, sde = Transport().sampler("ode"), Transport().sampler("sde")
+    assert (ode.num_steps, ode.solver) == (50, {"method": "dopri5", "rtol": 1e-3, "atol": 1e-6})
+    assert (sde.num_steps, sde.heun, sde.norm, sde.last_step, sde.last_step_size) == (250, False, 1.0, "mean", 0.04)
+    assert sde.form is DIFFUSION_FORMS["sigma"]
+
+
+def test_every_method_of_the_ode_runs():
+    exact = transport_exactly("linear", QUANTILES, 0.0, 1.0)
+    for method in ODE_METHODS:
+        out = ODE(Transport(), method=method, num_steps=200)(gaussian_network("linear", "velocity"), QUANTILES)
+        assert (out - exact).abs().max() < 0.02, method
+
+
+def test_wrong_values_end_in_a_sentence():
+    transport = Transport()
+
+    def process(**options):
+        return lambda: Transport(**options)
+
+    def ode(**options):
+        return lambda: transport.sampler({"name": "ode", **options})
+
+    def sde(**options):
+        return lambda: transport.sampler({"name": "sde", **options})
+
+    expected = [
+        (process(path="liner"), r"process.path.name is 'liner'; did you mean 'linear'\? choose one of \['gvp'"),
+        (
+            process(path={"name": "vp", "beta_mx": 1}),
+            r"process.path 'vp' takes no 'beta_mx'; did you mean 'beta_max'\?",
+        ),
+        (process(path={"name": "linear", "beta_min": 1}), r"process.path 'linear' takes no 'beta_min'"),
+        (process(path={"name": "vp", "beta_min": 3.0, "beta_max": 2.0}), r"0 < beta_min < beta_max; got 3.0 and 2.0"),
+        (process(prediction="velocty"), r"process.prediction is 'velocty'; did you mean 'velocity'\?"),
+        (process(weight="liklihood"), r"process.weight is 'liklihood'; did you mean 'likelihood'\?"),
+        (process(time="unifrom"), r"process.time is 'unifrom'; did you mean 'uniform'\?"),
+        (ode(method="eulr"), r"sample.sampler.method is 'eulr'; did you mean 'euler'\? choose one of \['dopri5'"),
+        (ode(num_steps=1), r"num_steps is 1; it counts points of time, so at least 2"),
+        (ode(last_step="mean"), r"sample.sampler 'ode' takes no 'last_step'; it takes \['atol', 'method'"),
+        (sde(num_steps=1), r"num_steps is 1; it counts points of time, so at least 2"),
+        (sde(method="dopri5"), r"sample.sampler.method is 'dopri5'; choose one of \['euler', 'heun'\]"),
+        (sde(diffusion="sigm"), r"sample.sampler.diffusion is 'sigm'; did you mean 'sigma'\?"),
+        (sde(last_step="twedie"), r"sample.sampler.last_step is 'twedie'; did you mean 'tweedie'\?"),
+        (sde(last_step_size=0.0), r"last_step_size is 0.0; choose a number between 0 and 1"),
+        (sde(last_step_size=1.0), r"last_step_size is 1.0; choose a number between 0 and 1"),
+        (sde(diffusion_norm=-1.0), r"diffusion_norm is -1.0; choose at least 0"),
+        (lambda: transport.sampler("oed"), r"sample.sampler.name is 'oed'; .*choose one of \['ode', 'sde'\]"),
+    ]
+    for call, sentence in expected:
+        with pytest.raises(ValueError, match=sentence):
+            call()
