@@ -229,6 +229,13 @@ def test_parameters_added_to_full_attention(dim, depth, num_heads, grid, added):
     assert count("vca") - count("mhsa") == added
 
 
+def test_differential_attention_adds_four_vectors_of_half_a_head_and_a_gain():
+    module, control = (ATTENTIONS[name](12, 2, (4, 4), layer_index=0) for name in ("differential", "mhsa"))
+    added = {name: tuple(p.shape) for name, p in module.named_parameters() if name not in control.state_dict()}
+    expected = {f"differential.lambda_{name}": (3,) for name in ("q1", "k1", "q2", "k2")}
+    assert added == {**expected, "differential.norm.weight": (6,)}
+
+
 def test_initial_values_are_those_of_the_specification():
     module = VisualContrastAttention(64, 1, (32, 32), layer_index=0)
     embeds = torch.cat([module.positive_embed, module.negative_embed])
