@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+import dit_vca
+import sit_vca
 from dit_vca import Diffusion, DiT
 from runtime.config import Config
 from runtime.data import DATASETS, Images
 from runtime.latents import CODECS, CachedLatents, draw
-from sit_vca import SiT, Transport
-from vca import Transformer, build, parse_size
+from sit_vca import PATHS, SiT, Transport
+from vca import ATTENTIONS, Transformer, build, options_of, parse_size
 
 PROCESSES = {"diffusion": (Diffusion, DiT), "flow": (Transport, SiT)}
 PUBLISHED_SAMPLER = {"diffusion": "ddpm", "flow": "sde"}
@@ -98,3 +100,22 @@ def build_model(config: Config, shape: Shape, codec: Any) -> Transformer:
 def shape_record(shape: Shape) -> dict[str, Any]:
     """The shape as JSON values, for the checkpoint."""
     return dataclasses.asdict(shape)
+
+
+def options_help() -> str:
+    """The names and options of the polymorphic parts, read off the registries, for --help."""
+    parts = {
+        "process": {name: process for name, (process, _) in PROCESSES.items()},
+        "process.path (flow)": PATHS,
+        "data": DATASETS,
+        "codec": CODECS,
+        "model.attention": ATTENTIONS,
+        "sample.sampler (diffusion)": dit_vca.SAMPLERS,
+        "sample.sampler (flow)": sit_vca.SAMPLERS,
+    }
+    lines = ["names and their options, e.g. --process.name flow --process.path vp, --sample.sampler.num_steps 50:"]
+    for part, registry in parts.items():
+        for i, (name, entry) in enumerate(registry.items()):
+            options = ", ".join(o for o in options_of(entry) if o not in ("layer_index", "num_prefix_tokens"))
+            lines.append(f"  {part if i == 0 else '':<27} {name:<13} {options}".rstrip())
+    return "\n".join(lines)

@@ -18,7 +18,7 @@ from runtime.latents import CachedLatents, write_cache
 @report_errors("cache_latents.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    config = parse(Config, argv, prog="cache_latents.py", description=__doc__)
+    config = parse(Config, argv, prog="cache_latents.py", description=__doc__, epilog=build.options_help())
     if config.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
     if Path(config.latents).exists():

@@ -67,13 +67,14 @@ class Arguments:
 
     def __post_init__(self) -> None:
         require(self.num is None or self.num > 0, "num", self.num, "choose at least 1 image")
+        require(self.seed is None or self.seed >= 0, "seed", self.seed, "choose at least 0")
         require(self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
 
 
 @report_errors("sample.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="sample.py", description=__doc__)
+    args = parse(Arguments, argv, prog="sample.py", description=__doc__, epilog=build.options_help())
     folder = checkpoint.find(args.checkpoint)
     record = checkpoint.read_record(folder)
     config = with_arguments(from_dict(Config, record["config"], str(folder / checkpoint.RECORD)), args)

@@ -44,7 +44,7 @@ MAY_CHANGE = {  # settings that a resumed run may change, because no step that i
 @report_errors("train.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    config = parse(Config, argv, prog="train.py", description=__doc__)
+    config = parse(Config, argv, prog="train.py", description=__doc__, epilog=build.options_help())
     check_run_dir(config)
     accelerator = Accelerator(
         mixed_precision=precision(config.train), gradient_accumulation_steps=config.train.accumulate

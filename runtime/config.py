@@ -10,13 +10,14 @@ import functools
 import re
 import sys
 import traceback
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
 Spec = dict[str, Any]
 T = TypeVar("T")
@@ -136,6 +137,7 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(self.seed >= 0, "sample.seed", self.seed, "choose at least 0")
         require(self.rows > 0, "sample.rows", self.rows, "choose at least 1")
         channels = self.guided_channels
         require(channels is None or channels > 0, "sample.guided_channels", channels, "choose at least 1")
@@ -168,13 +170,16 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "choose at least 0")
 
-def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str) -> T:
+
+def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str = "") -> T:
     """An instance of a dataclass from the command line, which may name YAML files by --config.
 
     A user's mistake ends the program with one sentence and exit code 2.
     """
-    parser = _parser(cls, prog=prog, description=description)
+    parser = _parser(cls, prog=prog, description=description, epilog=epilog)
     try:
         return _instantiate(cls, parser, parser.parse_args(argv))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -225,8 +230,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
     return found
 
 
-def _parser(cls: type, prog: str | None = None, description: str | None = None) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the description and of the epilog."""
+
+
+def _parser(cls: type, **texts: str) -> ArgumentParser:
+    parser = ArgumentParser(formatter_class=_Formatter, exit_on_error=False, allow_abbrev=False, **texts)
     parser.add_argument("--config", action="config", help="YAML file; later options override it.")
     parser.add_class_arguments(cls, None, fail_untyped=False)
     return parser
@@ -260,9 +269,12 @@ def _sentence(message: str, known: list[str]) -> str:
         return f"{match[1]} is {match[3]!r};{hint} choose one of {choices}."
     if match := re.search(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message):
         kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
+        if kind == "dict":
+            return f"{match[1]} is {match[3]!r}; it is a name with options, so write {match[1]}.name."
         return f"{match[1]} is {match[3]!r}; it must be {kind}."
-    if match := re.search(r'Parser key "([^"]+)": .*Expected an? <class \'(\w+)\'>.*Given value: (.*)', message):
-        return f"{match[1]} is {match[3]!r}; it must be {match[2]}."
+    if match := re.search(r'Parser key "([^"]+)": .*Subtypes: \[(.+?)\] Errors: .*Given value: (.*)', message):
+        kinds = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "").replace("NoneType", "null")
+        return f"{match[1]} is {match[3]!r}; it must be one of: {kinds}."
     return message
 
 
