@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import build
 from runtime import checkpoint
-from runtime.config import Config, TrainConfig, differences, parse, report_errors, save_yaml, to_dict
+from runtime.config import Config, TrainConfig, differences, parse, read_yaml, report_errors, save_yaml, to_dict
 from runtime.data import EndlessBatches
 from runtime.ema import Ema
 from runtime.generation import check_labels, generate, spread
@@ -30,6 +30,7 @@ from runtime.log import Log
 from runtime.seeds import mix
 from runtime.stop import StopSignal
 
+CONFIG_FILE = "config.yaml"
 MAY_CHANGE = {  # settings that a resumed run may change, because no step that is done depends on them
     "run_dir",
     "sample",
@@ -86,7 +87,7 @@ class Run:
         self.log = None
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_yaml(config, self.folder / "config.yaml")
+            save_yaml(config, self.folder / CONFIG_FILE)
             self.log = Log(self.folder, self.step)
             print(self, flush=True)
 
@@ -247,10 +248,13 @@ def check_run_dir(config: Config) -> None:
     folder = Path(config.run_dir)
     if folder.is_file():
         raise ValueError(f"run_dir {config.run_dir!r} is a file; choose a folder.")
-    if not checkpoint.steps(folder):
+    if checkpoint.steps(folder):
+        old = checkpoint.read_record(checkpoint.find(folder))["config"]
+    elif (folder / CONFIG_FILE).is_file():  # stopped before its first checkpoint
+        old = read_yaml(folder / CONFIG_FILE)
+    else:
         return
     may_change = MAY_CHANGE | ({"train.num_steps"} if config.train.schedule == "constant" else set())
-    old = checkpoint.read_record(checkpoint.find(folder))["config"]
     changed = {
         key: values
         for key, values in differences(old, to_dict(config)).items()
