@@ -55,7 +55,7 @@ class Diffusion:
         num_timesteps: Steps T of training.
 
     Raises:
-        ValueError: Unknown betas, or fewer than 2 steps.
+        ValueError: Unknown betas, or so few steps that a beta reaches 1.
     """
 
     def __init__(self, *, betas: str = "linear", num_timesteps: int = 1000) -> None:
@@ -63,6 +63,11 @@ class Diffusion:
             raise ValueError(f"process.num_timesteps is {num_timesteps}; choose at least 2.")
         self.num_timesteps = num_timesteps
         self.betas = lookup(BETAS, betas, "process.betas")(num_timesteps)  # (T,) float64
+        if self.betas.max() >= 1:
+            raise ValueError(
+                f"process.num_timesteps is {num_timesteps}; so few {betas} betas reach {float(self.betas.max()):.3g}, and "
+                f"they must stay below 1. Choose more, as a rule 1000."
+            )
         abar = torch.cumprod(1 - self.betas, dim=0)
         previous = torch.cat([abar.new_ones(1), abar[:-1]])
         posterior = self.betas * (1 - previous) / (1 - abar)  # beta~_t, 0 at t = 0

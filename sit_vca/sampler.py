@@ -177,6 +177,11 @@ class SDE:
             diverges_at_noise=diffusion == "sbdm" and not isinstance(transport.path, VPPath),
             needs_end=self.heun,
         )
+        if self.interval[0] >= self.interval[1]:
+            raise ValueError(
+                f"sample.sampler.last_step_size is {last_step_size}, which leaves nothing before it: the other steps start "
+                f"at t = {self.interval[0]:g}."
+            )
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

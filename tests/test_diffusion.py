@@ -498,3 +498,10 @@ def test_wrong_values_end_in_a_sentence():
     for call, sentence in expected:
         with pytest.raises(ValueError, match=sentence):
             call()
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 10, 20])
+def test_so_few_steps_that_a_beta_reaches_one_get_a_sentence(num_timesteps):
+    with pytest.raises(ValueError, match=f"num_timesteps is {num_timesteps}; so few linear betas reach"):
+        Diffusion(betas="linear", num_timesteps=num_timesteps)
+    assert torch.isfinite(Diffusion(betas="linear", num_timesteps=21)._table).all()

@@ -549,3 +549,23 @@ def test_wrong_values_end_in_a_sentence():
     for call, sentence in expected:
         with pytest.raises(ValueError, match=sentence):
             call()
+
+
+def test_a_last_step_longer_than_the_interval_gets_a_sentence():
+    with pytest.raises(ValueError, match=r"last_step_size is 0\.9995, which leaves nothing before it"):
+        Transport(prediction="noise").sampler({"name": "sde", "last_step_size": 0.9995})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "ode", "num_steps": "50"}, "num_steps is '50'; it must be int"),
+        ({"name": "ode", "num_steps": 50.5}, "num_steps is 50.5; it must be int"),
+        ({"name": "sde", "num_steps": True}, "num_steps is True; it must be int"),
+        ({"name": "sde", "last_step_size": "x"}, "last_step_size is 'x'; it must be float"),
+        ({"name": ["ode"]}, "choose one of"),
+    ],
+)
+def test_an_option_of_a_wrong_type_gets_a_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        Transport().sampler(options)

@@ -186,7 +186,8 @@ class VisualContrastAttention(nn.Module):
         """The queries of the patch tokens, averaged to the contrast grid: (B, h, P+N, d) -> (B, h, n, d)."""
         image = to_map(q[:, :, self.num_prefix_tokens :], self.grid_size)  # (B, C, H, W)
         pooled = F.adaptive_avg_pool2d(image, self.contrast_grid)  # (B, C, a, b)
-        return pooled.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # (B, h, n, d)
+        # Contiguous, since kernels without an attention map in memory need keys whose last stride is 1.
+        return pooled.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3).contiguous()  # (B, h, n, d)
 
     def stream(self, pooled: Tensor, kind: Stream, embed: Tensor | None) -> Tensor:
         """t+ or t-, (B, h, n, d), from the pooled queries (B, h, n, d) and the embedding (1, n, C)."""

@@ -50,10 +50,20 @@ def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in options:
         raise ValueError(f"{where} is {options}; it needs a name, one of {sorted(registry)}.")
-    name = options.pop("name")
+    name = str(options.pop("name"))
     entry = lookup(registry, name, f"{where}.name")
     allowed = [option for option in options_of(entry) if option not in given]
     for option in options:
         if option not in allowed:
             raise ValueError(f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}.")
+        _check_type(entry, option, options[option], f"{where} {name!r}")
     return entry(*args, **options, **given)
+
+
+def _check_type(entry: Callable[..., Any], option: str, value: Any, where: str) -> None:
+    """Numbers, words and truth values are checked against the annotation; anything else is the entry's own business."""
+    annotation = inspect.signature(entry).parameters[option].annotation
+    kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    allowed = {"int": int, "float": (int, float), "str": str, "bool": bool}.get(kind, object)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind in ("int", "float")):
+        raise ValueError(f"{where}: {option} is {value!r}; it must be {kind}.")
