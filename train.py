@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     config = parse(Config, argv, prog="train.py", description=__doc__, epilog=build.options_help())
     check_run_dir(config)
+    if (done := steps_done(config)) >= config.train.num_steps:
+        print(f"done already: {done:,} steps in {config.run_dir}; a larger train.num_steps would go on.")
+        return
     accelerator = Accelerator(
         mixed_precision=precision(config.train), gradient_accumulation_steps=config.train.accumulate
     )
@@ -74,13 +77,12 @@ class Run:
         optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
         )
-        self.step = 0
-        if checkpoint.steps(self.folder):
+        self.step = steps_done(config)
+        if self.step:
             newest = checkpoint.find(self.folder)
             checkpoint.load_weights(newest, "model", self.network)
             checkpoint.load_weights(newest, "ema", self.ema.model)
             checkpoint.load_optimizer(newest, self.network, optimizer)
-            self.step = checkpoint.read_record(newest)["step"]
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.loader = self._loader()
 
@@ -235,6 +237,12 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
 def due(step: int, *periods: int) -> bool:
     """Whether one of the periods ends at `step`."""
     return any(step % every == 0 for every in periods)
+
+
+def steps_done(config: Config) -> int:
+    """Steps of the newest checkpoint in the run's folder."""
+    folder = Path(config.run_dir)
+    return checkpoint.read_record(checkpoint.find(folder))["step"] if checkpoint.steps(folder) else 0
 
 
 def check_run_dir(config: Config) -> None:

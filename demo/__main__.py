@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = [
         (["-m", "demo.autoencoder", *settings], not uses_vae or Path(config.codec["path"]).exists()),
         (["cache_latents.py", *settings], config.latents is None or Path(config.latents).exists()),
-        (["train.py", *settings], trained),
+        (["train.py", *settings], False),  # looks itself whether the run is done, and whether it is the same
         (["sample.py", "--checkpoint", run_dir], trained and picture.exists()),
         (
             ["sample.py", "--checkpoint", run_dir, "--num", NUM_SAMPLES, "--labels", "balanced", "--out", samples]

@@ -172,6 +172,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "choose at least 0")
+        for key in ("process", "data", "codec"):
+            require("name" in getattr(self, key), key, getattr(self, key), f"it needs a name, so give {key}.name")
 
 
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str = "") -> T:
@@ -305,12 +307,21 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
             try:
                 main(argv)
             except (ValueError, OSError) as error:
-                raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+                raised_in, sentence = _origin(error)
                 if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
                     raise
-                print(f"{prog}: {error}", file=sys.stderr)
+                print(f"{prog}: {sentence}", file=sys.stderr)
                 raise SystemExit(2) from None
 
         return wrapped
 
     return decorate
+
+
+def _origin(error: Exception) -> tuple[Path, str]:
+    """The file that raised an error, and its sentence; torch passes those of its data workers on as text."""
+    file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+    if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
+        file = re.findall(r'File "([^"]+)"', sentence)[-1]
+        sentence = re.split(r"\n\w+: ", sentence)[-1].strip()
+    return Path(file).resolve(), sentence

@@ -122,18 +122,19 @@ class CachedLatents(Dataset):
             record = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
             self.moments = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in record["arrays"]]
             self.labels = np.load(folder / "labels.npy")
-        except (OSError, ValueError, KeyError) as error:
+            self.class_names: list[str] = record["class_names"]
+            self.image_size: int = record["image_size"]
+            self.channels: int = record["channels"]
+            made_from = record["source"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"latents {path!r} is not a folder made by cache_latents.py: {error}.") from None
-        if record["source"] != source:
+        if made_from != source:
             raise ValueError(
-                f"latents {path!r} were made from {record['source']}, this run asks for {source}; choose another folder "
+                f"latents {path!r} were made from {made_from}, this run asks for {source}; choose another folder "
                 f"and run cache_latents.py again."
             )
-        self.class_names: list[str] = record["class_names"]
         self.num_classes = len(self.class_names)
         self.flip = len(self.moments) == 2
-        self.image_size: int = record["image_size"]
-        self.channels: int = record["channels"]
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -67,6 +67,13 @@ class VPPath:
 
     log alpha = -(1 - t)^2 (beta_max - beta_min) / 4 - (1 - t) beta_min / 2.
 
+    Args:
+        beta_min: Rate of the noise at data, above 0.
+        beta_max: Rate of the noise at pure noise, above `beta_min`.
+
+    Raises:
+        ValueError: Not 0 < beta_min < beta_max.
+
     Source: Song et al. 2021, arXiv:2011.13456, equation 33.
     """
 

@@ -213,8 +213,8 @@ def test_an_abbreviated_option_is_not_accepted(file, capsys):
         ("train.num_steps", "2.5", "int"),
         ("train.num_steps", "true", "int"),
         ("train.ema_warmup", "maybe", "bool"),
-        ("process", "3", "dict"),
-        ("data", "digits", "dict"),
+        ("process", "3", "write process.name"),
+        ("data", "digits", "write data.name"),
         ("model.depth", "two", "int"),
     ],
 )

@@ -304,10 +304,19 @@ def test_a_run_folder_that_is_a_file_or_cannot_be_made(tmp_path, capsys):
     assert "file/inside" in sentence(capsys, settings(tmp_path / "file" / "inside", 2))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
+@pytest.mark.parametrize("file", ["previews/.step-00000002.png", "loss.png"])
+def test_a_full_disk_is_a_sentence_for_pictures_too(tmp_path, capsys, file):
+    (tmp_path / "run" / "previews").mkdir(parents=True)
+    (tmp_path / "run" / file).symlink_to("/dev/full")
+    assert "No space left on device" in sentence(capsys, settings(tmp_path / "run", 2))
+    assert [f.name for f in checkpoint.steps(tmp_path / "run")] == ["step-00000002"]
+
+
 def test_two_processes_make_one_run_and_the_samples_of_one(tmp_path):
     """Each rank draws its own noise, so weights are not compared with those of one process; samples are."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
 
     def two(script, *args):
         command = [*launch, script, *args]

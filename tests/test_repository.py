@@ -1,0 +1,151 @@
+"""The house itself: who imports whom, that every config builds, and that everything public says what it is."""
+
+import ast
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import build
+import dit_vca
+import fid
+import runtime.data
+import runtime.latents
+import sit_vca
+import vca
+from runtime.config import Config, parse
+
+ROOT = Path(build.__file__).parent
+PACKAGES = ("vca", "dit_vca", "sit_vca", "runtime", "fid", "demo")
+SCRIPTS = ("train", "sample", "cache_latents", "build")
+OURS = {*PACKAGES, *SCRIPTS}
+FILES = [f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))] + [ROOT / f"{s}.py" for s in SCRIPTS]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def name_of(file):
+    return str(file.relative_to(ROOT))
+
+
+def imports(file):
+    """Top-level names of all modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0] if node.level == 0 else file.relative_to(ROOT).parts[0]
+
+
+MAY_IMPORT = {
+    "vca": set(),
+    "runtime": set(),
+    "fid": set(),
+    "dit_vca": {"vca"},
+    "sit_vca": {"vca"},
+    "demo": {"vca", "runtime", "fid", "build"},
+    "build.py": {"vca", "dit_vca", "sit_vca", "runtime"},
+    "train.py": {"build", "runtime"},
+    "sample.py": {"build", "runtime"},
+    "cache_latents.py": {"build", "runtime"},
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_the_arrows(file):
+    owner = file.relative_to(ROOT).parts[0]
+    found = set(imports(file)) & OURS - {owner}
+    assert found <= MAY_IMPORT[owner]
+
+
+def test_the_network_imports_torch_only():
+    found = {name for file in (ROOT / "vca").glob("*.py") for name in imports(file)}
+    assert found - set(sys.stdlib_module_names) == {"torch", "vca"}
+
+
+def test_every_file_is_looked_at():
+    there = {f.relative_to(ROOT).parts[0] for f in ROOT.glob("*/__init__.py")} | {f.stem for f in ROOT.glob("*.py")}
+    assert there == OURS
+    assert len(FILES) > 25
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=name_of)
+def test_every_config_builds_its_model_process_and_sampler(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert len(lines[0]) > 20
+    config = parse(Config, ["--config", str(file)], prog="test", description="")
+    assert config.run_dir == f"runs/{file.stem}" or config.run_dir == "runs/demo"
+    name = config.data["name"]
+    size, channels, classes = {
+        "digits": (8, 1, 10),
+        "mnist": (32, 1, 10),
+        "folder": (config.data.get("image_size", 256), 3, 1000),
+    }[name]
+    assert set(config.data) - {"name"} <= set(vca.options_of(runtime.data.DATASETS[name]))
+    if config.codec["name"] == "pixel":
+        codec = build.build_codec(config, channels)
+    else:
+        assert config.codec["path"]
+        codec = SimpleNamespace(downsample=8 if name == "folder" else 4, channels=4)
+    shape = build.Shape(size, channels, [str(k) for k in range(classes)])
+    process = build.build_process(config)
+    build.build_sampler(config, process)
+    with torch.device("meta"):
+        model = build.build_model(config, shape, codec)
+        x = torch.empty(2, codec.channels, *model.input_size)
+        y = torch.zeros(2, dtype=torch.long)
+        t = torch.zeros(2)
+        assert model(x, t, y).shape == (2, model.out_channels, *model.input_size)
+    assert model.num_classes == classes
+    learned_variance = isinstance(model, dit_vca.DiT)
+    assert learned_variance == (config.process["name"] == "diffusion")
+    assert model.out_channels == codec.channels * (1 + learned_variance)
+
+
+def test_configs_have_names_of_their_own():
+    folders = [parse(Config, ["--config", str(f)], prog="", description="").run_dir for f in CONFIGS]
+    assert len(set(folders)) == len(folders) > 10
+
+
+REGISTRIES = {
+    "ATTENTIONS": vca.ATTENTIONS,
+    "PATHS": sit_vca.PATHS,
+    "PREDICTIONS": sit_vca.PREDICTIONS,
+    "WEIGHTS": sit_vca.WEIGHTS,
+    "flow SAMPLERS": sit_vca.SAMPLERS,
+    "diffusion SAMPLERS": dit_vca.SAMPLERS,
+    "BETAS": dit_vca.BETAS,
+    "DATASETS": runtime.data.DATASETS,
+    "CODECS": runtime.latents.CODECS,
+    "EXTRACTORS": fid.EXTRACTORS,
+    "PROCESSES": {name: process for name, (process, _) in build.PROCESSES.items()},
+}
+ENTRIES = [(registry, name) for registry, entries in REGISTRIES.items() for name in entries]
+
+
+@pytest.mark.parametrize(("registry", "name"), ENTRIES)
+def test_every_entry_of_every_registry_says_what_it_is_and_what_it_takes(registry, name):
+    entry = REGISTRIES[registry][name]
+    text = vars(entry).get("__doc__") if isinstance(entry, type) else entry.__doc__  # its own, not an inherited one
+    assert text
+    if isinstance(entry, type):
+        for option in vca.options_of(entry):
+            assert f"\n        {option}: " in text, f"{name} does not describe its option {option}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_everything_public_has_a_docstring(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{file} has none"
+
+    def undocumented(node, where):
+        for child in node.body:
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name[0] != "_":
+                if not ast.get_docstring(child):
+                    yield f"{where}{child.name}"
+                if isinstance(child, ast.ClassDef):
+                    yield from undocumented(child, f"{child.name}.")
+
+    assert list(undocumented(tree, "")) == []
