@@ -5,6 +5,7 @@
 The folder is `latents` of the config; train.py with the same config reads it.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from runtime.latents import CachedLatents, write_cache
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     config = parse(Config, argv, prog="cache_latents.py", description=__doc__, epilog=build.options_help())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("cache_latents.py is one process; start it without a launcher.")
     if config.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
     if Path(config.latents).exists():

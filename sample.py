@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
 import build
 from runtime import checkpoint
 from runtime.config import Config, Spec, from_dict, parse, report_errors, require
-from runtime.generation import check_labels, generate, random_label, spread
+from runtime.generation import check_guidance, check_labels, generate, random_label, spread
 from runtime.images import save_grid
 from runtime.sink import open_sink
 
@@ -80,11 +81,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = with_arguments(from_dict(Config, record["config"], str(folder / checkpoint.RECORD)), args)
     shape = build.Shape(**record["shape"])
 
-    state = PartialState(cpu=args.device == "cpu")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
+    state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     codec = build.build_codec(config, shape.channels)
     model = build.build_model(config, shape, codec)
     classes = args.classes or list(range(model.num_classes))
-    check_labels(classes, model.num_classes)
+    check_labels([*classes, *(config.sample.classes or [])], model.num_classes)
+    check_guidance(model, config.sample.cfg_scale, config.sample.guided_channels)
     sampler = build.build_sampler(config, build.build_process(config))
     checkpoint.load_weights(folder, args.weights, model)
     model, codec = model.eval().to(state.device), codec.to(state.device)
@@ -100,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if state.is_main_process:
             classes = sample.classes or spread(classes)
             out = Path(args.out or run_dir / "samples.png")
+            if out.suffix.lower() != ".png":
+                raise ValueError(
+                    f"--out is {args.out!r}; a grid is a .png file. With --num, it is a folder or an .npz."
+                )
             draw_grid(draw, classes, sample.rows, args.batch_size, [shape.class_names[k] for k in classes], out)
             print(f"wrote {out}: step {record['step']}, cfg {sample.cfg_scale:g}, seed {sample.seed}")
         return
@@ -109,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "balanced": lambda i: classes[i % len(classes)],
     }[args.labels]
     settings = {
-        "checkpoint": {"run": config.run_dir, "step": record["step"], "weights": args.weights},
+        "checkpoint": {"run": config.run_dir, "step": record["step"], "id": record["id"], "weights": args.weights},
         "sampler": sample.sampler,
         **options,
         "labels": args.labels,
@@ -121,7 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for k in range(0, len(todo), args.batch_size):
         indices = todo[k : k + args.batch_size]
         labels = [label(i) for i in indices]
-        sink.write(indices, draw(indices, labels), labels)
+        images = draw(indices, labels)
+        try:
+            sink.write(indices, images, labels)
+        except OSError as error:
+            raise OSError(f"{error}. What was drawn is kept; run the same command to go on.") from error
         bar.update(min(len(indices) * state.num_processes, args.num - bar.n))
     bar.close()
     state.wait_for_everyone()

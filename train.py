@@ -24,16 +24,19 @@ from runtime import checkpoint
 from runtime.config import Config, TrainConfig, differences, parse, read_yaml, report_errors, save_yaml, to_dict
 from runtime.data import EndlessBatches
 from runtime.ema import Ema
-from runtime.generation import check_labels, generate, spread
+from runtime.generation import check_guidance, check_labels, generate, spread
 from runtime.images import save_grid
 from runtime.log import Log
 from runtime.seeds import mix
-from runtime.stop import StopSignal
+from runtime.stop import StopSignal, leave_process_group
 
 CONFIG_FILE = "config.yaml"
 MAY_CHANGE = {  # settings that a resumed run may change, because no step that is done depends on them
     "run_dir",
     "sample",
+    "data.path",  # moved data, a moved autoencoder or cache; said when it happens
+    "codec.path",
+    "latents",
     "train.num_workers",
     "train.log_every",
     "train.sample_every",
@@ -51,9 +54,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"done already: {done:,} steps in {config.run_dir}; a larger train.num_steps would go on.")
         return
     accelerator = Accelerator(
-        mixed_precision=precision(config.train), gradient_accumulation_steps=config.train.accumulate
+        cpu=not torch.cuda.is_available(),  # else several processes on a CPU would not find each other
+        mixed_precision=precision(config.train),
+        gradient_accumulation_steps=config.train.accumulate,
     )
-    train(Run(config, accelerator))
+    run = Run(config, accelerator)
+    with tqdm(total=run.cfg.num_steps, initial=run.step, desc="train", unit="step", disable=not run.log) as progress:
+        train(run, progress)
+    if run.log:
+        run.log.close()
+        if run.step < run.cfg.num_steps:
+            print(f"stopped at step {run.step}, with a checkpoint; run the same command to go on.")
+        else:
+            print(f"done: {run.step:,} steps. Sample with: python sample.py --checkpoint {run.folder}")
+    accelerator.end_training()
 
 
 class Run:
@@ -73,6 +87,7 @@ class Run:
         self.network = build.build_model(config, self.shape, self.codec).to(accelerator.device)
         self.classes = config.sample.classes or spread(range(self.network.num_classes))  # columns of the previews
         check_labels(self.classes, self.network.num_classes)
+        check_guidance(self.network, config.sample.cfg_scale, config.sample.guided_channels)
         self.ema = Ema(self.network, self.cfg.ema_decay, self.cfg.ema_warmup)
         optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
@@ -88,8 +103,8 @@ class Run:
 
         self.log = None
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
             save_yaml(config, self.folder / CONFIG_FILE)
+            checkpoint.remove_partial(self.folder)
             self.log = Log(self.folder, self.step)
             print(self, flush=True)
 
@@ -167,14 +182,14 @@ class Run:
             num_processes=self.accelerator.num_processes,
         )
         pin = self.accelerator.device.type == "cuda"
-        return DataLoader(self.data, batch_sampler=batches, num_workers=self.cfg.num_workers, pin_memory=pin)
+        workers = {"num_workers": self.cfg.num_workers, "worker_init_fn": leave_process_group}
+        return DataLoader(self.data, batch_sampler=batches, pin_memory=pin, **workers)
 
 
-def train(run: Run) -> None:
+def train(run: Run, progress: tqdm) -> None:
     """The loop: from the run's step to its last, or to a stop signal."""
     accelerator, cfg, model, optimizer = run.accelerator, run.cfg, run.model.train(), run.optimizer
     stop = StopSignal(accelerator)
-    progress = tqdm(total=cfg.num_steps, initial=run.step, desc="train", unit="step", disable=not run.log)
     batches = iter(run.loader)
     losses: list[Tensor] = []
     since, since_step = time.perf_counter(), run.step
@@ -208,14 +223,6 @@ def train(run: Run) -> None:
             if run.step == cfg.num_steps or due(run.step, cfg.sample_every):
                 run.preview()
             since, since_step = time.perf_counter(), run.step
-    progress.close()
-    if run.log:
-        run.log.close()
-        if run.step < cfg.num_steps:
-            print(f"stopped at step {run.step}, with a checkpoint; run the same command to go on.")
-        else:
-            print(f"done: {run.step:,} steps. Sample with: python sample.py --checkpoint {run.folder}")
-    accelerator.end_training()
 
 
 def precision(cfg: TrainConfig) -> str:
@@ -263,11 +270,10 @@ def check_run_dir(config: Config) -> None:
     else:
         return
     may_change = MAY_CHANGE | ({"train.num_steps"} if config.train.schedule == "constant" else set())
-    changed = {
-        key: values
-        for key, values in differences(old, to_dict(config)).items()
-        if key not in may_change and key.split(".")[0] not in may_change
-    }
+    changed = differences(old, to_dict(config))
+    for key in sorted(changed.keys() & {"data.path", "codec.path", "latents"}):
+        print(f"note: {key} was {changed[key][0]!r} in this run, now {changed[key][1]!r}; it must hold the same.")
+    changed = {k: v for k, v in changed.items() if k not in may_change and k.split(".")[0] not in may_change}
     if changed:
         text = ", ".join(f"{key} {a!r} (you gave {b!r})" for key, (a, b) in changed.items())
         raise ValueError(

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime import checkpoint
 from runtime.config import Config, parse, report_errors
 
 NUM_SAMPLES = 1000
@@ -39,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run_dir, shared = Path(config.run_dir), Path("runs") / name
     classifier, samples, picture = shared / "classifier.safetensors", run_dir / "samples.npz", run_dir / "samples.png"
-    trained = checkpoint.steps(run_dir)[-1:] == [run_dir / "checkpoints" / f"step-{config.train.num_steps:08d}"]
+    sampling = of_sampling(settings)
     uses_vae = config.codec["name"] == "vae"
     commands = [
         (["-m", "demo.autoencoder", *settings], not uses_vae or Path(config.codec["path"]).exists()),
         (["cache_latents.py", *settings], config.latents is None or Path(config.latents).exists()),
         (["train.py", *settings], False),  # looks itself whether the run is done, and whether it is the same
-        (["sample.py", "--checkpoint", run_dir], trained and picture.exists()),
+        (["sample.py", "--checkpoint", run_dir, *sampling], False),
         (
             ["sample.py", "--checkpoint", run_dir, "--num", NUM_SAMPLES, "--labels", "balanced", "--out", samples]
-            + ["--batch_size", 250],
+            + ["--batch_size", 250, *sampling],
             False,
         ),
         (["-m", "demo.classifier", "--data.name", name, "--out", classifier], classifier.exists()),
@@ -70,6 +69,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nMore of one class:  python sample.py --checkpoint {run_dir} --classes [3,8] --rows 8 --out runs/more.png")
     print(f"Loss, score:        {run_dir / 'loss.png'}, {run_dir / 'score.json'}")
     print(f"The picture:        {picture}")
+
+
+def of_sampling(settings: Sequence[str]) -> list[str]:
+    """The options that begin with --sample., as sample.py takes them: a run that is done may be drawn in another way."""
+    found = []
+    for i, word in enumerate(settings):
+        if word.startswith("--sample."):
+            found.append(word.replace("--sample.", "--", 1))
+            if "=" not in word:
+                found.append(settings[i + 1])
+    return found
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import fid
 from demo.classifier import accuracy, pixels
 from runtime import checkpoint
 from runtime.config import Config, from_dict, parse, report_errors
+from runtime.files import write_text
 from runtime.images import to_uint8
 from runtime.latents import draw
-from runtime.log import write_atomically
 from vca import build as build_entry
 
 
@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     text = render(table, len(test), classifier)
     run_dir = Path(args.samples).parent
-    write_atomically(run_dir / "score.json", json.dumps({"classifier": classifier.name, "rows": table}, indent=2))
-    write_atomically(run_dir / "score.txt", text + "\n")
+    write_text(run_dir / "score.json", json.dumps({"classifier": classifier.name, "rows": table}, indent=2))
+    write_text(run_dir / "score.txt", text + "\n")
     print(text)
 
 

@@ -37,7 +37,7 @@ def save(
         model: Trained weights.
         ema: Averaged weights, of the same keys.
         optimizer: Its state is stored under the names of the model's parameters, which it holds in their order.
-        record: What else to keep, JSON values; `config` among it.
+        record: What else to keep, JSON values: `config` and `shape`. The record also gets an id of its own.
 
     Raises:
         OSError: The disk is full, say; nothing is left behind, and the earlier checkpoints are untouched.
@@ -52,7 +52,7 @@ def save(
             ("optimizer", _optimizer_tensors(model, optimizer)),
         ):
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-        record = {"format": FORMAT, "step": step, **record}
+        record = {"format": FORMAT, "step": step, "id": uuid.uuid4().hex, **record}
         (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
         _flush(temporary)
         shutil.rmtree(final, ignore_errors=True)  # an earlier try at this step
@@ -67,6 +67,12 @@ def steps(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folders = (run_dir / "checkpoints").glob("step-*")
     return sorted(f for f in folders if re.fullmatch(r"step-\d+", f.name) and (f / RECORD).is_file())
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Delete what a killed process left of a checkpoint that it was writing."""
+    for folder in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder)
 
 
 def prune(run_dir: Path, keep: int) -> None:
@@ -106,6 +112,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise ValueError(f"it has format {record['format']}, this program reads {FORMAT}")
+        missing = {"step", "id", "config", "shape"} - record.keys()
+        if missing:
+            raise ValueError(f"it lacks {sorted(missing)}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {error}.") from None
     return record

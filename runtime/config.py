@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
 
+from runtime.files import write_text
+
 Spec = dict[str, Any]
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +60,7 @@ class ModelConfig:
         for key in ("patch_size", "hidden_size", "depth", "num_heads"):
             value = getattr(self, key)
             require(value is None or value > 0, f"model.{key}", value, "choose at least 1")
+        require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "choose a positive number")
         require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob, "choose [0, 1)")
 
 
@@ -107,6 +110,8 @@ class TrainConfig:
         for key in ("num_steps", "batch_size", "accumulate", "log_every", "sample_every", "checkpoint_every"):
             require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "choose at least 1")
         require(self.lr > 0, "train.lr", self.lr, "choose a positive number")
+        require(all(0 <= b < 1 for b in self.betas), "train.betas", list(self.betas), "choose two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "choose at least 0")
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "choose at least 0")
         require(self.num_workers >= 0, "train.num_workers", self.num_workers, "choose at least 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "choose [0, 1)")
@@ -138,6 +143,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "sample.seed", self.seed, "choose at least 0")
+        require(self.classes != [], "sample.classes", self.classes, "name at least one class, or leave it out")
         require(self.rows > 0, "sample.rows", self.rows, "choose at least 1")
         channels = self.guided_channels
         require(channels is None or channels > 0, "sample.guided_channels", channels, "choose at least 1")
@@ -185,7 +191,12 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
     try:
         return _instantiate(cls, parser, parser.parse_args(argv))
     except (ArgumentError, ValueError, TypeError) as error:
-        print(f"{prog}: {_sentence(str(error), list(keys(cls)))}", file=sys.stderr)
+        message = str(error)
+        if "Problems parsing config" in message or "Unexpected config" in message:
+            words = list(sys.argv[1:] if argv is None else map(str, argv))
+            files = [w.removeprefix("--config=") for w in words if w.endswith((".yaml", ".yml"))]
+            message = f"{', '.join(files)} is not a YAML file of settings: {message}"
+        print(f"{prog}: {_sentence(message, list(keys(cls)))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -209,7 +220,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_yaml(config: Any, path: Path) -> None:
     """Write the resolved config."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

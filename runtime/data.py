@@ -118,8 +118,8 @@ class Folder(Images):
     def __init__(self, *, path: str, image_size: int = 256, flip: bool = True) -> None:
         if not Path(path).is_dir():
             raise FileNotFoundError(f"data.path {path!r} is not a folder.")
-        if image_size < 1:
-            raise ValueError(f"data.image_size is {image_size}; choose at least 1.")
+        if type(image_size) is not int or image_size < 1:
+            raise ValueError(f"data.image_size is {image_size!r}; choose a whole number, at least 1.")
         try:
             self.folder = ImageFolder(path)
         except FileNotFoundError as error:
@@ -136,7 +136,7 @@ class Folder(Images):
         try:
             with Image.open(file) as image:
                 return centre_crop(image.convert("RGB"), self.image_size)
-        except OSError as error:
+        except (OSError, SyntaxError) as error:  # Pillow calls a damaged PNG a SyntaxError
             raise ValueError(f"{file!r} cannot be read as an image: {error}.") from None
 
 

@@ -26,21 +26,14 @@ def guided(
     Args:
         model: `model(x_t, t, y)` -> (B, C_out, H, W).
         y: Labels (B,).
-        null_class: Label of the unconditional output; None if the model has none.
+        null_class: Label of the unconditional output; not needed at cfg_scale 1.
         cfg_scale: 1 is no guidance.
         channels: Only the first `channels` outputs are guided, the others (a learned variance) stay conditional.
-
-    Raises:
-        ValueError: Guidance is asked of a model without a null class.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598; guided channels: Peebles & Xie 2023, the released code.
     """
     if cfg_scale == 1.0:
         return lambda x_t, t: model(x_t, t, y)
-    if null_class is None:
-        raise ValueError(
-            f"cfg_scale is {cfg_scale}, but this model has no null class (class_dropout_prob 0); use cfg_scale 1."
-        )
     labels = torch.cat([y, torch.full_like(y, null_class)])  # (2B,)
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
@@ -49,6 +42,21 @@ def guided(
         return torch.cat([mixed, cond[:, channels:]], dim=1)
 
     return predict
+
+
+def check_guidance(model: nn.Module, cfg_scale: float, guided_channels: int | None) -> int:
+    """The number of guided channels.
+
+    Raises:
+        ValueError: The model has no null class to be guided away from, or fewer channels.
+    """
+    if cfg_scale != 1.0 and model.null_class is None:
+        raise ValueError(
+            f"cfg_scale is {cfg_scale}, but this model has no null class (class_dropout_prob 0); use cfg_scale 1."
+        )
+    if guided_channels is not None and guided_channels > model.in_channels:
+        raise ValueError(f"guided_channels is {guided_channels}; the latents have {model.in_channels} channels.")
+    return guided_channels or model.in_channels
 
 
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
@@ -97,12 +105,10 @@ def generate(
         (B, H, W, 3) uint8.
 
     Raises:
-        ValueError: A label out of range, or more guided channels than there are.
+        ValueError: A label out of range, or guidance that the model cannot give.
     """
     check_labels(labels, model.num_classes)
-    channels = guided_channels or model.in_channels
-    if channels > model.in_channels:
-        raise ValueError(f"guided_channels is {channels}; the latents have {model.in_channels} channels.")
+    channels = check_guidance(model, cfg_scale, guided_channels)
     device = next(model.parameters()).device
     generators = [torch.Generator().manual_seed(mix(seed, i)) for i in indices]
     shape = (model.in_channels, *model.input_size)

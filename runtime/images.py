@@ -8,6 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from runtime.files import written_aside
+
 
 def from_uint8(pixels: np.ndarray) -> Tensor:
     """(H, W, C) uint8 -> (C, H, W) float32 in [-1, 1]: x = pixel / 127.5 - 1."""
@@ -46,10 +48,8 @@ def save_grid(images: np.ndarray, names: Sequence[str], path: Path, title: str =
         for i in range(rows):
             tile = images[i, j].repeat(zoom, axis=0).repeat(zoom, axis=1)
             canvas.paste(Image.fromarray(tile), (left, int(header + i * (cell[0] + gap))))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    canvas.save(temporary, format="PNG")
-    temporary.replace(path)
+    with written_aside(path) as temporary:
+        canvas.save(temporary, format="PNG")
     return np.array(canvas)
 
 

@@ -7,6 +7,8 @@ import matplotlib
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from runtime.files import write_text, written_aside
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -23,7 +25,7 @@ class Log:
         self.file = run_dir / "metrics.jsonl"
         self.plot_file = run_dir / "loss.png"
         self.lines = [line for line in read_metrics(self.file) if line["step"] <= step]
-        write_atomically(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
         self.board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
 
     def add(self, step: int, **values: float) -> None:
@@ -59,7 +61,8 @@ class Log:
         axes.set(xlabel="optimizer step", ylabel="training loss", title=f"{self.plot_file.parent.name}: training loss")
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(self.plot_file, dpi=120)
+        with written_aside(self.plot_file) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
         plt.close(figure)
 
     def close(self) -> None:
@@ -77,10 +80,3 @@ def read_metrics(file: Path) -> list[dict[str, float]]:
             except json.JSONDecodeError:
                 break
     return lines
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)

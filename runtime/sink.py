@@ -10,6 +10,8 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
+from runtime.files import write_text, written_aside
+
 
 class Sink(Protocol):
     """N numbered images that arrive in any order."""
@@ -37,8 +39,10 @@ def open_sink(out: Path, num: int, settings: dict[str, Any], state: PartialState
         ValueError: `out` holds images of other settings, or something else.
     """
     if out.suffix == ".npz":
+        if out.is_dir():
+            raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or a file that ends in .npz.")
         settings = {**settings, "num": num}  # a folder may be filled up to more, a file is what it is
-        record = out.with_suffix(".json") if out.exists() else out.with_name(out.name + ".partial") / "samples.json"
+        record = record_of(out) if out.exists() else out.with_name(out.name + ".partial") / "samples.json"
     else:
         record = out / "samples.json"
         if out.is_file():
@@ -47,10 +51,14 @@ def open_sink(out: Path, num: int, settings: dict[str, Any], state: PartialState
         if record.exists() or out.is_file() or (out.is_dir() and any(out.iterdir())):
             _check(record, settings, out)
         else:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+            write_text(record, json.dumps(settings, indent=2))
     state.wait_for_everyone()
     return NpzSink(out, num) if out.suffix == ".npz" else FolderSink(out, num)
+
+
+def record_of(npz: Path) -> Path:
+    """Where the settings of a complete npz stand: beside it, FILE.npz.json."""
+    return npz.with_name(npz.name + ".json")
 
 
 class FolderSink:
@@ -67,13 +75,8 @@ class FolderSink:
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
         """See `Sink`. A file has its name only when it is whole."""
         for i, image in zip(indices, images, strict=True):
-            temporary = self.folder / f".{i:06d}.png.partial"
-            try:
+            with written_aside(self.folder / f"{i:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
-                temporary.replace(self.folder / f"{i:06d}.png")
-            except OSError as error:
-                temporary.unlink(missing_ok=True)
-                raise _cannot_write(self.folder, error) from error
 
     def finish(self) -> Path:
         """See `Sink`."""
@@ -102,37 +105,24 @@ class NpzSink:
 
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
         """See `Sink`."""
-        temporary = self.partial / f".{indices[0]:06d}.partial"
-        try:
-            with open(temporary, "wb") as f:
-                np.savez(f, indices=np.array(indices), images=images, labels=np.array(labels))
-            temporary.replace(self.partial / f"{indices[0]:06d}.npz")
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _cannot_write(self.partial, error) from error
+        with written_aside(self.partial / f"{indices[0]:06d}.npz") as temporary, open(temporary, "wb") as f:
+            np.savez(f, indices=np.array(indices), images=images, labels=np.array(labels))
 
     def finish(self) -> Path:
         """See `Sink`. The images are gathered on disk, not in memory."""
         if self.file.exists():
             return self.file
-        gathered = self.partial / "gathered.npy"
-        images = None
-        labels = np.zeros(self.num, dtype=np.int64)
-        temporary = self.partial / "complete.npz.partial"
-        try:
-            for part in self._parts():
-                with np.load(part) as arrays:
-                    if images is None:
-                        shape = (self.num, *arrays["images"].shape[1:])
-                        images = np.lib.format.open_memmap(gathered, "w+", dtype=np.uint8, shape=shape)
-                    images[arrays["indices"]] = arrays["images"]
-                    labels[arrays["indices"]] = arrays["labels"]
-            with open(temporary, "wb") as f:
-                np.savez(f, arr_0=images, arr_1=labels)
-        except OSError as error:
-            raise _cannot_write(self.partial, error) from error
-        (self.partial / "samples.json").replace(self.file.with_suffix(".json"))
-        temporary.replace(self.file)
+        images, labels = None, np.zeros(self.num, dtype=np.int64)
+        for part in self._parts():
+            with np.load(part) as arrays:
+                if images is None:
+                    shape = (self.num, *arrays["images"].shape[1:])
+                    images = np.lib.format.open_memmap(self.partial / "all.npy", "w+", dtype=np.uint8, shape=shape)
+                images[arrays["indices"]] = arrays["images"]
+                labels[arrays["indices"]] = arrays["labels"]
+        write_text(record_of(self.file), (self.partial / "samples.json").read_text(encoding="utf-8"))
+        with written_aside(self.file) as temporary, open(temporary, "wb") as f:
+            np.savez(f, arr_0=images, arr_1=labels)
         shutil.rmtree(self.partial)
         return self.file
 
@@ -143,12 +133,11 @@ class NpzSink:
 def _check(record: Path, settings: dict[str, Any], out: Path) -> None:
     if not record.exists():
         raise ValueError(f"{str(out)!r} is there already and was not made by sample.py; choose another --out.")
-    old = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        old = dict(json.loads(record.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{str(record)!r} is damaged, so what is there is unknown; choose another --out.") from None
     different = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v}
     if different:
         text = ", ".join(f"{k} {a!r} (now {b!r})" for k, (a, b) in different.items())
         raise ValueError(f"{str(out)!r} holds images made with {text}; choose another --out, or remove it.")
-
-
-def _cannot_write(where: Path, error: OSError) -> OSError:
-    return OSError(f"cannot write to {str(where)!r}: {error}. What was drawn is kept; run the same command to go on.")

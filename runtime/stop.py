@@ -1,5 +1,6 @@
 """A clean stop on Ctrl-C and SIGTERM."""
 
+import os
 import signal
 from typing import Any
 
@@ -32,3 +33,11 @@ class StopSignal:
             return False
         flag = torch.tensor(float(self.received), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+
+def leave_process_group(worker: int) -> None:
+    """For the processes that load data: Ctrl-C and a launcher's SIGTERM go to the group, and would take them too early.
+
+    The trainer needs their batches until its step is done, and ends them itself.
+    """
+    os.setpgrp()

@@ -30,7 +30,7 @@ def trained(model, steps=3):
 def save(run, step, model=None, **given):
     model = model or network()
     optimizer, ema = trained(model)
-    record = {"config": {"seed": 1}, **given}
+    record = {"config": {"seed": 1}, "shape": {}, **given}
     return checkpoint.save(run, step, model=model, ema=ema, optimizer=optimizer, record=record)
 
 
@@ -45,7 +45,9 @@ def equal(a, b):
 def test_model_average_and_optimizer_come_back_bit_for_bit(tmp_path):
     model = network()
     optimizer, ema = trained(model)
-    folder = checkpoint.save(tmp_path, 3, model=model, ema=ema, optimizer=optimizer, record={"config": {"a": [1, "x"]}})
+    folder = checkpoint.save(
+        tmp_path, 3, model=model, ema=ema, optimizer=optimizer, record={"config": {"a": [1, "x"]}, "shape": {}}
+    )
     assert folder == tmp_path / "checkpoints" / "step-00000003"
     assert {f.name for f in folder.iterdir()} == {f"{n}.safetensors" for n in ("model", "ema", "optimizer")} | {
         "checkpoint.json"
@@ -62,7 +64,9 @@ def test_model_average_and_optimizer_come_back_bit_for_bit(tmp_path):
     assert old["param_groups"] == new["param_groups"]
     assert old["state"].keys() == new["state"].keys()
     assert all(equal(old["state"][i], new["state"][i]) for i in old["state"])
-    assert checkpoint.read_record(folder) == {"format": 1, "step": 3, "config": {"a": [1, "x"]}}
+    read = checkpoint.read_record(folder)
+    assert len(read.pop("id")) == 32
+    assert read == {"shape": {}, **{"format": 1, "step": 3, "config": {"a": [1, "x"]}}}
 
     x = torch.randn(5, 3)
     for m, o in ((model, optimizer), (again, other)):

@@ -1,13 +1,14 @@
 """From labels to images: the guidance formula, and images that do not depend on what is drawn beside them."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from dit_vca import Diffusion, DiT
-from runtime.generation import check_labels, generate, guided, random_label, spread
+from runtime.generation import check_guidance, check_labels, generate, guided, random_label, spread
 from sit_vca import SiT, Transport
 
 SIZES = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -54,9 +55,9 @@ def test_without_guidance_the_model_is_called_once_with_the_batch_as_it_is(batch
     assert torch.equal(out, Spy()(x, t, y))
 
 
-def test_guidance_needs_a_null_class(batch):
+def test_guidance_needs_a_null_class():
     with pytest.raises(ValueError, match=r"cfg_scale is 2\.0, but this model has no null class .*use cfg_scale 1"):
-        guided(Spy(), batch[2], null_class=None, cfg_scale=2.0, channels=4)
+        check_guidance(SimpleNamespace(null_class=None, in_channels=4), 2.0, None)
 
 
 def perturbed(model):

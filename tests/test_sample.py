@@ -105,7 +105,7 @@ def test_an_npz_has_the_form_that_evaluators_read(draw, tmp_path):
     assert set(labels) <= set(range(10))
     assert images.std() > 5
     assert (images[..., 0] == images[..., 2]).all()
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.json", "a.npz"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.npz", "a.npz.json"]
 
 
 def test_the_form_the_batch_and_the_process_of_drawing_change_no_image(draw, tmp_path):
@@ -281,7 +281,7 @@ def test_one_checkpoint_of_a_run_and_its_last_weights(draw, trained, tmp_path):
     assert apart(run, model) > 1
 
 
-def full(*args, **kwargs):
+def full():
     raise OSError(28, "No space left on device")
 
 
@@ -290,7 +290,10 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_drawn(draw, sentence, tmp_
 
     def nearly_full(self, file, **options):
         saved.append(file)
-        full() if len(saved) == 5 else save(self, file, **options)
+        if len(saved) == 5:
+            file.write_bytes(b"half")
+            full()
+        save(self, file, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", nearly_full)
@@ -304,9 +307,10 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_drawn(draw, sentence, tmp_
     assert len(pngs(tmp_path / "png")) == 8
 
     with monkeypatch.context() as patch:
-        patch.setattr(sinks.np, "savez", full)
+        patch.setattr(sinks.np, "savez", lambda f, **arrays: (f.write(b"half"), full()))
         assert "No space left on device" in sentence("--num", 4, "--out", tmp_path / "a.npz", "--batch_size", 2)
     assert not (tmp_path / "a.npz").exists()
+    assert [f.name for f in (tmp_path / "a.npz.partial").iterdir()] == ["samples.json"]
     draw("--num", 4, "--out", tmp_path / "a.npz")
     assert len(read(tmp_path / "a.npz")[0]) == 4
 
@@ -314,17 +318,17 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_drawn(draw, sentence, tmp_
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
 def test_a_full_disk_is_a_sentence_for_a_grid_too(sentence, tmp_path):
     """A real refusal by the system, inside Pillow: the file that is written aside is the full device."""
-    (tmp_path / ".grid.png").symlink_to("/dev/full")
+    (tmp_path / ".grid.png.partial").symlink_to("/dev/full")
     assert "No space left on device" in sentence("--out", tmp_path / "grid.png")
     assert not (tmp_path / "grid.png").exists()
 
 
 def test_an_option_of_the_sampler_keeps_the_sampler_of_the_run(draw, tmp_path):
     draw("--num", 2, "--out", tmp_path / "a.npz", "--sampler.num_steps", 5)
-    settings = json.loads((tmp_path / "a.json").read_text())
+    settings = json.loads((tmp_path / "a.npz.json").read_text())
     assert settings["sampler"] == {"name": "ode", "method": "euler", "num_steps": 5}
     draw("--num", 2, "--out", tmp_path / "b.npz", "--sampler.name", "sde", "--sampler.num_steps", 3)
-    settings = json.loads((tmp_path / "b.json").read_text())
+    settings = json.loads((tmp_path / "b.npz.json").read_text())
     assert settings["sampler"] == {"name": "sde", "num_steps": 3}
 
 

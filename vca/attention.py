@@ -142,9 +142,8 @@ class VisualContrastAttention(nn.Module):
         self.grid_size = tuple(grid_size)
         self.num_prefix_tokens = num_prefix_tokens
         self.contrast_grid = self._check_contrast_grid(contrast_grid)
-        stages = tuple(stages)
-        if len(stages) != 2 or not set(stages) <= {"differential", "plain"}:
-            raise ValueError(f"attention.stages is {list(stages)}; write two of 'differential' and 'plain'.")
+        if isinstance(stages, str) or len(stages) != 2 or not set(stages) <= {"differential", "plain"}:
+            raise ValueError(f"attention.stages is {stages!r}; write two of 'differential' and 'plain'.")
         for name, stream in (("positive", positive), ("negative", negative)):
             if stream not in ("pool", "embed", "pool+embed"):
                 raise ValueError(f"attention.{name} is {stream!r}; choose one of 'pool', 'embed', 'pool+embed'.")

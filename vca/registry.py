@@ -45,7 +45,8 @@ def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str
         **given: Keyword arguments that the program supplies; a spec cannot set them.
 
     Raises:
-        ValueError: The spec has no name, an unknown one, or an option that the entry does not take.
+        ValueError: The spec has no name, an unknown one, an option that the entry does not take or of a wrong type, or
+            lacks one that it needs.
     """
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in options:
@@ -57,6 +58,10 @@ def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str
         if option not in allowed:
             raise ValueError(f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}.")
         _check_type(entry, option, options[option], f"{where} {name!r}")
+    parameters = inspect.signature(entry).parameters
+    missing = [o for o in allowed if o not in options and parameters[o].default is inspect.Parameter.empty]
+    if missing:
+        raise ValueError(f"{where} {name!r} needs {missing[0]!r}, so give {where}.{missing[0]}.")
     return entry(*args, **options, **given)
 
 

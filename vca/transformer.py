@@ -155,6 +155,9 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        for name, value in (("patch_size", patch_size), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; choose at least 1.")
         if height % patch_size or width % patch_size:
             raise ValueError(f"an input of {height}x{width} cannot be cut into patches of {patch_size}x{patch_size}.")
         if num_classes < 1:
