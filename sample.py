@@ -6,8 +6,8 @@
     python sample.py --checkpoint runs/demo --num 1000 --out runs/demo/1000.npz   one file, arr_0 images, arr_1 labels
     accelerate launch sample.py --checkpoint runs/sit_b2 --num 50000 --out 50k.npz   on all GPUs
 
-Image i is a function of (seed, i), whatever the batch size and the number of processes; run the same command again to
-go on where it stopped.
+Image i is a function of (seed, i), whatever the batch size and the number of processes (adaptive ODE solvers choose their
+steps for a whole batch, and depend on it within their tolerances); run the same command again to go on where it stopped.
 """
 
 import dataclasses

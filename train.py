@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml            (the same)
 
 Order of the data, times, noise and dropped labels are functions of (seed, step, rank), so a run that was stopped and
-resumed is bit for bit the run that was not.
+resumed is the run that was not: on a CPU bit for bit, on a GPU up to kernels that are not deterministic.
 """
 
 import math

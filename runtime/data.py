@@ -33,7 +33,7 @@ class Images(Dataset):
     def __init__(
         self, labels: np.ndarray, class_names: list[str], *, image_size: int, channels: int, flip: bool
     ) -> None:
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.labels = check_label_range(np.asarray(labels, dtype=np.int64), len(class_names))
         self.class_names = class_names
         self.num_classes = len(class_names)
         self.image_size, self.channels, self.flip = image_size, channels, flip
@@ -141,6 +141,22 @@ class Folder(Images):
 
 
 DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}
+
+
+def check_label_range(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The labels (N,) themselves.
+
+    Raises:
+        ValueError: There are none, or one is not in 0 ... num_classes - 1; says which.
+    """
+    if len(labels) == 0:
+        raise ValueError("the data holds no images.")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise ValueError(
+            f"image {wrong[0]} has label {labels[wrong[0]]}, but there are {num_classes} classes, 0 ... {num_classes - 1}."
+        )
+    return labels
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from runtime.data import Images
+from runtime.data import Images, check_label_range
 
 
 class PixelCodec(nn.Module):
@@ -121,8 +121,8 @@ class CachedLatents(Dataset):
         try:
             record = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
             self.moments = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in record["arrays"]]
-            self.labels = np.load(folder / "labels.npy")
             self.class_names: list[str] = record["class_names"]
+            self.labels = check_label_range(np.load(folder / "labels.npy"), len(self.class_names))
             self.image_size: int = record["image_size"]
             self.channels: int = record["channels"]
             made_from = record["source"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.data import DATASETS, EndlessBatches, Folder, centre_crop
+from runtime.data import DATASETS, EndlessBatches, Folder, Images, centre_crop
 from runtime.images import from_uint8, to_uint8
 from runtime.seeds import mix
 
@@ -290,3 +290,11 @@ def test_the_order_is_the_same_with_and_without_flips():
 def test_a_batch_that_the_processes_cannot_share_is_named():
     with pytest.raises(ValueError, match=r"is 10, which 4 processes cannot share evenly; choose a multiple of 4"):
         batches(1, batch_size=10, num_processes=4)
+
+
+@pytest.mark.parametrize("label", [3, -1])
+def test_a_label_out_of_range_is_named(label):
+    with pytest.raises(ValueError, match=rf"image 1 has label {label}, but there are 3 classes, 0 \.\.\. 2"):
+        Images(np.array([0, label, 2]), ["a", "b", "c"], image_size=8, channels=1, flip=False)
+    with pytest.raises(ValueError, match="holds no images"):
+        Images(np.array([]), ["a"], image_size=8, channels=1, flip=False)
