@@ -102,8 +102,16 @@ def shape_record(shape: Shape) -> dict[str, Any]:
     return dataclasses.asdict(shape)
 
 
+def sampler_help() -> str:
+    """The samplers and their options, for the --help of sample.py."""
+    return _table(
+        "samplers and their options, e.g. --sampler.num_steps 50, --sampler.name sde --sampler.last_step tweedie:",
+        {"of a diffusion": dit_vca.SAMPLERS, "of a flow": sit_vca.SAMPLERS},
+    )
+
+
 def options_help() -> str:
-    """The names and options of the polymorphic parts, read off the registries, for --help."""
+    """The names and options of the polymorphic parts, for --help."""
     parts = {
         "process": {name: process for name, (process, _) in PROCESSES.items()},
         "process.path (flow)": PATHS,
@@ -113,7 +121,13 @@ def options_help() -> str:
         "sample.sampler (diffusion)": dit_vca.SAMPLERS,
         "sample.sampler (flow)": sit_vca.SAMPLERS,
     }
-    lines = ["names and their options, e.g. --process.name flow --process.path vp, --sample.sampler.num_steps 50:"]
+    example = "names and their options, e.g. --process.name flow --process.path vp, --sample.sampler.num_steps 50:"
+    return _table(example, parts)
+
+
+def _table(title: str, parts: dict[str, dict[str, Any]]) -> str:
+    """A line for each entry of each registry, with its keyword-only arguments."""
+    lines = [title]
     for part, registry in parts.items():
         for i, (name, entry) in enumerate(registry.items()):
             options = ", ".join(o for o in options_of(entry) if o not in ("layer_index", "num_prefix_tokens"))

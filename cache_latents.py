@@ -1,6 +1,6 @@
 """Encode every image of a config once, so that training reads latents instead of images.
 
-    python cache_latents.py --config configs/sit_b2_vca.yaml --latents /data/latents
+    python cache_latents.py --config configs/sit_b2_vca.yaml --data.path DIR --latents /data/latents
 
 The folder is `latents` of the config; train.py with the same config reads it.
 """

@@ -1,10 +1,10 @@
 """Draw images from a checkpoint, which knows everything but what you want to see.
 
     python sample.py --checkpoint runs/demo                                       a labelled grid, runs/demo/samples.png
-    python sample.py --checkpoint runs/demo --classes [3,7] --rows 8 --cfg_scale 3
+    python sample.py --checkpoint runs/demo --classes [3,7] --rows 8 --cfg_scale 3 --out runs/3_7.png
     python sample.py --checkpoint runs/demo --num 1000 --out runs/demo/png        1000 PNG files
     python sample.py --checkpoint runs/demo --num 1000 --out runs/demo/1000.npz   one file, arr_0 images, arr_1 labels
-    accelerate launch sample.py --checkpoint runs/sit_b2 --num 50000 --out 50k.npz   on all GPUs
+    accelerate launch sample.py --checkpoint runs/sit_b2_vca --num 50000 --out 50k.npz   on all GPUs
 
 Image i is a function of (seed, i), whatever the batch size and the number of processes (adaptive ODE solvers choose their
 steps for a whole batch, and depend on it within their tolerances); run the same command again to go on where it stopped.
@@ -41,7 +41,7 @@ class Arguments:
         cfg_scale: Classifier-free guidance; 1 is none. Not given means as in the run's config.
         guided_channels: Guide the first channels only; not given means as in the run's config.
         sampler: Sampler by name with its options; not given means as in the run's config.
-        classes: Classes to draw; not given means all, or for a grid as in the run's config.
+        classes: Classes to draw, by number, e.g. [3,7]; not given means all, or for a grid as in the run's config.
         labels: With num, labels that are uniformly random, as for published FIDs, or balanced, the classes in turn.
         rows: Rows of the grid.
         seed: Not given means as in the run's config.
@@ -75,7 +75,7 @@ class Arguments:
 @report_errors("sample.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="sample.py", description=__doc__, epilog=build.options_help())
+    args = parse(Arguments, argv, prog="sample.py", description=__doc__, epilog=build.sampler_help())
     folder = checkpoint.find(args.checkpoint)
     record = checkpoint.read_record(folder)
     config = with_arguments(from_dict(Config, record["config"], str(folder / checkpoint.RECORD)), args)
@@ -108,8 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(
                     f"--out is {args.out!r}; a grid is a .png file. With --num, it is a folder or an .npz."
                 )
-            draw_grid(draw, classes, sample.rows, args.batch_size, [shape.class_names[k] for k in classes], out)
-            print(f"wrote {out}: step {record['step']}, cfg {sample.cfg_scale:g}, seed {sample.seed}")
+            title = f"step {record['step']}, cfg {sample.cfg_scale:g}, seed {sample.seed}"
+            names = [shape.class_names[k] for k in classes]
+            draw_grid(draw, classes, sample.rows, args.batch_size, names, out, title)
+            print(f"wrote {out}: {title}")
         return
 
     label = {
@@ -124,8 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "classes": classes if args.classes else "all",
     }
     sink = open_sink(Path(args.out or run_dir / "samples"), args.num, settings, state)
-    todo = [i for i in sink.missing() if i % state.num_processes == state.process_index]
-    bar = tqdm(total=args.num, initial=args.num - len(sink.missing()), unit="image", disable=not state.is_main_process)
+    missing = sink.missing()
+    state.wait_for_everyone()  # all have looked before one writes
+    todo = [i for i in missing if i % state.num_processes == state.process_index]
+    counts = {"total": args.num, "initial": args.num - len(missing)}
+    bar = tqdm(desc="sample", unit="image", disable=not state.is_main_process, **counts)
     for k in range(0, len(todo), args.batch_size):
         indices = todo[k : k + args.batch_size]
         labels = [label(i) for i in indices]
@@ -156,7 +161,9 @@ def with_arguments(config: Config, args: Arguments) -> Config:
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given), codec=codec)
 
 
-def draw_grid(draw: Any, classes: Sequence[int], rows: int, batch_size: int, names: Sequence[str], out: Path) -> None:
+def draw_grid(
+    draw: Any, classes: Sequence[int], rows: int, batch_size: int, names: Sequence[str], out: Path, title: str
+) -> None:
     """A grid of `rows` images of each class, a column a class; image i stands at row i // columns."""
     labels = list(classes) * rows
     images = []
@@ -164,7 +171,7 @@ def draw_grid(draw: Any, classes: Sequence[int], rows: int, batch_size: int, nam
         stop = min(k + batch_size, len(labels))
         images.append(draw(range(k, stop), labels[k:stop]))
     grid = np.concatenate(images)
-    save_grid(grid.reshape(rows, len(classes), *grid.shape[1:]), names, out)
+    save_grid(grid.reshape(rows, len(classes), *grid.shape[1:]), names, out, title)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Train a DiT or SiT. Run the same command again to go on where it stopped.
 
-    python train.py --config configs/sit_b2_vca.yaml
-    accelerate launch train.py --config configs/sit_b2_vca.yaml --train.lr 2e-4      (all GPUs)
-    torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml            (the same)
+    python train.py --config configs/digits_sit.yaml --train.lr 2e-3 --run_dir runs/mine
+    accelerate launch train.py --config configs/sit_b2_vca.yaml --data.path DIR              (all GPUs)
+    torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml --data.path DIR    (the same)
 
 Order of the data, times, noise and dropped labels are functions of (seed, step, rank), so a run that was stopped and
 resumed is the run that was not: on a CPU bit for bit, on a GPU up to kernels that are not deterministic.
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, prog="train.py", description=__doc__, epilog=build.options_help())
     check_run_dir(config)
     if (done := steps_done(config)) >= config.train.num_steps:
-        print(f"done already: {done:,} steps in {config.run_dir}; a larger train.num_steps would go on.")
+        more = " A larger train.num_steps would go on." if config.train.schedule == "constant" else ""
+        print(f"done already: {done:,} steps in {config.run_dir}.{more}")
         return
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else several processes on a CPU would not find each other
@@ -276,9 +277,10 @@ def check_run_dir(config: Config) -> None:
     changed = {k: v for k, v in changed.items() if k not in may_change and k.split(".")[0] not in may_change}
     if changed:
         text = ", ".join(f"{key} {a!r} (you gave {b!r})" for key, (a, b) in changed.items())
+        why = " Under the cosine schedule every step depends on num_steps." if "train.num_steps" in changed else ""
         raise ValueError(
             f"run_dir {config.run_dir!r} holds another run, with {text}; give its settings to go on with it, or another "
-            f"--run_dir."
+            f"--run_dir.{why}"
         )
 
 

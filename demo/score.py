@@ -49,8 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = checkpoint.find(args.checkpoint)
     config = from_dict(Config, checkpoint.read_record(folder)["config"], str(folder))
     classifier = fid.Classifier.load(args.classifier)
-    with np.load(args.samples) as file:
-        samples, labels = nchw(file["arr_0"]), torch.from_numpy(file["arr_1"])
+    try:
+        with np.load(args.samples) as file:
+            samples, labels = nchw(file["arr_0"]), torch.from_numpy(file["arr_1"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"samples {args.samples!r} is not an npz written by sample.py: {error}.") from None
     train, test = (build_entry(build.DATASETS, {**config.data, "split": s}, "data") for s in ("train", "test"))
 
     num = min(len(samples), len(train))

@@ -178,7 +178,7 @@ class Inception(nn.Module):
         try:
             self.network.load_state_dict(state)
         except (RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].rstrip(":") + " (for a classifier add --extractor classifier)"
             if isinstance(state, dict) and len(state.get("fc.weight", ())) == 1000:
                 reason = "it is torchvision's ImageNet network (1000 classes), the FID needs the graph of 2015 (1008)"
             raise ValueError(f"'{path}' does not hold the FID's Inception: {reason}.") from error

@@ -164,7 +164,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        raise FileNotFoundError(f"the checkpoint lacks {str(file)!r}.")
+        raise FileNotFoundError(f"the checkpoint lacks {str(file)!r}; remove its folder to use the one before it.")
     try:
         return load_file(file)
     except SafetensorError as error:

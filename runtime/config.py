@@ -126,7 +126,8 @@ class SampleConfig:
 
     Args:
         sampler: Sampler by name with its options (diffusion: ddpm, ddim, dpm-solver; flow: ode, sde); not given means
-            the published one, 250 steps of ddpm or sde.
+            the published one, 250 steps of ddpm or sde. For ode and sde, num_steps counts points of time, as published,
+            so it is one more than the steps between them.
         cfg_scale: Classifier-free guidance, uncond + cfg_scale (cond - uncond); 1 is none.
         guided_channels: Guide the first channels only; not given means all, 3 reproduces the published tables.
         classes: Classes of the grid, a column each; not given means all, or 10 evenly spaced ones.
@@ -302,7 +303,8 @@ def _sentence(message: str, known: list[str]) -> str:
         return f"{match[1]} is {match[3]!r}; it must be {kind}."
     if match := re.search(r'Parser key "([^"]+)": .*Subtypes: \[(.+?)\] Errors: .*Given value: (.*)', message):
         kinds = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "").replace("NoneType", "null")
-        return f"{match[1]} is {match[3]!r}; it must be one of: {kinds}."
+        example = " Write a list so: [3,7]." if "list" in kinds else ""
+        return f"{match[1]} is {match[3]!r}; it must be one of: {kinds}.{example}"
     return message
 
 

@@ -41,7 +41,7 @@ def save_grid(images: np.ndarray, names: Sequence[str], path: Path, title: str =
     canvas = Image.new("RGB", (int(size[0]), int(size[1])), "white")
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((gap, 6), title, fill="black", font=font)
+        draw.text((gap, 6), _fit(title, font, canvas.width - 2 * gap), fill="black", font=font)
     for j, name in enumerate(names):
         left = int(gap + j * (cell[1] + gap))
         draw.text((left + int(cell[1]) // 2, header - 6), _fit(name, font, int(cell[1])), "black", font, anchor="ms")

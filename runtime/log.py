@@ -52,8 +52,8 @@ class Log:
         kernel = np.ones(window)
         smooth = np.convolve(loss, kernel, "same") / np.convolve(np.ones_like(loss), kernel, "same")
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        axes.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="mean since the line before")
-        axes.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"mean of {window} lines around")
+        axes.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
+        axes.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"running mean of {window}")
         low, high = np.quantile(loss, [0, 0.98])
         axes.set_ylim(
             low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9

@@ -45,8 +45,10 @@ def open_sink(out: Path, num: int, settings: dict[str, Any], state: PartialState
         record = record_of(out) if out.exists() else out.with_name(out.name + ".partial") / "samples.json"
     else:
         record = out / "samples.json"
-        if out.is_file():
-            raise ValueError(f"{str(out)!r} is a file; --out is a folder for PNG files, or ends in .npz.")
+        if out.is_file() or out.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            raise ValueError(
+                f"{str(out)!r} is no folder; with --num, --out is a folder for PNG files, or ends in .npz."
+            )
     if state.is_main_process:
         if record.exists() or out.is_file() or (out.is_dir() and any(out.iterdir())):
             _check(record, settings, out)

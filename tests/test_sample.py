@@ -79,12 +79,12 @@ def test_a_grid_has_a_column_a_class(draw, tmp_path, trained, capsys):
     draw("--out", tmp_path / "grid.png", "--classes", "[3,7]", "--rows", 3)
     cell, gap, text = 64, 4, 16
     picture = Image.open(tmp_path / "grid.png")
-    assert picture.size == (gap + 2 * (cell + gap), text + 12 + 3 * (cell + gap))
+    assert picture.size == (gap + 2 * (cell + gap), 2 * (text + 12) + 3 * (cell + gap))
     assert "step 30, cfg 1, seed 0" in capsys.readouterr().out
     # image i of the grid is image i of the seed, enlarged: row 1, column 1 is number 3, of class 7
     draw("--num", 6, "--classes", "[3,7]", "--labels", "balanced", "--out", tmp_path / "six.npz")
     images, labels = read(tmp_path / "six.npz")
-    left, top = gap + cell + gap, text + 12 + cell + gap
+    left, top = gap + cell + gap, 2 * (text + 12) + cell + gap
     tile = np.asarray(picture)[top : top + cell, left : left + cell]
     assert labels[3] == 7
     assert apart(tile[::8, ::8], images[3]) <= 1
@@ -221,7 +221,7 @@ def test_what_sample_did_not_make_is_left_alone(sentence, tmp_path):
     (tmp_path / "data.npz").write_bytes(b"x")
     assert "was not made by sample.py" in sentence("--num", 1, "--out", tmp_path / "data.npz")
     (tmp_path / "file").write_bytes(b"x")
-    assert "is a file; --out is a folder" in sentence("--num", 1, "--out", tmp_path / "file")
+    assert "is no folder; with --num, --out is a folder" in sentence("--num", 1, "--out", tmp_path / "file")
     assert (tmp_path / "data.npz").read_bytes() == (tmp_path / "photos" / "me.png").read_bytes() == b"x"
 
 
