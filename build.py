@@ -1,6 +1,5 @@
 """Config -> model, process, data and codec: the one place where names in a YAML file become objects."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -95,11 +94,6 @@ def build_model(config: Config, shape: Shape, codec: Any) -> Transformer:
         attention=config.model.attention,
         **options,
     )
-
-
-def shape_record(shape: Shape) -> dict[str, Any]:
-    """The shape as JSON values, for the checkpoint."""
-    return dataclasses.asdict(shape)
 
 
 def sampler_help() -> str:

@@ -121,7 +121,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint of this step, and draw the loss."""
         if self.log:
-            record = {"config": to_dict(self.config), "shape": build.shape_record(self.shape)}
+            record = {"config": to_dict(self.config), "shape": to_dict(self.shape)}
             parts = {"model": self.network, "ema": self.ema.model, "optimizer": self.optimizer.optimizer}
             checkpoint.save(self.folder, self.step, **parts, record=record)
             if self.cfg.keep_checkpoints:

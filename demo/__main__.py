@@ -39,24 +39,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_dir, shared = Path(config.run_dir), Path("runs") / name
     classifier, samples, picture = shared / "classifier.safetensors", run_dir / "samples.npz", run_dir / "samples.png"
     sampling = of_sampling(settings)
-    uses_vae = config.codec["name"] == "vae"
-    commands = [
-        (["-m", "demo.autoencoder", *settings], not uses_vae or Path(config.codec["path"]).exists()),
-        (["cache_latents.py", *settings], config.latents is None or Path(config.latents).exists()),
-        (["train.py", *settings], False),  # looks itself whether the run is done, and whether it is the same
-        (["sample.py", "--checkpoint", run_dir, *sampling], False),
-        (
-            ["sample.py", "--checkpoint", run_dir, "--num", NUM_SAMPLES, "--labels", "balanced", "--out", samples]
-            + ["--batch_size", 250, *sampling],
-            False,
-        ),
+    commands = []  # and whether each is done; train.py and sample.py look for themselves
+    if config.codec["name"] == "vae":
+        commands.append((["-m", "demo.autoencoder", *settings], Path(config.codec.get("path", "")).exists()))
+    if config.latents is not None:
+        commands.append((["cache_latents.py", *settings], Path(config.latents).exists()))
+    draw = ["sample.py", "--checkpoint", run_dir]
+    many = ["--num", NUM_SAMPLES, "--labels", "balanced", "--out", samples, "--batch_size", 250]
+    commands += [
+        (["train.py", *settings], False),
+        ([*draw, *sampling], False),
+        ([*draw, *many, *sampling], False),
         (["-m", "demo.classifier", "--data.name", name, "--out", classifier], classifier.exists()),
         (["-m", "demo.score", "--checkpoint", run_dir, "--samples", samples, "--classifier", classifier], False),
     ]
-    if not uses_vae:
-        del commands[0]
-    if config.latents is None:
-        commands = [c for c in commands if c[0][0] != "cache_latents.py"]
     for command, done in commands:
         text = shlex.join(["python", *map(str, command)])
         print(f"\n{'# done before: ' * done}$ {text}", flush=True)

@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {"samples": (samples, labels), "real, training (floor)": (real, real_labels)}
     if config.codec["name"] == "vae":
         codec = build.build_codec(config, train.channels)
-        decoded = [codec.decode(draw(codec.moments(x))) for x in as_inputs(real, train.channels).split(100)]
+        inputs = torch.stack([train[i, False][0] for i in range(num)])  # (num, channels, H, W) in [-1, 1]
+        decoded = [codec.decode(draw(codec.moments(x))) for x in inputs.split(100)]
         rows["real, through the codec"] = (nchw(to_uint8(torch.cat(decoded))), real_labels)
     noise = torch.randint(256, real[:, :1].shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     rows["noise (ceiling)"] = (noise.expand(-1, 3, -1, -1), real_labels)
@@ -98,11 +99,6 @@ def render(table: dict[str, dict[str, float]], num_test: int, classifier: fid.Cl
 def nchw(images: np.ndarray) -> Tensor:
     """(N, H, W, 3) uint8 -> (N, 3, H, W) uint8."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-
-def as_inputs(images: Tensor, channels: int) -> Tensor:
-    """(N, 3, H, W) uint8 -> (N, channels, H, W) in [-1, 1]."""
-    return images[:, :channels].float() / 127.5 - 1
 
 
 if __name__ == "__main__":

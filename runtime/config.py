@@ -288,14 +288,10 @@ def _sentence(message: str, known: list[str]) -> str:
     elif match := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments?: (\S+)", message):
         wrong = (match[1] or match[2]).lstrip("-").split("=")[0]
     if wrong is not None:
-        close = difflib.get_close_matches(wrong, known, n=1)
-        hint = f" did you mean {close[0]!r}?" if close else ""
-        return f"{wrong!r} is not a setting;{hint} see --help for all."
+        return f"{wrong!r} is not a setting;{_hint(wrong, known)} see --help for all."
     if match := re.search(r'Parser key "([^"]+)": Expected a typing.Literal\[(.+)\]\. Got value: (.*)', message):
         choices = [c.strip(" '\"") for c in match[2].split(",")]
-        close = difflib.get_close_matches(match[3], choices, n=1)
-        hint = f" did you mean {close[0]!r}?" if close else ""
-        return f"{match[1]} is {match[3]!r};{hint} choose one of {choices}."
+        return f"{match[1]} is {match[3]!r};{_hint(match[3], choices)} choose one of {choices}."
     if match := re.search(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message):
         kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
         if kind == "dict":
@@ -306,6 +302,11 @@ def _sentence(message: str, known: list[str]) -> str:
         example = " Write a list so: [3,7]." if "list" in kinds else ""
         return f"{match[1]} is {match[3]!r}; it must be one of: {kinds}.{example}"
     return message
+
+
+def _hint(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f" did you mean {close[0]!r}?" if close else ""
 
 
 def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

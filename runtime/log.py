@@ -55,9 +55,8 @@ class Log:
         axes.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
         axes.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"running mean of {window}")
         low, high = np.quantile(loss, [0, 0.98])
-        axes.set_ylim(
-            low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9
-        )  # the first steps would hide the rest
+        # Without the loss of the first steps, which would hide the rest.
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
         axes.set(xlabel="optimizer step", ylabel="training loss", title=f"{self.plot_file.parent.name}: training loss")
         axes.grid(alpha=0.3)
         axes.legend()

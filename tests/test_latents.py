@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -19,18 +17,12 @@ from runtime.config import Config, parse
 from runtime.data import DATASETS
 from runtime.latents import CachedLatents, PixelCodec, VAECodec, draw, write_cache
 
+pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
+
 
 @pytest.fixture(autouse=True)
-def _as_in_a_new_process(monkeypatch):
+def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def autoencoder(channels=3, **scale):

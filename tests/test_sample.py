@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
 import sample
@@ -21,13 +21,7 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _as_in_a_new_process():
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
 
 @pytest.fixture(scope="module")
