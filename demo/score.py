@@ -67,11 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     noise = torch.randint(256, real[:, :1].shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     rows["noise (ceiling)"] = (noise.expand(-1, 3, -1, -1), real_labels)
 
-    reference = fid.statistics(pixels(test), classifier)
+    reference = fid.statistics(pixels(test), classifier, device="cpu")
     table = {
         name: {
             "accuracy": accuracy(classifier, images, y),
-            "frechet_distance": fid.evaluate(images, reference, classifier).value,
+            "frechet_distance": fid.evaluate(images, reference, classifier, groups=0, device="cpu").fd,
             "num_images": len(images),
         }
         for name, (images, y) in rows.items()

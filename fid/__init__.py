@@ -1,27 +1,45 @@
-"""Frechet distances between sets of images: Gaussians fitted to the features of a network, and how far apart they lie.
+"""An evaluator of generated images: FID, sFID, Inception Score, precision, recall and others, by a stated protocol.
 
-With the Inception network of 2015 the distance is the FID, here by the protocol of pytorch-fid; with any other it is
-named after what it is. Imports nothing of the other packages and is usable alone, also as `python -m fid`. Presets of
-other protocols, sFID, Inception Score, precision and recall are not here yet.
+The preset `adm` computes what the tables of ADM, DiT and SiT hold; every result carries the record of how it was made.
+Imports nothing of the other packages and is usable alone, also as `python -m fid`.
 """
 
-from fid.evaluate import Result, evaluate, statistics
-from fid.features import EXTRACTORS, Classifier, FeatureExtractor, Inception
+from fid.dinov2 import DINOv2
+from fid.evaluate import compare, evaluate, statistics
+from fid.evaluator import Evaluator
+from fid.extractors import EXTRACTORS, build_extractor
+from fid.features import Classifier, FeatureExtractor
 from fid.frechet import frechet_distance
-from fid.images import Images
-from fid.moments import Moments, Statistics, load_statistics
+from fid.images import Images, quantize
+from fid.inception import PRESETS, Inception
+from fid.metrics import METRICS
+from fid.moments import Moments, Statistics
+from fid.pictures import curve, neighbours
+from fid.references import Reference, load_reference, save_reference
+from fid.result import Result
 
 __all__ = [
     "EXTRACTORS",
+    "METRICS",
+    "PRESETS",
     "Classifier",
+    "DINOv2",
+    "Evaluator",
     "FeatureExtractor",
     "Images",
     "Inception",
     "Moments",
+    "Reference",
     "Result",
     "Statistics",
+    "build_extractor",
+    "compare",
+    "curve",
     "evaluate",
     "frechet_distance",
-    "load_statistics",
+    "load_reference",
+    "neighbours",
+    "quantize",
+    "save_reference",
     "statistics",
 ]

@@ -1,100 +1,313 @@
-"""Frechet distances between sets of images.
+"""Numbers for sets of generated images, by a stated protocol.
 
-`stats` writes the statistics of a set of images; `eval` compares samples with such a file, or with other images. The
-result goes to stdout, progress and warnings to stderr. Wrong input ends in a sentence and exit code 2.
+    python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz     FID, sFID, IS, precision, recall as in ADM's tables
+    python -m fid stats IMAGES --out ref.npz --crop 256                  a reference of your own images
+    python -m fid compare a.npz b.npz                                    two files of statistics, no network
+    python -m fid curve runs/mine/fid.jsonl --out fid.png                FID against training step
+    python -m fid selfcheck                                              are the weights and the arithmetic right here?
+    torchrun --nproc_per_node 8 -m fid eval -- SAMPLES --ref REF         the same number on all GPUs
+
+SAMPLES and IMAGES: a folder (recursive) or .zip of image files, an .npz with arr_0, or an .npy, uint8 (N, H, W, 3). REF: a
+file of statistics (ours, ADM's, pytorch-fid's, EDM's, torch-fidelity's), or images. Numbers go to stdout, progress and
+warnings to stderr. Exit code 0: done; 2: wrong input or usage; 3: no weights or no reference.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
-from fid.evaluate import evaluate, read, statistics
-from fid.features import EXTRACTORS, FeatureExtractor
+from fid.collective import rank_and_size
+from fid.evaluate import compare, evaluate, statistics
+from fid.evaluator import Evaluator, open_reference
+from fid.extractors import EXTRACTORS, build_extractor
+from fid.files import written_aside
 from fid.images import Images
-
-IMAGES = "a folder (recursive), an .npz with arr_0, or an .npy of uint8 (N, H, W, 3)"
+from fid.inception import PRESETS, Inception
+from fid.metrics import METRICS
+from fid.pictures import curve, neighbours, read_records
+from fid.references import holds_statistics, save_reference
+from fid.resize import tf1_bilinear
+from fid.result import Result, versions
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line `argv`, by default that of the process."""
     args = _parser().parse_args(argv)
     try:
-        args.command(args)
+        with _processes(getattr(args, "device", None)):
+            args.command(args)
+    except MissingError as error:
+        _fail(error, 3)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        _fail(error, 2)
+
+
+class MissingError(FileNotFoundError):
+    """Weights or a reference that are not there."""
+
+
+def _eval(args: argparse.Namespace) -> None:
+    _check_output(args.json if args.json != "-" else None, ".json")
+    _check_output(args.save_stats, ".npz")
+    _check_output(args.save_features, ".npy")
+    _check_output(args.picture if args.neighbours else None, ".png")
+    metrics = tuple(args.metrics.split(",")) if args.metrics else None
+    if (
+        (args.neighbours or args.save_features)
+        and metrics is not None
+        and not {"pr", "dc", "kid", "mind"} & set(metrics)
+    ):
+        metrics = (*metrics, "pr")  # keeps the features of both sides
+    choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
+    only_statistics = holds_statistics(args.samples) and "arr_0" not in np.load(args.samples).files
+    if not only_statistics:
+        samples = Images(args.samples, **choices)  # before the network: it fails sooner
+    label = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.extractor, "")
+    reference = _missing(lambda: open_reference(args.ref, label))
+    if args.neighbours and getattr(reference, "images", reference) is None:
+        raise ValueError(f"--neighbours needs the reference's images, and '{args.ref}' has none (arr_0).")
+    if only_statistics:
+        _report(evaluate(args.samples, reference, num=args.num, force=args.force), args)
+        return
+    evaluator = _missing(
+        lambda: Evaluator(
+            reference,
+            extractor=build_extractor(args.extractor, args.weights, args.preset, args.tf32),
+            metrics=metrics,
+            device=_device(args.device),
+            batch_size=args.batch,
+            groups=args.groups,
+            tf32=args.tf32,
+            pr_compat=args.pr_compat,
+            keep_features=bool(args.neighbours or args.save_features),
+            force=args.force,
+            progress=not args.quiet,
+        )
+    )
+    result = evaluate(args.samples, num=args.num, allow_fewer=args.allow_fewer, evaluator=evaluator, **choices)
+    if args.save_stats:
+        made = evaluator.statistics()
+        if rank_and_size()[0] == 0:
+            save_reference(args.save_stats, made.statistics, made.num_images, made.extractor, made.preset)
+    if rank_and_size()[0] == 0:
+        if args.save_features:
+            with written_aside(args.save_features) as temporary:
+                np.save(temporary, evaluator.collected.rows["features"].numpy())
+        if args.neighbours:
+            neighbours(evaluator, samples, args.picture, k=args.neighbours)
+    _report(result, args)
 
 
 def _stats(args: argparse.Namespace) -> None:
     _check_output(args.out, ".npz")
-    images = Images(args.images, args.num)
-    made = statistics(images, _extractor(args), args.batch_size)
-    made.save(args.out)
-    print(f"{args.out}: {made.num} images of {args.images}, {made.extractor} features, {made.dim}-d")
+    choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha, "crop": args.crop}
+    images = Images(args.images, args.num, **choices)
+    extractor = _missing(lambda: build_extractor(args.extractor, args.weights, args.preset, args.tf32))
+    options = {"device": _device(args.device), "batch_size": args.batch, "tf32": args.tf32, "progress": not args.quiet}
+    made = statistics(images, extractor, **options)
+    if rank_and_size()[0] == 0:
+        kept = None
+        if args.keep_images:
+            chosen = np.linspace(0, images.num - 1, min(images.num, args.keep_images)).round().astype(int)
+            kept = np.stack([image.permute(1, 2, 0).numpy() for image in images.take(sorted(set(chosen.tolist())))])
+        save_reference(args.out, made.statistics, made.num_images, made.extractor, made.preset, kept)
+        _warn(images.warnings())
+        with_images = f", {len(kept)} images for precision and recall" if kept is not None else ""
+        print(f"{args.out}: {made.num_images} images of {args.images}, {made.extractor} features{with_images}")
 
 
-def _eval(args: argparse.Namespace) -> None:
-    if args.json:
-        _check_output(args.json, ".json")
-    sides = read(args.samples, args.num), read(args.ref)
-    extractor = _extractor(args) if any(isinstance(side, Images) for side in sides) else None
-    result = evaluate(*sides, extractor, args.batch_size)
-    protocol = " by the protocol of pytorch-fid" if result.name.startswith("FID") else ""
-    print(
-        f"{result.name} {result.value:.2f}{protocol}  ({result.extractor} features, {result.dim}-d; "
-        f"{_count(result.num_images)} against {result.reference}, {_count(result.reference_num_images)})"
-    )
-    for source, num in ((args.samples, result.num_images), (result.reference, result.reference_num_images)):
-        if num is not None and num < result.dim:
-            note = f"warning: {num} images of {source} in {result.dim} dimensions: the distance is biased upwards."
-            print(note, file=sys.stderr)
-    if args.json:
-        Path(args.json).write_text(json.dumps(asdict(result), indent=2) + "\n")
+def _compare(args: argparse.Namespace) -> None:
+    _check_output(args.json if args.json != "-" else None, ".json")
+    _report(_missing(lambda: compare(args.a, args.b, args.force)), args)
+
+
+def _curve(args: argparse.Namespace) -> None:
+    curve(read_records(args.records), args.out, args.title)
+    print(f"wrote {args.out}")
+
+
+def _selfcheck(args: argparse.Namespace) -> None:
+    """Prints what must be the same on every machine; one line to keep for ever."""
+    row = torch.tensor([0, 1, 4, 9, 16], dtype=torch.uint8).expand(1, 3, 5, 5)
+    found = tf1_bilinear(row, 7)[0, 0, 0]
+    expected = torch.tensor([0, 5 / 7, 16 / 7, 33 / 7, 58 / 7, 13, 16])
+    right = torch.allclose(found, expected, rtol=1e-6)
+    print(f"resize      {'ok' if right else f'WRONG: {found.tolist()}'} (TensorFlow 1 bilinear, 5 -> 7 pixels)")
+    for preset in PRESETS:
+        extractor = _missing(lambda preset=preset: Inception(args.weights, preset)).to(_device(args.device))
+        if preset == "adm":
+            weights = extractor.weights
+            kind = "the published ones" if weights["published"] else "NOT the published ones"
+            print(f"weights     {weights['path']}\n            sha256 {weights['sha256']}: {kind}")
+        features = extractor(_synthetic().to(next(extractor.parameters()).device))["features"][0].double().cpu()
+        values = " ".join(f"{value:.5f}" for value in features[:4].tolist())
+        print(f"{preset:<11} pool3 of the synthetic image: norm {features.norm():.5f}, first four {values}")
+    digest = hashlib.sha256(_synthetic().numpy()).hexdigest()[:8]
+    print(f"image       {digest}   versions {json.dumps(versions())}")
+    if not right:
+        raise ValueError("the resize is wrong on this machine; no number made here can be trusted.")
+
+
+def _synthetic() -> torch.Tensor:
+    """(1, 3, 256, 256): the same image everywhere, of smooth waves and of hard edges, in integers only."""
+    y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
+    image = torch.stack([(x * y) // 255, (x * x + 3 * y) % 256, ((x // 16 + y // 16) % 2) * 200 + x // 8])
+    return image.to(torch.uint8)[None]
+
+
+def _report(result: Result, args: argparse.Namespace) -> None:
+    if rank_and_size()[0] == 0:
+        _warn(result.warnings)
+        if args.json == "-":
+            print(json.dumps(result.to_dict(), indent=2))
+            return
+        if args.json:
+            result.to_json(args.json)
+        print(result)
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
+    network = argparse.ArgumentParser(add_help=False)
+    add = network.add_argument
     add("--extractor", choices=EXTRACTORS, default="inception", help="network of the features (default: %(default)s)")
-    add("--weights", help="its file of weights; Inception is looked for, or downloaded, if not given")
-    add("--num", type=int, help="take the first NUM images (of the samples, not of the reference); all if not given")
-    add("--batch_size", type=int, default=64, help="images in a forward pass (default: %(default)s)")
+    add(
+        "--weights",
+        metavar="FILE",
+        help="its weights; not given: $FID_INCEPTION_WEIGHTS, torch.hub's cache, a download",
+    )
+    add("--preset", choices=PRESETS, default="adm", help="protocol of Inception (default: %(default)s)")
+    add("--batch", type=int, default=64, metavar="B", help="images in a forward pass (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="where the network runs (default: cuda if there is one)")
+    add("--tf32", action="store_true", help="faster on a GPU, and 0.7 %% off in the features")
+    add("--num", type=int, metavar="N", help="take the first N images; with fewer the command fails")
+    add("--mixed-sizes", action="store_true", help="take images of different sizes, each resized on its own")
+    add("--drop-alpha", action="store_true", help="take images with transparency, and leave it out")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", metavar="FILE", help="write the record; - prints it in place of the line")
+    output.add_argument(
+        "--force", action="store_true", help="compare what was made by different protocols all the same"
+    )
+    quiet = argparse.ArgumentParser(add_help=False)
+    quiet.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="stats|eval")
-    stats = commands.add_parser("stats", parents=[shared], help="write the statistics of images")
-    stats.add_argument("images", metavar="IMAGES", help=IMAGES)
-    stats.add_argument("--out", required=True, help="the .npz to write")
-    stats.set_defaults(command=_stats)
-    compare = commands.add_parser("eval", parents=[shared], help="compare samples with a reference")
-    compare.add_argument("samples", metavar="SAMPLES", help=f"{IMAGES}, or an .npz of statistics")
-    compare.add_argument("--ref", required=True, help="the reference: an .npz of statistics, or images")
-    compare.add_argument("--json", help="also write the result to this file")
-    compare.set_defaults(command=_eval)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(required=True, metavar="eval|stats|compare|curve|selfcheck")
+
+    command = commands.add_parser(
+        "eval", parents=[network, output, quiet], help="metrics of samples against a reference"
+    )
+    add = command.add_argument
+    add("samples", metavar="SAMPLES", help="images, or a file of statistics")
+    add("--ref", metavar="REF", help="the reference: a file of statistics, or images")
+    names = ", ".join(METRICS)
+    add("--metrics", metavar="NAMES", help=f"with commas between them, of {names} (default: those of the preset)")
+    add(
+        "--groups",
+        type=int,
+        default=10,
+        metavar="K",
+        help="groups for the error bar, 0 for none (default: %(default)s)",
+    )
+    add(
+        "--pr-compat",
+        choices=("adm-fp16", "fp32"),
+        default="adm-fp16",
+        help="arithmetic of P and R (default: %(default)s)",
+    )
+    add("--allow-fewer", action="store_true", help="go on if there are fewer than --num images")
+    add("--save-stats", metavar="FILE", help="write the statistics of the samples to this .npz")
+    add("--save-features", metavar="FILE", help="write the features of the samples, (N, D) float32, to this .npy")
+    add(
+        "--neighbours",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draw the samples nearest to a real image, with K of those",
+    )
+    add("--picture", default="neighbours.png", metavar="FILE", help="where to (default: %(default)s)")
+    command.set_defaults(command=_eval)
+
+    command = commands.add_parser("stats", parents=[network, quiet], help="make a reference of images")
+    add = command.add_argument
+    add("images", metavar="IMAGES", help="the images, usually those of the training set")
+    add("--out", required=True, metavar="FILE", help="the .npz to write")
+    add("--crop", type=int, metavar="SIZE", help="crop and resize as in training: ADM's centre crop to SIZE pixels")
+    add("--keep-images", type=int, default=0, metavar="K", help="keep K images in the file, for precision and recall")
+    command.set_defaults(command=_stats)
+
+    command = commands.add_parser("compare", parents=[output], help="distance of two files of statistics")
+    command.add_argument("a", metavar="SAMPLES.npz")
+    command.add_argument("b", metavar="REF.npz")
+    command.set_defaults(command=_compare)
+
+    command = commands.add_parser("curve", help="draw FID against training step")
+    command.add_argument("records", nargs="+", metavar="RECORD", help=".json of eval --json, or a run's fid.jsonl")
+    command.add_argument("--out", default="fid.png", metavar="FILE", help="the picture (default: %(default)s)")
+    command.add_argument("--title", default="", help="a line above it")
+    command.set_defaults(command=_curve)
+
+    command = commands.add_parser("selfcheck", help="check weights and arithmetic on this machine")
+    command.add_argument("--weights", metavar="FILE", help="file of Inception's weights")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="where the network runs")
+    command.set_defaults(command=_selfcheck)
     return parser
 
 
-def _extractor(args: argparse.Namespace) -> FeatureExtractor:
-    if args.device == "cuda" and not torch.cuda.is_available():
+@contextmanager
+def _processes(device: str | None) -> Iterator[None]:
+    """Under torchrun, the process group; else nothing."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str | None) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu.")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return EXTRACTORS[args.extractor](args.weights).to(device)
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _check_output(path: str, suffix: str) -> None:
+def _missing(make):  # noqa: ANN001, ANN202
+    """What `make()` gives; a file that is not there ends in exit code 3."""
+    try:
+        return make()
+    except FileNotFoundError as error:
+        raise MissingError(str(error)) from error
+
+
+def _check_output(path: str | None, suffix: str) -> None:
     """Before the work, not after it."""
-    if Path(path).suffix != suffix or not Path(path).parent.is_dir():
+    if path is not None and (Path(path).suffix != suffix or not Path(path).parent.is_dir()):
         raise ValueError(f"cannot write '{path}': it must end in {suffix}, in a folder that exists.")
 
 
-def _count(num: int | None) -> str:
-    return "an unknown number of images" if num is None else f"{num} images"
+def _warn(warnings: Sequence[str]) -> None:
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def _fail(error: Exception, code: int) -> None:
+    if rank_and_size()[0] == 0:
+        print(error, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,124 +1,152 @@
-"""From images to statistics, and from two sets of statistics to a distance."""
+"""Whole evaluations in one call: of images, of two sets of statistics, and of what is to be a reference."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
+from fid.collective import from_first
+from fid.evaluator import Evaluator, open_reference
 from fid.features import FeatureExtractor
-from fid.frechet import frechet_distance
 from fid.images import Images
-from fid.moments import Moments, Statistics, holds_statistics, load_statistics
-
-Source = str | Path | Tensor | Images | Statistics
-
-
-@dataclass(frozen=True)
-class Result:
-    """A distance, with what one has to know to compare it with another."""
-
-    name: str  # "FID", "FID-1000" (Inception features of other than 50,000 images), or "Frechet distance"
-    value: float
-    extractor: str
-    dim: int  # of the features
-    num_images: int | None
-    reference: str
-    reference_num_images: int | None
-
-
-@torch.no_grad()
-def statistics(
-    images: str | Path | Tensor | Images, extractor: FeatureExtractor, batch_size: int = 64, num: int | None = None
-) -> Statistics:
-    """Mean and covariance of the features of images, with a progress bar on stderr where that is a terminal.
-
-    Every batch that the network sees has `batch_size` images (the last one is padded, and the padding's features are
-    dropped), since convolutions of another shape may run in another kernel that rounds otherwise.
-
-    Args:
-        images: As `Images` takes them.
-        extractor: On the device where it is to run.
-        batch_size: Images in a forward pass.
-        num: The first `num` of the images; all of them if not given.
-
-    Raises:
-        FileNotFoundError: No such images.
-        ValueError: Images that are not uniform uint8, fewer than 2 or than `num`, or features that are not finite.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-    images = images if isinstance(images, Images) else Images(images, num)
-    device = next(extractor.parameters()).device
-    moments = Moments(extractor.dim)
-    was_training = extractor.training
-    extractor.eval()
-    try:
-        with tqdm(total=images.num, desc=f"features of {images.source}", unit="image", disable=None) as progress:
-            for batch in images.batches(batch_size):  # (B, 3, H, W)
-                padded = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, batch_size - len(batch)))
-                features = extractor(padded.to(device))["features"]  # (batch_size, D)
-                moments.update(features[: len(batch)])
-                progress.update(len(batch))
-    finally:
-        extractor.train(was_training)
-    return Statistics(moments.mean, moments.cov, moments.num, extractor.name, images.source)
+from fid.metrics import METRICS, Options, Side
+from fid.references import Reference, holds_statistics, load_reference
+from fid.result import Result, versions
 
 
 def evaluate(
-    samples: Source,
-    reference: Source,
+    samples: Any,
+    ref: Any = None,
     extractor: FeatureExtractor | None = None,
-    batch_size: int = 64,
+    *,
     num: int | None = None,
+    allow_fewer: bool = False,
+    mixed_sizes: bool = False,
+    drop_alpha: bool = False,
+    evaluator: Evaluator | None = None,
+    record: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Result:
-    """The Frechet distance between samples and a reference.
+    """Metrics of samples against a reference, in one call.
 
     Args:
-        samples: Images, or an .npz of their statistics.
-        reference: The same; all its images are used.
-        extractor: Makes the statistics of images; not needed for two sets of statistics.
-        batch_size: Images in a forward pass.
-        num: The first `num` of the samples; all of them if not given.
+        samples: Images in any form that `Images` takes, or an iterator of uint8 batches, (B, 3, H, W) or (B, H, W, 3).
+        ref: As `Evaluator` takes it.
+        extractor: Another network than Inception.
+        num: The first `num` samples; not given means all.
+        allow_fewer: Take what there is if there are fewer than `num`.
+        mixed_sizes: Take images of different sizes, each resized on its own.
+        drop_alpha: Take images with transparency, and leave it out.
+        evaluator: One that is there already, in place of `ref`, `extractor` and `options`; it is reset first.
+        record: More for the record; see `Evaluator.compute`.
+        options: Of `Evaluator`.
 
     Raises:
-        FileNotFoundError: No such images or statistics.
-        ValueError: Statistics of different extractors, or what `statistics` refuses.
+        FileNotFoundError: No such samples, reference or weights.
+        ValueError: What `Images` or `Evaluator` refuse, or fewer samples than `num`.
     """
-    samples, reference = read(samples, num), read(reference)
-    if extractor is None and (isinstance(samples, Images) or isinstance(reference, Images)):
-        raise ValueError("an extractor is needed to make statistics of images; only two statistics go without one.")
-    (name1, dim1), (name2, dim2) = _features(samples, extractor), _features(reference, extractor)
-    if dim1 != dim2 or (name1 and name2 and name1 != name2):
-        raise ValueError(
-            f"'{samples.source}' has features of {name1 or 'an extractor without a name'} ({dim1}-d), "
-            f"'{reference.source}' of {name2 or 'an extractor without a name'} ({dim2}-d); use the same for both."
-        )
-    if isinstance(reference, Images):
-        reference = statistics(reference, extractor, batch_size)
-    if isinstance(samples, Images):
-        samples = statistics(samples, extractor, batch_size)
-    value = frechet_distance(reference.mean, reference.cov, samples.mean, samples.cov)
-    used = name1 or name2 or "unknown"
-    name = "Frechet distance"
-    if used.startswith("inception-"):
-        name = "FID" if samples.num in (None, 50_000) else f"FID-{samples.num}"
-    return Result(name, value, used, dim1, samples.num, reference.source, reference.num)
+    if isinstance(samples, str | Path) and holds_statistics(samples):
+        loaded = load_reference(samples)
+        if loaded.images is None:
+            if num is not None:
+                raise ValueError(f"'{samples}' holds statistics, of which one cannot take the first {num} images.")
+            reference = open_reference(ref)
+            if not isinstance(reference, Reference):
+                raise ValueError(f"'{samples}' holds statistics; the reference must be statistics, too.")
+            return compare(loaded, reference, options.get("force", False))
+    if isinstance(samples, str | Path | Tensor | np.ndarray):
+        choices = {"mixed_sizes": mixed_sizes, "drop_alpha": drop_alpha}
+        found = Images(samples, **choices)
+        if num is not None and found.num < num and not allow_fewer:
+            raise ValueError(too_few(found.source, found.num, num))
+        samples = Images(samples, num, **choices) if num is not None and found.num > num else found
+    if evaluator is None:
+        evaluator = Evaluator(ref, extractor=extractor, **options)
+    evaluator.reset()
+    if not isinstance(samples, Images):
+        for batch in samples:
+            left = None if num is None else num - len(evaluator.seen)
+            evaluator.update(batch[:left])
+            if left is not None and left <= len(batch):
+                break
+        if num is not None and not allow_fewer and len(evaluator.seen) < num:
+            raise ValueError(too_few("the iterator", len(evaluator.seen), num))
+        return evaluator.compute(**(record or {}))
+    evaluator.feed(samples)
+    described = {"kind": samples.kind, "path": samples.source, "lossy": samples.lossy}
+    warnings = from_first(samples.warnings(), evaluator.process_group)
+    return evaluator.compute(input=described, warnings=warnings, **(record or {}))
 
 
-def read(source: Source, num: int | None = None) -> Images | Statistics:
-    """What `source` names; images are opened and counted, but not read yet. `num` as in `Images`."""
-    if isinstance(source, Images | Statistics):
-        return source
-    if isinstance(source, Tensor) or not holds_statistics(source):
-        return Images(source, num)
-    if num is not None:
-        raise ValueError(f"'{source}' holds statistics, of which one cannot take the first {num} images.")
-    return load_statistics(source)
+def compare(a: str | Path | Reference, b: str | Path | Reference, force: bool = False) -> Result:
+    """The Frechet distance between two sets of statistics, without a network.
+
+    Args:
+        a: File of statistics, of the samples.
+        b: The same, of the reference.
+        force: Compare statistics of different protocols or extractors all the same.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not statistics, or of different extractors.
+    """
+    a, b = (side if isinstance(side, Reference) else load_reference(side) for side in (a, b))
+    warnings = []
+    one, two = a.statistics["features"], b.statistics["features"]
+    if one.dim != two.dim:
+        raise ValueError(f"'{a.source}' is {one.dim}-d, '{b.source}' is {two.dim}-d; use the same extractor for both.")
+    for what in ("preset", "extractor"):
+        pair = getattr(a, what), getattr(b, what)
+        if all(pair) and pair[0] != pair[1]:
+            text = f"'{a.source}' was made with {what} {pair[0]}, '{b.source}' with {pair[1]}; FID would mix the two."
+            if not force:
+                raise ValueError(f"{text} Use the same for both, or pass --force.")
+            warnings.append(text)
+            break
+    inception = one.dim == 2048 and (a.extractor or b.extractor or "inception").startswith("inception")
+    names = [("fid" if inception else "fd", "features")]
+    names += [("sfid", "spatial")] * ("spatial" in a.statistics and "spatial" in b.statistics)
+    values, sides = {}, (Side(dict(a.statistics)), Side(dict(b.statistics)))
+    for name, _ in names:
+        values |= METRICS[name].compute(*sides, Options())
+    described = {"path": b.source, "sha256": b.sha256, "kind": b.kind, "num_images": b.num_images, "protocol": b.preset}
+    record = {
+        "label": "FID" if inception else "Frechet distance",
+        "num_samples": a.num_images,
+        "protocol": a.preset or b.preset,
+        "extractor": a.extractor or b.extractor,
+        "reference": described,
+        "labels": None,
+        "input": {"kind": a.kind, "path": a.source, "sha256": a.sha256},
+        "versions": versions(),
+        "warnings": warnings,
+    }
+    return Result(values, record)
 
 
-def _features(side: Images | Statistics, extractor: FeatureExtractor | None) -> tuple[str | None, int]:
-    """Name and width of the features that `side` has or will have."""
-    return (side.extractor, side.dim) if isinstance(side, Statistics) else (extractor.name, extractor.dim)
+def statistics(
+    images: Any, extractor: FeatureExtractor | None = None, *, num: int | None = None, **options: Any
+) -> Reference:
+    """The statistics of images, fit to be a reference.
+
+    Args:
+        images: As `Images` takes them.
+        extractor: The network; not given means Inception.
+        num: The first `num` images; not given means all.
+        options: Of `Evaluator`: preset, weights, device, batch_size, ...
+    """
+    images = images if isinstance(images, Images) else Images(images, num)
+    evaluator = Evaluator(None, extractor=extractor, metrics=(), groups=0, **options)
+    evaluator.feed(images)
+    made = evaluator.statistics()
+    return Reference(images.source, made.kind, made.statistics, made.num_images, None, made.extractor, made.preset)
+
+
+def too_few(what: str, found: int, num: int) -> str:
+    """The sentence for fewer samples than asked for."""
+    size = f"{found // 1000}K" if found >= 1000 else str(found)
+    wanted = f"{num // 1000}K" if num >= 1000 else str(num)
+    return (
+        f"only {found} of {num} samples in {what}. FID-{size} is not comparable with FID-{wanted}. Pass --allow-fewer."
+    )

@@ -1,39 +1,36 @@
 """Networks that turn images into the features which a distance compares."""
 
 import hashlib
-import os
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self
 
 import torch
-import torch.nn.functional as F
-from pytorch_fid import inception as blocks
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchvision.models import Inception3
 
+from fid.files import written_aside
 from fid.images import check_uint8
-
-WEIGHTS_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 
 
 class FeatureExtractor(Protocol):
-    """What statistics are made with: an `nn.Module` with these two attributes and this call.
+    """What images are looked at with: an `nn.Module` with these attributes and this call.
 
-    `name` holds a `fingerprint` of the weights, so that statistics of different networks are never compared; `dim` is
-    the width D of `features`. To compute the same numbers under autocast or TF32, decorate `forward` with
-    `@ieee_float32()`.
+    `name` holds a `fingerprint` of the weights, so that statistics of different networks are never compared. To compute
+    the same numbers under autocast or TF32, decorate `forward` with `@ieee_float32()`.
     """
 
     name: str
-    dim: int
+    label: str  # what its Frechet distance is called, as in a table
+    preset: str | None  # the protocol, if there are several for this network
+    metrics: tuple[str, ...]  # what is computed unless something else is asked for
+    dim: int  # width of `features`
+    dims: dict[str, int]  # width of each output, `features` among them
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) uint8 -> {"features": (B, D), ...}."""
+    def __call__(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
+        """Images uint8 (B, 3, H, W) -> {"features": (B, D), ...}; also a list of (3, H, W), if it resizes."""
 
 
 @contextmanager
@@ -88,6 +85,7 @@ class Classifier(nn.Module):
     """
 
     dim = 64
+    label, preset, metrics = "Frechet distance", None, ("fd",)
 
     def __init__(self, num_classes: int = 10, image_size: int = 28, accuracy: float | None = None) -> None:
         super().__init__()
@@ -109,6 +107,11 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.dim, num_classes)
 
     @property
+    def dims(self) -> dict[str, int]:
+        """Width of each output."""
+        return {"features": self.dim, "logits": self.num_classes}
+
+    @property
     def name(self) -> str:
         """`classifier-` and the fingerprint of the weights as they are now."""
         return f"classifier-{fingerprint(self)}"
@@ -124,7 +127,10 @@ class Classifier(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file whose metadata holds the arguments of the constructor."""
         metadata = {"num_classes": self.num_classes, "image_size": self.image_size, "accuracy": self.accuracy}
-        save_file(self.state_dict(), path, {key: str(value) for key, value in metadata.items() if value is not None})
+        with written_aside(path) as temporary:
+            save_file(
+                self.state_dict(), temporary, {k: str(value) for k, value in metadata.items() if value is not None}
+            )
 
     @classmethod
     def load(cls, path: str | Path | None) -> Self:
@@ -150,95 +156,3 @@ class Classifier(nn.Module):
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"'{path}' does not hold a classifier written by `Classifier.save`.") from error
         return classifier.eval()
-
-
-class Inception(nn.Module):
-    """The Inception-v3 of 2015 with which the FID is defined, its 2048 pooled features, as pytorch-fid computes them.
-
-    Images become x / 255, are resized to 299 x 299 (bilinear, half-pixel centres), then 2 x - 1. The network is always
-    in evaluation mode and its weights need no gradient.
-
-    Args:
-        weights: File of weights, with the keys of pytorch-fid and torch-fidelity. If not given: the file that
-            $FID_INCEPTION_WEIGHTS names, or else the cache of torch.hub, or else a download (95 MB).
-
-    Raises:
-        FileNotFoundError: None of these has them.
-        ValueError: The file holds something else.
-
-    Source: Heusel et al., arXiv:1706.08500; https://github.com/mseitzer/pytorch-fid.
-    """
-
-    dim = 2048
-
-    def __init__(self, weights: str | Path | None = None) -> None:
-        super().__init__()
-        path, state = _inception_weights(weights)
-        self.network = _inception_network()
-        try:
-            self.network.load_state_dict(state)
-        except (RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0].rstrip(":") + " (for a classifier add --extractor classifier)"
-            if isinstance(state, dict) and len(state.get("fc.weight", ())) == 1000:
-                reason = "it is torchvision's ImageNet network (1000 classes), the FID needs the graph of 2015 (1008)"
-            raise ValueError(f"'{path}' does not hold the FID's Inception: {reason}.") from error
-        self.network.fc = nn.Identity()  # leaves the pooled features as the output
-        self.requires_grad_(False).eval()
-
-    @property
-    def name(self) -> str:
-        """`inception-pytorch-fid-` (the protocol) and the fingerprint of the weights."""
-        return f"inception-pytorch-fid-{fingerprint(self)}"
-
-    @ieee_float32()
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) uint8 -> features (B, 2048)."""
-        check_uint8(images)
-        x = F.interpolate(images.float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
-        return {"features": self.network(2 * x - 1)}
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode, whatever module it is part of: with batch statistics the features mean nothing."""
-        return super().train(False)
-
-
-EXTRACTORS = {"inception": Inception, "classifier": Classifier.load}  # name -> made from a weights file or None
-
-
-def _inception_network() -> Inception3:
-    """Torchvision's Inception with the pooling of the graph of 2015, as `pytorch_fid.inception.fid_inception_v3`."""
-    network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-    network.Mixed_5b = blocks.FIDInceptionA(192, pool_features=32)
-    network.Mixed_5c = blocks.FIDInceptionA(256, pool_features=64)
-    network.Mixed_5d = blocks.FIDInceptionA(288, pool_features=64)
-    network.Mixed_6b = blocks.FIDInceptionC(768, channels_7x7=128)
-    network.Mixed_6c = blocks.FIDInceptionC(768, channels_7x7=160)
-    network.Mixed_6d = blocks.FIDInceptionC(768, channels_7x7=160)
-    network.Mixed_6e = blocks.FIDInceptionC(768, channels_7x7=192)
-    network.Mixed_7b = blocks.FIDInceptionE_1(1280)
-    network.Mixed_7c = blocks.FIDInceptionE_2(2048)
-    return network
-
-
-def _inception_weights(given: str | Path | None) -> tuple[Path, dict[str, Tensor]]:
-    """The file of weights that was found or downloaded, and its state dict."""
-    given = given or os.environ.get("FID_INCEPTION_WEIGHTS")
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    tried = [Path(given)] if given else [cache / name for name in WEIGHTS_FILES]
-    options = {"map_location": "cpu", "weights_only": True}
-    for path in tried:
-        if path.is_file():
-            try:
-                return path, torch.load(path, **options)
-            except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-                raise ValueError(f"'{path}' is not a PyTorch file of weights, or is cut short.") from error
-    try:
-        if given:
-            raise FileNotFoundError("no such file")
-        return tried[0], torch.hub.load_state_dict_from_url(blocks.FID_WEIGHTS_URL, check_hash=True, **options)
-    except (OSError, RuntimeError) as error:  # offline, or a download of another hash
-        raise FileNotFoundError(
-            f"the weights of the FID's Inception were not found ({error}); tried {', '.join(map(str, tried))}. Get "
-            f"{WEIGHTS_FILES[0]} (95 MB) from {blocks.FID_WEIGHTS_URL} where there is a network, "
-            "and name the file with --weights or $FID_INCEPTION_WEIGHTS."
-        ) from error

@@ -1,14 +1,14 @@
-"""Images as uint8, read in order from a folder, an .npz, an .npy or a tensor."""
+"""Images as uint8, read in order from a folder, a zip, an .npz, an .npy or a tensor; never as a whole."""
 
+import io
 import math
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from pathlib import Path
-from typing import IO
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -16,134 +16,364 @@ from PIL import Image
 from torch import Tensor
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
-MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of Pillow; in the others alpha, or more than 8 bits, would be lost
-CHUNK = 64  # image files decoded at once
+LOSSY = ("jpg", "jpeg", "webp")  # a webp may be lossless, which its name does not say
+MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of Pillow, with 8 bits and no alpha
+ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+AHEAD = 4  # batches whose files are decoded before they are asked for
 
 
 class Images:
     """The first `num` images of `source`, as often as they are asked for.
 
     Args:
-        source: A folder (searched recursively, sorted by path), an .npz with `arr_0` or an .npy of uint8
-            (N, H, W, 1 or 3), or a uint8 tensor (N, 3, H, W). Files are read as they are needed, never as a whole.
+        source: A folder (searched recursively, sorted by path) or a .zip of image files, an .npz with `arr_0` and
+            perhaps labels in `arr_1`, an .npy of uint8 (N, H, W, 1 or 3), or a uint8 tensor or array, (N, 3, H, W) or
+            (N, H, W, 3).
         num: How many; all of them if not given.
+        mixed_sizes: Take images of different sizes.
+        drop_alpha: Take images with transparency, and leave it out.
+        crop: Side of ADM's centre crop, which makes all sizes one; none if not given.
+
+    Attributes:
+        kind: `folder`, `zip`, `npz`, `npy` or `tensor`.
+        labels: (num,) int64, from `arr_1` or from sub-folders one level deep, numbered in order; None without them.
+        lossy: Whether files of a lossy format are among them.
 
     Raises:
         FileNotFoundError: There is no such path.
         ValueError: No images, not uint8, or fewer than `num`; while reading, a broken file or one of another size.
     """
 
-    def __init__(self, source: str | Path | Tensor, num: int | None = None) -> None:
-        self.source = "a tensor" if isinstance(source, Tensor) else str(source)
-        self._reader = _reader(source)
+    def __init__(
+        self,
+        source: str | Path | Tensor | np.ndarray,
+        num: int | None = None,
+        *,
+        mixed_sizes: bool = False,
+        drop_alpha: bool = False,
+        crop: int | None = None,
+    ) -> None:
+        if crop is not None and crop < 1:
+            raise ValueError(f"crop is {crop}; it must be at least 1 pixel.")
+        self.mixed_sizes, self.crop = mixed_sizes and crop is None, crop
+        self._reader = _reader(source, drop_alpha)
+        self.kind = self._reader.kind
+        self.source = "a tensor" if self.kind == "tensor" else str(source)
         self.num = len(self._reader) if num is None else num
         if not 0 < self.num <= len(self._reader):
             raise ValueError(f"cannot take {self.num} images of {self.source}, which holds {len(self._reader)}.")
+        labels = self._reader.labels
+        self.labels = None if labels is None else labels[: self.num]
+        self.lossy = any(name.suffix[1:].lower() in LOSSY for name in self._reader.names[: self.num])
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Tensors (B, 3, H, W), B = `batch_size` except for the last one, which may be smaller."""
-        images = islice(self._reader, self.num)
-        while batch := list(islice(images, batch_size)):
-            yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2).contiguous()
+    def batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor | list[Tensor]]]:
+        """Indices (B,) and images uint8 (B, 3, H, W), or a list of (3, H, W) where sizes are mixed.
+
+        Args:
+            batch_size: B, but for the last batch, which may be smaller.
+            rank: Of `world_size` processes this one gets every batch whose number is `rank` modulo `world_size`.
+            world_size: Number of processes.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        starts = range(0, self.num, batch_size)[rank::world_size]
+        index = [i for start in starts for i in range(start, min(start + batch_size, self.num))]
+        size, first = None, self._reader.name(0)
+        if not self.mixed_sizes:
+            size = next(self._read([0], 1)).shape
+        images = self._read(index, batch_size * AHEAD)
+        for start in starts:
+            chosen = range(start, min(start + batch_size, self.num))
+            batch = []
+            for i in chosen:
+                image = next(images)  # (H, W, 3)
+                if size is not None and image.shape != size:
+                    raise ValueError(
+                        f"images differ in size: {first} is {size[1]}x{size[0]}, {self._reader.name(i)} is "
+                        f"{image.shape[1]}x{image.shape[0]}. Pass --mixed-sizes to resize each one on its own."
+                    )
+                batch.append(torch.from_numpy(image).permute(2, 0, 1))
+            yield torch.tensor(chosen), batch if self.mixed_sizes else torch.stack(batch).contiguous()
+
+    def take(self, indices: Sequence[int]) -> list[Tensor]:
+        """The images (3, H, W) with these indices, in rising order."""
+        return [torch.from_numpy(image).permute(2, 0, 1) for image in self._read(list(indices), AHEAD * 16)]
+
+    def warnings(self) -> list[str]:
+        """What was seen of the files, a sentence each; complete once all images have been read."""
+        found = self._reader.warnings()
+        if self.lossy:
+            found.insert(0, f"images of '{self.source}' are in a lossy format, which moves every distance.")
+        return found
+
+    def _read(self, index: list[int], ahead: int) -> Iterator[np.ndarray]:
+        def read(i: int) -> np.ndarray:
+            image = self._reader.read(i)
+            return image if self.crop is None else centre_crop(image, self.crop)
+
+        if isinstance(self._reader, _Array | _Memory):  # nothing to decode
+            yield from map(read, index)
+            return
+        with ThreadPoolExecutor() as pool:
+            yield from _ahead(pool, read, index, ahead)
 
 
 def check_uint8(images: Tensor) -> None:
     """Refuses, with a ValueError that says what it is, anything but uint8 (B, 3, H, W)."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        span = f" in [{images.min():.4g}, {images.max():.4g}]" if images.numel() else ""
-        got = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}{span}"
-        raise ValueError(f"expected uint8 images (B, 3, H, W) in [0, 255]; got {got}.")
+    if images.dtype != torch.uint8:
+        span = f" in [{images.min():.2f}, {images.max():.2f}]" if images.numel() else ""
+        got = str(images.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"expected uint8 images in [0,255]; got {got}{span}. Convert with fid.quantize(x) (DiT rounding)."
+        )
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected uint8 images (B, 3, H, W); got {tuple(images.shape)}.")
 
 
-def _reader(source: str | Path | Tensor) -> "np.ndarray | _Folder | _Array":
-    """Something with a length that yields (H, W, 3) uint8 arrays of one size."""
-    if isinstance(source, Tensor):
-        check_uint8(source)
-        return source.permute(0, 2, 3, 1).cpu().numpy()
+def quantize(x: Tensor) -> Tensor:
+    """Images in [-1, 1] -> uint8 in [0, 255]: 127.5 x + 128, clamped, truncated, as the samples of DiT and SiT.
+
+    Raises:
+        ValueError: Not a floating type, or an entry that is not finite.
+    """
+    if not x.is_floating_point() or not x.isfinite().all():
+        raise ValueError(
+            f"expected finite floating-point images in [-1, 1]; got {x.dtype}, or NaN or infinite entries."
+        )
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """ADM's centre crop: (H, W, 3) uint8 -> (size, size, 3).
+
+    The image is halved by box filters while its shorter side is at least twice `size`, then brought to `size` by a
+    bicubic filter, then cropped.
+    """
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize(tuple(side // 2 for side in picture.size), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize(tuple(round(side * scale) for side in picture.size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(picture)
+    top, left = ((side - size) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + size, left : left + size].copy()
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int], ahead: int) -> Iterator[Any]:
+    """`map(work, items)`, with up to `ahead` results made before they are asked for."""
+    pending: deque[Future] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) >= ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def _reader(source: Any, drop_alpha: bool) -> "_Files | _Array | _Memory":
+    if isinstance(source, Tensor | np.ndarray):
+        return _Memory(torch.as_tensor(source))
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist.")
     if path.is_dir():
-        return _Folder(path)
+        return _Folder(path, drop_alpha)
+    if path.suffix.lower() == ".zip":
+        return _Zip(path, drop_alpha)
     if path.suffix.lower() in (".npz", ".npy"):
         return _Array(path)
-    raise ValueError(f"'{path}' is neither a folder of images nor an .npz or .npy file.")
+    raise ValueError(f"'{path}' is neither a folder or .zip of images nor an .npz or .npy file.")
 
 
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
-        self.files = sorted(file for file in files if file.suffix[1:].lower() in SUFFIXES)
-        if not self.files:
-            found = ", ".join(f"{n} *{suffix}" for suffix, n in Counter(file.suffix for file in files).most_common(5))
-            raise ValueError(
-                f"no images in '{path}' (looked for {', '.join(SUFFIXES)} in any letter case, recursively); "
-                f"found {found or 'no files'}."
-            )
+class _Memory:
+    """Images in memory."""
+
+    kind, names, labels = "tensor", (), None
+
+    def __init__(self, images: Tensor) -> None:
+        if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
+            images = images.permute(0, 3, 1, 2)
+        check_uint8(images)
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.images)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        first, size = self.files[0], _decode(self.files[0]).shape
-        with ThreadPoolExecutor() as pool:
-            for start in range(0, len(self.files), CHUNK):
-                files = self.files[start : start + CHUNK]
-                for file, image in zip(files, pool.map(_decode, files), strict=True):
-                    if image.shape != size:
-                        raise ValueError(
-                            f"images differ in size: '{first}' is {size[1]}x{size[0]}, '{file}' is "
-                            f"{image.shape[1]}x{image.shape[0]}; bring all to one size first."
-                        )
-                    yield image
+    def name(self, i: int) -> str:
+        return f"image {i}"
+
+    def read(self, i: int) -> np.ndarray:
+        return self.images[i].permute(1, 2, 0).cpu().numpy()
+
+    def warnings(self) -> list[str]:
+        return []
 
 
-def _decode(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            mode, pixels = image.mode, np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ValueError(f"'{file}' is not a readable image: {error}.") from error
-    if mode not in MODES:
-        raise ValueError(f"'{file}' has Pillow's mode {mode}; save it as 8-bit RGB or grey, without alpha.")
-    return pixels
+class _Files:
+    """Image files: their names in order, each opened by `open`."""
+
+    kind: str
+
+    def __init__(self, path: Path, drop_alpha: bool) -> None:
+        self.path, self.drop_alpha = path, drop_alpha
+        everything = self.listing()
+        self.names = [name for name in everything if name.suffix[1:].lower() in SUFFIXES]
+        self.grey: set[int] = set()
+        if not self.names:
+            suffixes = Counter(name.suffix for name in everything).most_common(5)
+            found = ", ".join(f"{n} *{suffix}" for suffix, n in suffixes)
+            hint = (
+                " Did you mean an .npz with arr_0?" if any(suffix in (".npy", ".npz") for suffix, _ in suffixes) else ""
+            )
+            raise ValueError(
+                f"no images in '{path}' (looked for {', '.join(SUFFIXES)} in any letter case, recursively); "
+                f"found {found or 'no files'}.{hint}"
+            )
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        parents = [name.parent for name in self.names]
+        if all(len(parent.parts) == 1 for parent in parents) and len(set(parents)) > 1:
+            return np.unique([parent.name for parent in parents], return_inverse=True)[1].astype(np.int64)
+        return None
+
+    def listing(self) -> list[PurePosixPath]:
+        """All files, as paths inside `path`, in order; without hidden ones."""
+        raise NotImplementedError
+
+    def open(self, name: PurePosixPath) -> IO[bytes]:
+        """A file."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        return f"'{self.path / self.names[i]}'"
+
+    def read(self, i: int) -> np.ndarray:
+        try:
+            with self.open(self.names[i]) as file, Image.open(file) as image:
+                mode, pixels = image.mode, np.array(image.convert("RGB"))
+                alpha = mode in ALPHA or "transparency" in image.info
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{self.name(i)} disappeared while '{self.path}' was read; nothing may change it."
+            ) from error
+        except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # Pillow's, zip's
+            raise ValueError(f"{self.name(i)} is not a readable image: {error}.") from error
+        if alpha and not self.drop_alpha:
+            raise ValueError(f"{self.name(i)} has mode {mode}; convert to RGB first or pass --drop-alpha.")
+        if mode not in (*MODES, *ALPHA):
+            raise ValueError(f"{self.name(i)} has mode {mode}; convert it to 8-bit RGB or grey first.")
+        if mode in ("1", "L", "LA"):
+            self.grey.add(i)
+        return pixels
+
+    def warnings(self) -> list[str]:
+        """What changed while it was read, and what is grey."""
+        found = [f"{len(self.grey)} images of '{self.path}' are grey; they were taken as RGB."] if self.grey else []
+        now = {name for name in self.listing() if name.suffix[1:].lower() in SUFFIXES}
+        added, removed = len(now - set(self.names)), len(set(self.names) - now)
+        if added or removed:
+            found.append(f"'{self.path}' changed while it was read: {added} images came and {removed} went.")
+        return found
+
+
+class _Folder(_Files):
+    kind = "folder"
+
+    def listing(self) -> list[PurePosixPath]:
+        files = (file for file in self.path.rglob("*") if not file.name.startswith(".") and file.is_file())
+        return sorted(PurePosixPath(file.relative_to(self.path).as_posix()) for file in files)
+
+    def open(self, name: PurePosixPath) -> IO[bytes]:
+        return (self.path / name).open("rb")
+
+
+class _Zip(_Files):
+    kind = "zip"
+
+    def __init__(self, path: Path, drop_alpha: bool) -> None:
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"'{path}' is not a .zip file, or is cut short.") from error
+        super().__init__(path, drop_alpha)
+
+    def listing(self) -> list[PurePosixPath]:
+        names = (PurePosixPath(name) for name in self.archive.namelist() if not name.endswith("/"))
+        return sorted(name for name in names if not name.name.startswith(".") and "__MACOSX" not in name.parts)
+
+    def open(self, name: PurePosixPath) -> IO[bytes]:
+        return io.BytesIO(self.archive.read(str(name)))  # one lock inside; the decoding runs in threads
 
 
 class _Array:
-    """Reads the .npy format row after row: inside an .npz it cannot be memory-mapped, and may not fit into memory."""
+    """Reads the .npy format row by row: inside an .npz it cannot be memory-mapped, and may not fit into memory."""
+
+    names = ()
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.kind = path, path.suffix.lower()[1:]
+        self.file: IO[bytes] | None = None
         with self._open() as file:
             self.shape, fortran_order, dtype = self._header(file)
+            self.start = file.tell()
             if dtype == np.uint8 and len(self.shape) == 4 and self.shape[3] in (1, 3) and not fortran_order:
                 return
             got = f"{dtype} {self.shape}{' in Fortran order' if fortran_order else ''}"
+            hint = ""
             if dtype.kind == "f" and math.prod(self.shape):
                 first = np.frombuffer(file.read(math.prod(self.shape[1:]) * dtype.itemsize), dtype)
-                got += f", the first in [{first.min():.4g}, {first.max():.4g}]"
-        raise ValueError(f"expected uint8 images (N, H, W, 3) in [0, 255] in '{path}'; got {got}.")
+                got += f", the first in [{first.min():.2f}, {first.max():.2f}]"
+                hint = " Convert with fid.quantize(x) (DiT rounding)."
+            elif len(self.shape) == 4 and self.shape[1] in (1, 3):
+                hint = " The channels come last: transpose it with array.transpose(0, 2, 3, 1)."
+        raise ValueError(f"expected uint8 images (N, H, W, 3) in [0,255] in '{path}'; got {got}.{hint}")
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        if self.kind == "npz":
+            with np.load(self.path, allow_pickle=False) as archive:
+                if "arr_1" in archive.files:
+                    labels = archive["arr_1"]
+                    if labels.shape == self.shape[:1] and labels.dtype.kind in "iu":
+                        return labels.astype(np.int64)
+        return None
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def name(self, i: int) -> str:
+        return f"image {i} of '{self.path}'"
+
+    def read(self, i: int) -> np.ndarray:
+        if self.file is None:
+            self.file = self._open()
         height, width, channels = self.shape[1:]
-        with self._open() as file:
-            self._header(file)
-            for index in range(len(self)):
-                try:
-                    image = np.frombuffer(file.read(height * width * channels), np.uint8)
-                    image = image.reshape(height, width, channels)
-                except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-                    raise ValueError(f"'{self.path}' is damaged at image {index} of {len(self)}.") from error
-                yield np.broadcast_to(image, (height, width, 3))
+        size = height * width * channels
+        try:
+            self.file.seek(self.start + i * size)  # a compressed file is read forward to there
+            image = np.frombuffer(self.file.read(size), np.uint8).reshape(height, width, channels)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"'{self.path}' is damaged at image {i} of {len(self)}.") from error
+        return np.repeat(image, 3, axis=2) if channels == 1 else image.copy()
+
+    def warnings(self) -> list[str]:
+        return [f"images of '{self.path}' are grey; they were taken as RGB."] if self.shape[3] == 1 else []
 
     def _open(self) -> IO[bytes]:
-        if self.path.suffix.lower() == ".npy":
+        if self.kind == "npy":
             return self.path.open("rb")
         if not zipfile.is_zipfile(self.path):
-            raise ValueError(f"'{self.path}' is not an .npz file.")
+            raise ValueError(f"'{self.path}' is not an .npz file, or is cut short.")
         with zipfile.ZipFile(self.path) as archive:  # the file below stays open until the member is closed
             if "arr_0.npy" not in archive.namelist():
                 found = sorted(name.removesuffix(".npy") for name in archive.namelist())

@@ -25,3 +25,22 @@ def as_in_a_new_process():
     GradientState._reset_state()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file of random weights of the FID's Inception, whose features are as large and as varied as the real one's."""
+    from fid.inception import inception_network
+
+    torch.manual_seed(0)
+    network = inception_network()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):  # keeps the signal alive through 90 layers
+            torch.nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # a plain average
+    with torch.no_grad():
+        network.train()(torch.rand(16, 3, 75, 75) * 2 - 1)  # statistics of batch normalisation that fit the weights
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path

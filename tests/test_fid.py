@@ -1,23 +1,20 @@
-"""The evaluator against closed forms, numpy, and pytorch-fid; every kind of input, and every sentence."""
+"""Distances and moments against closed forms and numpy, the evaluator and its record, the command line."""
 
 import json
+import os
 import subprocess
 import sys
-import urllib.error
 
 import numpy as np
 import pytest
-import pytorch_fid.inception
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 import fid
-from fid import features
 from fid.__main__ import main
-from fid.features import WEIGHTS_FILES, fingerprint, ieee_float32
-from fid.images import SUFFIXES
+from fid.frechet import factor, frechet_terms, jackknife, noise_floor
+from fid.moments import splitmix64
 
 torch.set_num_threads(1)
 
@@ -40,24 +37,40 @@ def write_pngs(folder, images):
     return folder
 
 
-def read_all(source, num=None, batch_size=4):
-    return torch.cat(list(fid.Images(source, num).batches(batch_size))).permute(0, 2, 3, 1).numpy()
+class Mean(nn.Module):
+    """An extractor whose features are known: the mean colour, and the colour of the first pixel."""
+
+    name, label, preset, metrics, dim = "mean-00000000", "Frechet distance", None, ("fd",), 6
+
+    def __init__(self):
+        super().__init__()
+        self.dims = {"features": 6, "logits": 3}
+        self.weight = nn.Parameter(torch.ones(1))
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append((len(images), self.training, torch.is_grad_enabled()))
+        x = images.float() / 255
+        return {
+            "features": torch.cat([x.mean((2, 3)), x[:, :, 0, 0]], dim=1) * self.weight,
+            "logits": 9 * x[:, :, 1, 1],
+        }
+
+
+def features_of(images):
+    with torch.no_grad():
+        return Mean()(torch.from_numpy(images).permute(0, 3, 1, 2))["features"].double().numpy()
 
 
 @pytest.fixture(scope="module")
-def classifier():
+def files(tmp_path_factory):
+    """A classifier's weights, two folders of 100 and 70 images, and the first one's statistics made by the command line."""
+    root = tmp_path_factory.mktemp("fid")
     torch.manual_seed(0)
     classifier = fid.Classifier(num_classes=10, image_size=16)
     with torch.no_grad():
         classifier(torch.from_numpy(random_images(64)).permute(0, 3, 1, 2))  # batch statistics that are not 0 and 1
-    return classifier.eval()
-
-
-@pytest.fixture(scope="module")
-def files(classifier, tmp_path_factory):
-    """Weights, two folders of 100 and 70 images, and the first one's statistics made by the command line."""
-    root = tmp_path_factory.mktemp("fid")
-    classifier.save(root / "judge.safetensors")
+    classifier.eval().save(root / "judge.safetensors")
     write_pngs(root / "a", random_images(100, seed=1))
     write_pngs(root / "b", random_images(70, seed=2) // 2)
     main(["stats", str(root / "a"), "--out", str(root / "a.npz"), *judge(root)])
@@ -154,468 +167,463 @@ def test_moments_refuse():
         _ = moments.cov
     with pytest.raises(ValueError, match=r"shape \(2, 4\); expected \(B, 3\)"):
         moments.update(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="image 2 are not finite"):
+    with pytest.raises(ValueError, match="sample index 2"):
         moments.update(torch.tensor([[0, 0, 0], [0, torch.inf, 0]]))
 
 
-def test_statistics_round_trip(tmp_path):
-    mean, cov, _ = gaussian(5, 20)
-    fid.Statistics(mean, cov, 20, "judge-12345678").save(tmp_path / "x.npz")
-    found = fid.load_statistics(tmp_path / "x.npz")
-    assert np.array_equal(found.mean, mean)
-    assert np.array_equal(found.cov, cov)
-    assert (found.num, found.extractor, found.dim) == (20, "judge-12345678", 5)
-    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]  # nothing temporary is left
-
-    np.savez(tmp_path / "foreign.npz", mu=mean, sigma=cov)
-    foreign = fid.load_statistics(tmp_path / "foreign.npz")
-    assert (foreign.num, foreign.extractor) == (None, None)
-
-
-def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
-    statistics = fid.Statistics(np.zeros(1), np.eye(1), 2)
-    statistics.save(tmp_path / "x.npz")
-    before = (tmp_path / "x.npz").read_bytes()
-
-    def fail(file, **arrays):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(KeyboardInterrupt):
-        statistics.save(tmp_path / "x.npz")
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
+@pytest.mark.parametrize("groups", [1, 10])
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_groups_states_and_order_change_nothing(groups, offset):
+    x = gaussian(8, 1500)[2] + offset
+    order = np.random.default_rng(3).permutation(1500)
+    parts = [fid.Moments(8, groups), fid.Moments(8, groups)]
+    for k, chosen in enumerate(np.array_split(order, 13)):
+        parts[k % 2].update(torch.from_numpy(x[chosen]), torch.from_numpy(chosen))
+    whole = fid.Moments(8, groups)
+    for part in parts:
+        whole.load_state_dict(part.state_dict())
+    cov = np.cov(x, rowvar=False)
+    assert np.abs(whole.mean - x.mean(0)).max() <= 1e-12 * np.abs(x).max()
+    assert np.abs(whole.cov - cov).max() <= 1e-12 * np.abs(cov).max()
+    group = splitmix64(np.arange(1500)) % np.uint64(groups)
+    for k, left in enumerate(whole.leave_one_out()):
+        rest = x[group != k]
+        assert left.num == len(rest)
+        np.testing.assert_allclose(left.cov, np.cov(rest, rowvar=False), rtol=1e-9, atol=1e-11)
+    assert groups == 1 or k == 9
 
 
-@pytest.mark.parametrize(
-    ("arrays", "sentence"),
-    [
-        ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "holds images: run `python -m fid stats`"),
-        ({"mu": np.zeros(2)}, r"no mu and sigma, but \['mu'\]"),
-        ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"a mean \(2,\) and a covariance \(3, 3\)"),
-        ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.inf)}, "NaN or infinite"),
-        ({"mu": np.zeros(2), "sigma": np.array([[1, 1], [0, 1]])}, "not symmetric"),
-        ({"mu": np.array([None]), "sigma": np.eye(1)}, "cannot be read"),
-    ],
-)
-def test_load_statistics_refuses(arrays, sentence, tmp_path):
-    np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(ValueError, match=sentence):
-        fid.load_statistics(tmp_path / "x.npz")
+def test_splitmix64_is_the_published_generator():
+    assert int(splitmix64(np.array([0]))[0]) == 0xE220A8397B1DCDAF  # its first output from seed 0
+    counts = np.bincount((splitmix64(np.arange(50_000)) % np.uint64(10)).astype(int))
+    assert np.abs(counts - 5000).max() < 4 * np.sqrt(4500)
+    classes = [
+        len(set((np.arange(50_000) % 1000)[splitmix64(np.arange(50_000)) % np.uint64(10) == k])) for k in range(10)
+    ]
+    assert min(classes) > 950  # a group holds almost all of 1000 classes in turn
 
 
-def test_load_statistics_refuses_what_is_no_npz(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"x\.npz' do not exist"):
-        fid.load_statistics(tmp_path / "x.npz")
-    (tmp_path / "x.npz").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"x\.npz' is not an \.npz"):
-        fid.load_statistics(tmp_path / "x.npz")
+TWO_PROCESSES = """
+import sys, numpy as np, torch, torch.distributed as dist, fid
+from fid.collective import all_gather
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+x = np.load(sys.argv[1])
+moments = fid.Moments(x.shape[1], groups=10)
+for k in range(rank * 7, len(x), 14):  # batches of 7 in turn; the last one is short
+    moments.update(torch.from_numpy(x[k : k + 7]), torch.arange(k, min(k + 7, len(x))))
+empty = fid.Moments(x.shape[1])
+if rank == 1:
+    empty.update(torch.from_numpy(x))
+moments.all_reduce()
+empty.all_reduce()
+first = next(moments.leave_one_out()).cov
+found = {"mean": moments.mean, "cov": moments.cov, "num": moments.num, "first": first, "alone": empty.cov}
+np.savez(f"{sys.argv[2]}/{rank}.npz", **found)
+dist.destroy_process_group()
+"""
 
 
-# Images
+def test_two_processes_have_the_moments_of_one(tmp_path):
+    x = gaussian(16, 1201)[2] + 100
+    np.save(tmp_path / "x.npy", x)
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    arguments = [str(tmp_path / "script.py"), str(tmp_path / "x.npy"), str(tmp_path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    cov = np.cov(x, rowvar=False)
+    one = fid.Moments(16, groups=10)
+    one.update(torch.from_numpy(x))
+    for rank in range(2):
+        found = np.load(tmp_path / f"{rank}.npz")
+        assert found["num"] == 1201
+        assert np.abs(found["mean"] - x.mean(0)).max() <= 1e-12 * np.abs(x).max()
+        for name in ("cov", "alone"):
+            assert np.abs(found[name] - cov).max() <= 1e-12 * np.abs(cov).max()
+        np.testing.assert_allclose(found["first"], next(one.leave_one_out()).cov, rtol=1e-10)
 
 
-def test_every_input_holds_the_same_images(tmp_path):
-    images = random_images(10)
-    np.save(tmp_path / "x.npy", images)
-    np.savez(tmp_path / "x.npz", images, np.arange(10))
-    np.savez_compressed(tmp_path / "y.npz", images)
-    write_pngs(tmp_path / "folder" / "b", images[5:])
-    write_pngs(tmp_path / "folder" / "a", images[:5])
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
-    for source in (tmp_path / "x.npy", tmp_path / "x.npz", str(tmp_path / "y.npz"), tmp_path / "folder", tensor):
-        assert np.array_equal(read_all(source), images)
-        assert np.array_equal(read_all(source, num=7), images[:7])
-    assert [len(batch) for batch in fid.Images(tensor).batches(4)] == [4, 4, 2]
+def test_moments_states_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"\(1, 3, 3\) \(groups, D, D\) does not fit into \(1, 4, 4\)"):
+        fid.Moments(4).load_state_dict(fid.Moments(3).state_dict())
 
 
-@pytest.mark.parametrize("suffix", [*SUFFIXES, "PNG", "JPEG"])
-def test_every_suffix_in_any_letter_case(suffix, tmp_path):
-    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / f"x.{suffix}")
-    (tmp_path / "notes.txt").touch()
-    (tmp_path / "._x.png").touch()  # what some archives leave behind
-    assert np.abs(read_all(tmp_path).astype(int) - 200).max() <= 2
+# Error bars
 
 
-def test_grey_is_read_as_rgb(tmp_path):
-    grey = random_images(3)[..., :1]
-    np.savez(tmp_path / "x.npz", grey)
-    write_pngs(tmp_path / "folder", grey[..., 0])
-    for source in (tmp_path / "x.npz", tmp_path / "folder"):
-        assert np.array_equal(read_all(source), grey.repeat(3, axis=3))
+def test_noise_floor_and_jackknife_against_simulation():
+    """Perfect samples of a Gaussian: the floor is their mean distance, the jackknife their spread and their bias."""
+    rng = np.random.default_rng(0)
+    dim, num, shift = 24, 2000, 0.4
+    scales = np.arange(1, dim + 1) ** -0.4
+    H, mean = np.diag(scales), np.zeros(dim)
+    values, errors, limits, floors = [], [], [], []
+    for _ in range(40):
+        x = rng.normal(size=(num, dim)) * scales
+        moments = fid.Moments(dim, groups=10)
+        moments.update(torch.from_numpy(x))
+        floors.append(sum(frechet_terms(mean, H, moments.mean, moments.cov)))
+        moments = fid.Moments(dim, groups=10)
+        moments.update(torch.from_numpy(1.3 * x + shift))
+        value = sum(frechet_terms(mean, H, moments.mean, moments.cov))
+        error, limit = jackknife(value, [sum(frechet_terms(mean, H, s.mean, s.cov)) for s in moments.leave_one_out()])
+        values.append(value), errors.append(error), limits.append(limit)
+    assert np.mean(floors) == pytest.approx(noise_floor(H, num), rel=0.06)
+    assert np.mean(errors) == pytest.approx(np.std(values, ddof=1), rel=0.25)
+    true = dim * shift**2 + 0.3**2 * np.square(scales).sum()
+    assert abs(np.mean(limits) - true) < 3 * np.std(limits) / np.sqrt(40)  # no bias is left ...
+    assert np.mean(values) - true > 3 * np.std(values) / np.sqrt(40)  # ... where there was one
 
 
-@pytest.mark.parametrize("num", [0, -1, 4])
-def test_num_out_of_range(num):
-    with pytest.raises(ValueError, match=f"cannot take {num} images of a tensor, which holds 3"):
-        fid.Images(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), num)
+def test_noise_floor_of_a_singular_covariance():
+    assert noise_floor(np.diag([2.0, 0.0]), 10) == pytest.approx((1.25 * 4 + 0.5 * 2) / 10)
+    w = np.array([1.0, 3.0])
+    pairs = sum(a * b / (a + b) for a in w for b in w)
+    assert noise_floor(factor(np.diag(w)), 100) == pytest.approx((1.25 * 4 + 0.5 * pairs) / 100)
 
 
-def test_folders_that_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
-        fid.Images(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="found no files"):
-        fid.Images(tmp_path)
-    np.save(tmp_path / "x.npy", 0)
-    with pytest.raises(ValueError, match=r"looked for png, .*any letter case, recursively\); found 1 \*\.npy"):
-        fid.Images(tmp_path)
-    (tmp_path / "x.txt").touch()
-    with pytest.raises(ValueError, match="neither a folder of images nor"):
-        fid.Images(tmp_path / "x.txt")
+# The evaluator
 
 
-def test_image_files_that_are_refused(tmp_path):
-    folder = write_pngs(tmp_path / "sizes", random_images(2))
-    Image.new("RGB", (8, 12)).save(folder / "odd.png")
-    with pytest.raises(ValueError, match=r"0000\.png' is 16x16, '.*odd\.png' is 8x12"):
-        read_all(folder)
-
-    folder = write_pngs(tmp_path / "damaged", random_images(2))
-    whole = (folder / "0001.png").read_bytes()
-    (folder / "0001.png").write_bytes(whole[:200])
-    with pytest.raises(ValueError, match=r"0001\.png' is not a readable image"):
-        read_all(folder)
-    (folder / "0001.png").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"0001\.png' is not a readable image"):
-        read_all(folder)
-
-    (tmp_path / "alpha").mkdir()
-    Image.new("RGBA", (8, 8)).save(tmp_path / "alpha" / "x.png")
-    with pytest.raises(ValueError, match=r"x\.png' has Pillow's mode RGBA"):
-        read_all(tmp_path / "alpha")
-
-
-@pytest.mark.parametrize(
-    ("array", "sentence"),
-    [
-        (np.linspace(-1, 1, 192, dtype=np.float32).reshape(1, 8, 8, 3), r"got float32 .*in \[-1, 1\]"),
-        (np.zeros((2, 8, 8, 3), np.int64), "got int64"),
-        (np.zeros((2, 3, 8, 8), np.uint8), r"got uint8 \(2, 3, 8, 8\)"),
-        (np.asfortranarray(np.zeros((2, 8, 8, 3), np.uint8)), "Fortran order"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "which holds 0"),
-        (np.array([None]), "got object"),
-    ],
-)
-def test_arrays_that_are_refused(array, sentence, tmp_path):
-    np.save(tmp_path / "x.npy", array)
-    np.savez(tmp_path / "x.npz", array)
-    for name in ("x.npy", "x.npz"):
-        with pytest.raises(ValueError, match=sentence):
-            fid.Images(tmp_path / name)
-
-
-def test_array_files_that_are_refused(tmp_path):
-    np.save(tmp_path / "x.npy", random_images(4))
-    whole = (tmp_path / "x.npy").read_bytes()
-    (tmp_path / "x.npy").write_bytes(whole[:-800])
-    with pytest.raises(ValueError, match=r"x\.npy' is damaged at image 2 of 4"):
-        read_all(tmp_path / "x.npy")
-    np.savez(tmp_path / "x.npz", random_images(40))  # longer than what a zip reads ahead with the header
-    whole = bytearray((tmp_path / "x.npz").read_bytes())
-    whole[20_000] ^= 255
-    (tmp_path / "x.npz").write_bytes(whole)
-    with pytest.raises(ValueError, match=r"x\.npz' is damaged"):
-        read_all(tmp_path / "x.npz")
-    for name in ("x.npy", "x.npz"):
-        (tmp_path / name).write_bytes(b"nonsense")
-        with pytest.raises(ValueError, match="is not"):
-            fid.Images(tmp_path / name)
-    np.savez(tmp_path / "x.npz", images=random_images(4))
-    with pytest.raises(ValueError, match=r"no arr_0, .* but \['images'\]"):
-        fid.Images(tmp_path / "x.npz")
-
-
-def test_a_tensor_must_be_uint8():
-    with pytest.raises(ValueError, match=r"expected uint8 .*got float32 \(2, 3, 8, 8\) in \[-1, 1\]"):
-        fid.Images(torch.stack([torch.ones(3, 8, 8), -torch.ones(3, 8, 8)]))
-
-
-# Extractors
-
-
-@pytest.mark.parametrize(("built_for", "given"), [(8, 8), (15, 15), (28, 28), (32, 32), (28, 8), (28, 40)])
-def test_classifier_takes_any_size(built_for, given):
-    classifier = fid.Classifier(num_classes=7, image_size=built_for)
-    out = classifier(torch.from_numpy(random_images(3, given)).permute(0, 3, 1, 2))
-    assert out["features"].shape == (3, classifier.dim)
-    assert out["logits"].shape == (3, 7)
-    out["logits"].sum().backward()  # it can be trained
-    assert all(parameter.grad is not None for parameter in classifier.parameters())
-
-
-def test_classifier_round_trip(classifier, tmp_path):
-    images = torch.from_numpy(random_images(5)).permute(0, 3, 1, 2)
-    classifier.save(tmp_path / "x.safetensors")
-    found = fid.EXTRACTORS["classifier"](tmp_path / "x.safetensors")
-    assert (found.num_classes, found.image_size, found.accuracy) == (10, 16, None)
-    assert found.name == classifier.name
-    assert torch.equal(found(images)["features"], classifier(images)["features"])
-    found.accuracy = 0.97
-    found.save(tmp_path / "x.safetensors")
-    assert fid.Classifier.load(tmp_path / "x.safetensors").accuracy == 0.97
+def test_evaluator_against_numpy(tmp_path):
+    mine, real = random_images(300, seed=1), random_images(200, seed=2) // 2
+    x, y = features_of(mine), features_of(real)
+    moments = (y.mean(0), np.cov(y, rowvar=False), x.mean(0), np.cov(x, rowvar=False))
+    ev = fid.Evaluator(torch.from_numpy(real), extractor=Mean(), metrics=("fd", "pr", "kid", "dc", "mind", "is"))
+    for chosen in np.array_split(np.random.default_rng(0).permutation(300), 7):  # in any order
+        ev.update(torch.from_numpy(mine[chosen]), chosen)
+    result = ev.compute(300, step=12)
+    assert result.fd == pytest.approx(fid.frechet_distance(*moments), rel=1e-8)
+    assert result.fd_mean_term == pytest.approx(np.square(x.mean(0) - y.mean(0)).sum(), rel=1e-6)
+    assert result.fd_mean_term + result.fd_cov_term == pytest.approx(result.fd)
+    rows_x, rows_y = torch.from_numpy(x), torch.from_numpy(y)
+    assert (result.precision, result.recall) == fid.scores.precision_recall(rows_y, rows_x, arithmetic="adm-fp16")
+    assert result.mind == pytest.approx(fid.scores.mind(rows_y, rows_x), rel=1e-5)
     with torch.no_grad():
-        found.head.bias += 1
-    assert found.name != classifier.name
+        logits = Mean()(torch.from_numpy(mine).permute(0, 3, 1, 2))["logits"]
+    assert result.inception_score == pytest.approx(fid.scores.inception_score(logits)[0], rel=1e-6)
+    assert (result.record["step"], result.record["num_samples"]) == (12, 300)
+    result.to_json(tmp_path / "x.json")
+    again = fid.Result.from_json(tmp_path / "x.json")
+    assert again.to_dict() == json.loads((tmp_path / "x.json").read_text()) == result.to_dict()
+    with pytest.raises(AttributeError, match="no 'sfid'; it has fd"):
+        _ = result.sfid
 
 
-def test_classifier_refuses(classifier, tmp_path):
-    path = tmp_path / "x.safetensors"
-    with pytest.raises(FileNotFoundError, match="no published weights"):
-        fid.Classifier.load(None)
-    with pytest.raises(FileNotFoundError, match=r"x\.safetensors' do not exist"):
-        fid.Classifier.load(path)
-    classifier.save(path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cut short"):
-        fid.Classifier.load(path)
-    for metadata in (None, {"num_classes": "10", "image_size": "16"}):
-        save_file({"weight": torch.zeros(1)}, path, metadata)
-        with pytest.raises(ValueError, match="does not hold a classifier"):
-            fid.Classifier.load(path)
-    with pytest.raises(ValueError, match="image_size is 7"):
-        fid.Classifier(image_size=7)
-    with pytest.raises(ValueError, match="expected uint8"):
-        classifier(torch.zeros(1, 3, 16, 16))
+def test_the_same_images_have_distance_zero():
+    images = torch.from_numpy(random_images(400))
+    assert fid.evaluate(images, images, Mean()).fd < 1e-12
 
 
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    """Our Inception and pytorch-fid's, with the same random weights, and the file that holds them."""
-    torch.manual_seed(0)
-    network = features._inception_network()
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):  # keeps the signal alive through 90 layers
-            nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
-    path = tmp_path_factory.mktemp("inception") / WEIGHTS_FILES[0]
-    torch.save(network.state_dict(), path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: network.state_dict())
-        theirs = pytorch_fid.inception.InceptionV3([3]).eval()
-    return fid.Inception(path), theirs, path
+def test_resumed_it_gives_what_one_go_gives():
+    mine, real = torch.from_numpy(random_images(90, seed=1)), torch.from_numpy(random_images(80, seed=2))
+    options = {"extractor": Mean(), "metrics": ("fd", "pr", "is"), "batch_size": 8}
+    one = fid.Evaluator(real, **options).update(mine).compute()
+    states = [fid.Evaluator(real, **options).update(mine[:50], range(50)).state_dict()]
+    states.append(fid.Evaluator(real, **options).update(mine[50:85], range(50, 85)).state_dict())
+    ev = fid.Evaluator(real, **options)
+    for state in reversed(states):
+        ev.load_state_dict(state)
+    assert ev.seen == set(range(85))
+    found = ev.update(mine[85:], range(85, 90)).compute()
+    assert found.values.pop("pr") == one.values.pop("pr")
+    assert found.values == pytest.approx(one.values, rel=1e-11)
+    with pytest.raises(ValueError, match="images that are here already"):
+        ev.load_state_dict(states[0])
+    with pytest.raises(ValueError, match="other metrics"):
+        fid.Evaluator(real, extractor=Mean()).load_state_dict(states[0])
 
 
-def test_inception_equals_pytorch_fid(inception):
-    ours, theirs, _ = inception
-    images = torch.from_numpy(random_images(2, 75)).permute(0, 3, 1, 2)
-    ours.train()  # has no effect
-    with torch.no_grad():
-        expected = theirs(images / 255)[0].flatten(1)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = ours(images)["features"]
-    assert found.shape == (2, ours.dim)
-    assert found.dtype == torch.float32
-    assert (expected[0] - expected[1]).norm() > 1e-3 * expected.norm()
-    assert (found - expected).norm() <= 1e-6 * expected.norm()
-    assert ours.name.startswith("inception-pytorch-fid-")
-
-
-def test_inception_finds_its_weights(inception, tmp_path, monkeypatch):
-    state = {"fc.weight": torch.zeros(1000, 1)}  # torchvision's classes tell it apart from the one wanted
-    found = []
-    monkeypatch.setattr(features.torch, "load", lambda path, **_: found.append(path) or state)
-    monkeypatch.setattr(features.torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
-    (tmp_path / "checkpoints").mkdir()
-    for name in reversed(WEIGHTS_FILES):
-        (tmp_path / "checkpoints" / name).touch()
-        assert features._inception_weights(None)[0].name == name
-    monkeypatch.setenv("FID_INCEPTION_WEIGHTS", str(inception[2]))
-    assert features._inception_weights(None)[0] == inception[2]
-    assert features._inception_weights(tmp_path / "checkpoints" / WEIGHTS_FILES[1])[0].name == WEIGHTS_FILES[1]
-    with pytest.raises(ValueError, match="torchvision's ImageNet network"):
-        fid.Inception()
-
-
-def test_inception_refuses(tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(FileNotFoundError, match=rf"no route.*{WEIGHTS_FILES[0]}, .*{WEIGHTS_FILES[1]}\. Get pt_"):
-        fid.Inception()
-    with pytest.raises(FileNotFoundError, match=r"no such file\); tried .*x\.pth\. Get"):
-        fid.Inception(tmp_path / "x.pth")
-    (tmp_path / "x.pth").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"x\.pth' is not a PyTorch file"):
-        fid.Inception(tmp_path / "x.pth")
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "x.pth")
-    with pytest.raises(ValueError, match=r"x\.pth' does not hold the FID's Inception"):
-        fid.Inception(tmp_path / "x.pth")
-
-
-def test_the_fingerprint_is_of_what_matters():
-    a, b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    b.num_batches_tracked += 1
-    assert fingerprint(a) == fingerprint(b)
-    b.running_mean += 1
-    assert fingerprint(a) != fingerprint(b)
-
-
-def test_ieee_float32_puts_back_what_was_set(monkeypatch):
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    monkeypatch.setattr(cudnn, "benchmark", True)
-    before = cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            with ieee_float32():
-                assert not torch.is_autocast_enabled("cpu")
-                assert not cudnn.benchmark
-                if hasattr(cudnn, "conv"):
-                    assert cudnn.conv.fp32_precision == matmul.fp32_precision == "ieee"
-            assert torch.is_autocast_enabled("cpu")
-        assert cudnn.benchmark
-        assert matmul.allow_tf32
-        assert cudnn.allow_tf32 == before
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
-# From images to a distance
-
-
-def test_statistics_do_not_depend_on_the_batch_size(classifier):
-    images = torch.from_numpy(random_images(100)).permute(0, 3, 1, 2)
-    with torch.no_grad():
-        expected = classifier(images)["features"].double().numpy()
-    for batch_size in (1, 32, 128):
-        found = fid.statistics(images, classifier, batch_size)
-        np.testing.assert_allclose(found.mean, expected.mean(0), rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(found.cov, np.cov(expected, rowvar=False), rtol=1e-6, atol=1e-6)
-    assert (found.num, found.extractor) == (100, classifier.name)
-
-
-def test_every_batch_is_full_and_the_mode_comes_back(classifier):
-    class Spy(nn.Module):
-        dim, name = 3, "spy-0"
-
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3))
-            self.seen = []
-
-        def forward(self, images):
-            self.seen.append((len(images), self.training, torch.is_grad_enabled()))
-            return {"features": images.float().mean((2, 3)) * self.weight}
-
-    spy = Spy()
-    images = torch.from_numpy(random_images(10)).permute(0, 3, 1, 2)
+def test_every_batch_is_full_and_in_evaluation_mode():
+    spy = Mean()
+    images = torch.from_numpy(random_images(10))
     found = fid.statistics(images, spy, batch_size=4)
     assert spy.seen == [(4, False, False)] * 3
-    assert spy.training
-    np.testing.assert_allclose(found.mean, images.double().mean((0, 2, 3)).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found.statistics["features"].mean[:3], images.double().mean((0, 1, 2)) / 255, rtol=1e-6)
+    assert (found.num_images, found.extractor) == (10, "mean-00000000")
     with pytest.raises(ValueError, match="batch_size is 0"):
         fid.statistics(images, spy, batch_size=0)
 
 
-def test_evaluate_by_images_or_statistics(files, classifier):
-    by_images = fid.evaluate(files / "b", files / "a", classifier)
-    by_statistics = fid.evaluate(fid.statistics(files / "b", classifier), files / "a.npz")
-    assert by_images.value == pytest.approx(by_statistics.value, rel=1e-9)
-    assert by_images.value > 0
-    assert fid.evaluate(files / "a", files / "a.npz", classifier, batch_size=7).value < 1e-6
-    assert fid.evaluate(files / "a", files / "a", classifier, num=80).num_images == 80
+def test_an_iterator_of_batches():
+    images = torch.from_numpy(random_images(40))
+    whole = fid.evaluate(images, images[:30], Mean())
+    found = fid.evaluate((images[k : k + 7].permute(0, 3, 1, 2) for k in range(0, 40, 7)), images[:30], Mean())
+    assert found.fd == pytest.approx(whole.fd, rel=1e-12)
+    assert fid.evaluate(images.split(16), images[:30], Mean(), num=20).record["num_samples"] == 20
+    with pytest.raises(ValueError, match="only 40 of 50 samples in the iterator"):
+        fid.evaluate(images.split(16), images[:30], Mean(), num=50)
 
 
-def test_the_name_says_what_it_is():
-    mean, cov, _ = gaussian(4, 20)
-    names = {50_000: "FID", 1000: "FID-1000", None: "FID"}
-    for num, name in names.items():
-        made = fid.Statistics(mean, cov, num, "inception-pytorch-fid-0")
-        assert fid.evaluate(made, fid.Statistics(mean, cov)).name == name
-    assert fid.evaluate(fid.Statistics(mean, cov), fid.Statistics(mean, cov)).name == "Frechet distance"
+def test_what_is_doubtful_is_said():
+    mine = random_images(40, seed=1)
+    mine[7], mine[9] = mine[3], 128
+    text = " ".join(fid.evaluate(torch.from_numpy(mine), torch.from_numpy(random_images(40)), Mean()).warnings)
+    assert "1 of 40 samples are exact duplicates" in text
+    assert "1 of 40 samples have one colour" in text
+    assert "mean colour" not in text
+    red = random_images(40, seed=2) // np.array([1, 2, 4], dtype=np.uint8)
+    for image, sentence in ((red[..., ::-1], "red and blue swapped"), (red // 4, "a wrong range")):
+        ev = fid.Evaluator(torch.from_numpy(red), extractor=Mean())
+        assert sentence in " ".join(ev.update(torch.from_numpy(image.copy())).compute().warnings)
+    ev = fid.Evaluator(torch.from_numpy(red), extractor=Mean()).update(torch.from_numpy(red), labels=[0] * 39 + [1])
+    result = ev.compute(labels_mode="random")
+    assert result.record["labels"] == {"mode": "random", "min": 1, "max": 39, "classes": 2}
+    assert "in the order of their classes" in " ".join(result.warnings)
+    assert "unbalanced: 1 to 39" in " ".join(result.warnings)
 
 
-def test_evaluate_refuses(files, classifier):
-    other = fid.Statistics(np.zeros(64), np.eye(64), 100, "classifier-00000000", "other.npz")
-    with pytest.raises(ValueError, match=rf"{classifier.name} \(64-d\), 'other.npz' of classifier-00000000 \(64-d\)"):
-        fid.evaluate(files / "a", other, classifier)
-    with pytest.raises(ValueError, match=r"\(64-d\), 'statistics' of an extractor without a name \(2-d\)"):
-        fid.evaluate(files / "a.npz", fid.Statistics(np.zeros(2), np.eye(2)))
-    with pytest.raises(ValueError, match="an extractor is needed"):
-        fid.evaluate(files / "a", files / "a.npz")
-    with pytest.raises(ValueError, match=r"a\.npz' holds statistics, of which one cannot take the first 5"):
-        fid.evaluate(files / "a.npz", files / "a.npz", num=5)
+def test_evaluator_refuses(files):
+    images = torch.from_numpy(random_images(20))
+    ev = fid.Evaluator(images, extractor=Mean())
+    with pytest.raises(ValueError, match="no metric is called 'fix'; choose from fid, fd"):
+        fid.Evaluator(images, extractor=Mean(), metrics=("fix",))
+    with pytest.raises(ValueError, match="fid: it is defined by Inception; with mean-00000000 choose fd"):
+        fid.Evaluator(images, extractor=Mean(), metrics=("fid",))
+    with pytest.raises(ValueError, match="sfid: mean-00000000 has no output 'spatial'"):
+        fid.Evaluator(images, extractor=Mean(), metrics=("sfid",))
+    with pytest.raises(ValueError, match="fd: there is no reference"):
+        fid.Evaluator(None, extractor=Mean())
+    with pytest.raises(ValueError, match="image 3 was given twice"):
+        ev.update(images[:5]).update(images[:5], range(3, 8))
+    with pytest.raises(ValueError, match=r"expected uint8 images .* got float32 .*fid.quantize"):
+        ev.update(images.float(), range(10, 30))
+    with pytest.raises(ValueError, match="5 samples were added, not 6"):
+        ev.compute(6)
+    with pytest.raises(ValueError, match="at least 2 images; got 1"):
+        fid.Evaluator(images, extractor=Mean()).update(images[:1]).compute()
+    with pytest.raises(ValueError, match="pr_compat is 'fp8'"):
+        fid.Evaluator(images, extractor=Mean(), pr_compat="fp8")
+    with pytest.raises(ValueError, match="reference is 64-d, the extractor gives 6-d"):
+        fid.Evaluator(files / "a.npz", extractor=Mean())
+    bad = Mean()
+    bad.weight.data[:] = torch.nan
+    with pytest.raises(ValueError, match="non-finite features for sample index 40"):
+        fid.Evaluator(images, extractor=bad).update(images, range(40, 60))
 
 
-# Command line
+def test_a_reference_of_another_protocol_is_refused(tmp_path):
+    mean, cov, _ = gaussian(6, 20)
+    path = tmp_path / "x.npz"
+    one = {"features": fid.Statistics(mean, cov, 20)}
+    other = Mean()
+    other.preset, other.name = "adm", "inception-adm-0"
+    fid.save_reference(path, one, 20, "inception-pytorch-fid-0", "pytorch-fid")
+    with pytest.raises(ValueError, match="preset 'pytorch-fid', samples with 'adm'; FID would mix two resizes"):
+        fid.Evaluator(path, extractor=other)
+    assert "mix two resizes" in fid.Evaluator(path, extractor=other, force=True)._warnings[0]
+    fid.save_reference(path, one, 20, "inception-adm-1", "adm")
+    with pytest.raises(ValueError, match="made with inception-adm-1, samples with inception-adm-0"):
+        fid.Evaluator(path, extractor=other)
+    fid.save_reference(tmp_path / "y.npz", one, 20, "inception-pytorch-fid-0", "pytorch-fid")
+    with pytest.raises(ValueError, match="FID would mix the two"):
+        fid.compare(path, tmp_path / "y.npz")
+    assert fid.compare(path, tmp_path / "y.npz", force=True).fd < 1e-8
+    np.savez(path, mu=mean, sigma=cov)
+    assert "does not say by which protocol" in fid.Evaluator(path, extractor=other)._warnings[0]
 
 
-def test_command_line(files, classifier, capsys):
+def test_what_the_reference_lacks(tmp_path):
+    mean, cov, _ = gaussian(6, 20)
+    np.savez(tmp_path / "x.npz", mu=mean, sigma=cov)
+    judge = Mean()
+    judge.metrics = ("fd", "pr")
+    ev = fid.Evaluator(tmp_path / "x.npz", extractor=judge)
+    assert ev.metrics == ("fd",)
+    assert "left out pr: " in ev._warnings[-1]
+    assert "has no images (arr_0)" in ev._warnings[-1]
+    with pytest.raises(ValueError, match=r"cannot compute pr: .* has no images"):
+        fid.Evaluator(tmp_path / "x.npz", extractor=Mean(), metrics=("pr",))
+
+
+def test_table_line():
+    values = {"fid": 2.2701, "fid_se": 0.021, "fid_noise_floor": 0.31, "sfid": 4.61, "inception_score": 278.2}
+    values |= {"precision": 0.83, "recall": 0.57}
+    record = {"label": "FID", "num_samples": 50_000, "reference": {"kind": "adm", "path": "x"}, "protocol": "adm"}
+    record["labels"] = {"mode": "random"}
+    line = str(fid.Result(values, record))
+    assert line == (
+        "FID 2.27 ± 0.02 (noise floor 0.31)  sFID 4.61  IS 278.2  P 0.83  R 0.57  (ADM ref, adm, 50000 random-label samples)"
+    )
+    assert str(fid.Result(values, {**record, "num_samples": 10_000})).startswith("FID-10K 2.27")
+
+
+# The command line
+
+
+def test_command_line(files, capsys):
     out = files / "result.json"
+    classifier = fid.Classifier.load(files / "judge.safetensors")
     main(["eval", str(files / "b"), "--ref", str(files / "a.npz"), *judge(files), "--json", str(out)])
     expected = fid.evaluate(files / "b", files / "a", classifier)
     record = json.loads(out.read_text())
-    assert record.pop("value") == pytest.approx(expected.value, rel=1e-6)
-    assert record == {
-        "name": "Frechet distance",
-        "extractor": classifier.name,
-        "dim": 64,
-        "num_images": 70,
-        "reference": str(files / "a.npz"),
-        "reference_num_images": 100,
-    }
+    assert record["fd"] == pytest.approx(expected.fd, rel=1e-6)
+    assert (record["schema"], record["num_samples"], record["extractor"]) == (1, 70, classifier.name)
+    assert record["reference"]["kind"] == "fid"
+    assert len(record["reference"]["sha256"]) == 64
     printed = capsys.readouterr()
-    assert printed.out == (
-        f"Frechet distance {expected.value:.2f}  ({classifier.name} features, 64-d; "
-        f"70 images against {files / 'a.npz'}, 100 images)\n"
+    assert printed.out.startswith(f"Frechet distance {expected.fd:.2f}")
+    assert printed.out.endswith("70 samples)\n")
+
+    main(
+        [
+            "eval",
+            str(files / "b"),
+            "--ref",
+            str(files / "a"),
+            *judge(files),
+            "--num",
+            "50",
+            "--batch",
+            "16",
+            "--json",
+            "-",
+        ]
     )
-    assert "biased" not in printed.err
-
-    main(["eval", str(files / "b"), "--ref", str(files / "a"), *judge(files), "--num", "50", "--batch_size", "16"])
     printed = capsys.readouterr()
-    assert "; 50 images against" in printed.out
-    assert f"warning: 50 images of {files / 'b'} in 64 dimensions: the distance is biased" in printed.err
+    assert json.loads(printed.out)["num_samples"] == 50
+    assert "warning: 50 samples in 64 dimensions" in printed.err
 
 
-def test_command_line_with_two_statistics_needs_no_network(tmp_path, capsys):
+def test_compare_needs_no_network(tmp_path, capsys):
     mean, cov, _ = gaussian(4, 20)
-    fid.Statistics(mean, cov, 1000, "inception-pytorch-fid-0").save(tmp_path / "x.npz")
+    one = {"features": fid.Statistics(mean, cov, 1000), "spatial": fid.Statistics(mean, cov, 1000)}
+    fid.save_reference(tmp_path / "x.npz", one, 1000, "inception-adm-0", "adm")
     np.savez(tmp_path / "y.npz", mu=mean + 1, sigma=cov)
-    main(["eval", str(tmp_path / "x.npz"), "--ref", str(tmp_path / "y.npz")])
-    out = capsys.readouterr().out
-    assert out.startswith("FID-1000 4.00 by the protocol of pytorch-fid  (inception-pytorch-fid-0 features, 4-d; 1000")
-    assert out.endswith("y.npz, an unknown number of images)\n")
+    for command in (["compare", "x.npz", "y.npz"], ["eval", "x.npz", "--ref", "y.npz"]):
+        main([command[0], *[str(tmp_path / c) if c.endswith("npz") else c for c in command[1:]]])
+        assert capsys.readouterr().out.startswith("Frechet distance 4.00 (noise floor ")
+    main(["compare", str(tmp_path / "x.npz"), str(tmp_path / "x.npz"), "--json", str(tmp_path / "z.json")])
+    assert json.loads((tmp_path / "z.json").read_text())["sfid"] < 1e-8
+
+
+def test_saved_statistics_and_features(files, tmp_path):
+    stats, features = tmp_path / "s.npz", tmp_path / "f.npy"
+    more = ["--save-stats", str(stats), "--save-features", str(features)]
+    main(["eval", str(files / "b"), "--ref", str(files / "a.npz"), *judge(files), *more])
+    rows = np.load(features)
+    assert rows.shape == (70, 64)
+    found = fid.load_reference(stats).statistics["features"]
+    np.testing.assert_allclose(found.cov, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_two_processes_give_the_number_of_one(files, tmp_path):
+    options = [*judge(files), "--metrics", "fd,pr,kid", "--batch", "8", "--quiet"]
+    command = ["eval", str(files / "b"), "--ref", str(files / "a"), *options]
+    main([*command, "--json", str(tmp_path / "1.json")])
+    run = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29618",
+        "-m",
+        "fid",
+        "--",
+    ]
+    done = subprocess.run(
+        [*run, *command, "--json", str(tmp_path / "2.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert two["world_size"] == 2
+    for name in ("fd", "fd_se", "fd_inf"):
+        assert two[name] == pytest.approx(one[name], rel=1e-6)  # roots of eigenvalues of about 0 magnify rounding
+    for name in ("precision", "recall", "kid"):
+        assert two[name] == one[name]
+
+
+def test_neighbours_are_found_and_drawn(files, tmp_path):
+    images = random_images(60, seed=1)
+    real = np.concatenate([random_images(40, seed=5), images[10:13]])  # three are memorised
+    np.savez(tmp_path / "mine.npz", images)
+    np.savez(tmp_path / "real.npz", real)
+    samples = fid.Images(tmp_path / "mine.npz")
+    ev = fid.Evaluator(tmp_path / "real.npz", extractor=Mean(), keep_features=True)
+    fid.evaluate(samples, evaluator=ev)
+    distances, index = fid.neighbours(ev, samples, tmp_path / "n.png", k=2, num=3)
+    assert sorted(index[:, 0].tolist()) == [40, 41, 42]
+    assert distances[:, 0].max() < 1e-3 < distances[:, 1].min()
+    with Image.open(tmp_path / "n.png") as picture:
+        assert picture.size[0] > 3 * 96
+    out = tmp_path / "command.png"
+    main(
+        ["eval", str(files / "b"), "--ref", str(files / "a"), *judge(files), "--neighbours", "3", "--picture", str(out)]
+    )
+    assert out.exists()
+    with pytest.raises(ValueError, match="neighbours need the reference's images"):
+        fid.neighbours(
+            fid.Evaluator(files / "a.npz", extractor=fid.Classifier.load(files / "judge.safetensors")), samples, out
+        )
+
+
+def test_curve(tmp_path, capsys):
+    common = {"label": "FID", "protocol": "adm", "extractor": "inception-adm-0", "num_samples": 1000, "reference": None}
+    records = [{**common, "step": k, "fid": 100 / k, "fid_se": 1.0 / k, "fid_noise_floor": 0.5} for k in (4, 1, 2)]
+    (tmp_path / "fid.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:2]))
+    (tmp_path / "x.json").write_text(json.dumps(records[2]))
+    main(["curve", str(tmp_path / "fid.jsonl"), str(tmp_path / "x.json"), "--out", str(tmp_path / "c.png")])
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size[0] > 800
+    for broken, sentence in (
+        ({"step": None}, "has no training step"),
+        ({"num_samples": 2000}, "differ in num_samples"),
+        ({"reference": {"path": "other"}}, "2 different references"),
+        ({"fid": None}, "neither fid nor fd"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            fid.curve([*records, {**records[0], **broken}], tmp_path / "c.png")
+    with pytest.raises(ValueError, match="cannot draw"):
+        fid.curve(records, tmp_path / "c.xyz")
+    with pytest.raises(ValueError, match="no records"):
+        fid.curve([], tmp_path / "c.png")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "sentence", "code"),
     [
-        (["stats", "a", "--out", "x.txt"], "cannot write 'x.txt': it must end in .npz"),
-        (["stats", "a", "--out", "nowhere/x.npz"], "in a folder that exists"),
-        (["stats", "a.npz", "--out", "x.npz"], "has no arr_0"),
-        (["stats", "a", "--out", "x.npz", "--num", "1"], "at least 2 images; got 1"),
-        (["stats", "a", "--out", "x.npz", "--batch_size", "0"], "batch_size is 0"),
-        (["eval", "nowhere", "--ref", "a.npz"], "'nowhere' does not exist"),
-        (["eval", "a", "--ref", "a.npz", "--weights", "nowhere"], "'nowhere' do not exist"),
-        (["eval", "a", "--ref", "a.npz", "--json", "nowhere/x.json"], "cannot write"),
-        (["eval", "a.npz", "--ref", "a.npz", "--num", "5"], "cannot take the first 5"),
+        (["stats", "a", "--out", "x.txt"], "cannot write 'x.txt': it must end in .npz", 2),
+        (["stats", "a", "--out", "nowhere/x.npz"], "in a folder that exists", 2),
+        (["stats", "a.npz", "--out", "x.npz"], "arr_0", 2),
+        (["stats", "a", "--out", "x.npz", "--num", "1"], "at least 2 images; got 1", 2),
+        (["stats", "a", "--out", "x.npz", "--batch", "0"], "batch_size is 0", 2),
+        (["eval", "nowhere", "--ref", "a.npz"], "'nowhere' does not exist", 2),
+        (["eval", "a", "--ref", "nowhere.npz"], "the reference 'nowhere.npz' does not exist", 3),
+        (["eval", "a", "--ref", "a.npz", "--weights", "nowhere"], "'nowhere' do not exist", 3),
+        (["eval", "a", "--ref", "a.npz", "--json", "nowhere/x.json"], "cannot write", 2),
+        (["eval", "a", "--ref", "a.npz", "--num", "120"], "only 100 of 120 samples in a. FID-100 is not comparable", 2),
+        (["eval", "a.npz", "--ref", "a.npz", "--num", "5"], "cannot take the first 5", 2),
+        (["eval", "a.npz", "--ref", "a"], "the reference must be statistics, too", 2),
+        (["eval", "a", "--ref", "a.npz", "--metrics", "fid,pr"], "cannot compute fid: it is defined by Inception", 2),
+        (["eval", "a", "--ref", "a.npz", "--neighbours", "3"], "'a.npz' has none (arr_0)", 2),
+        (["eval", "a"], "there is no reference", 2),
     ],
 )
-def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, files, monkeypatch, capsys):
+def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, code, files, monkeypatch, capsys):
     monkeypatch.chdir(files)
     with pytest.raises(SystemExit) as ended:
         main([arguments[0], *arguments[1:2], *judge(files), *arguments[2:]])
-    assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
+    assert ended.value.code == code
     assert not (files / "x.npz").exists()
 
 
-def test_as_a_process(files):
-    command = [sys.executable, "-m", "fid", "eval", str(files / "nowhere"), "--ref", str(files / "a.npz")]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr == f"'{files / 'nowhere'}' does not exist.\n"
+def test_fewer_samples_when_that_is_asked_for(files, capsys):
+    command = ["eval", str(files / "a"), "--ref", str(files / "a.npz"), *judge(files), "--num", "120", "--allow-fewer"]
+    main(command)
+    assert "100 samples)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["stats", "eval"])
+@pytest.mark.parametrize("command", ["eval", "stats", "compare", "curve", "selfcheck"])
 def test_help_documents_every_option(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("--extractor", "--weights", "--num", "--batch_size", "--device"):
-        assert option in text
+    assert len(capsys.readouterr().out) > 200

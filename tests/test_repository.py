@@ -45,9 +45,9 @@ MAY_IMPORT = {
     "dit_vca": {"vca"},
     "sit_vca": {"vca"},
     "demo": {"vca", "runtime", "fid", "build"},
-    "build.py": {"vca", "dit_vca", "sit_vca", "runtime"},
-    "train.py": {"build", "runtime"},
-    "sample.py": {"build", "runtime"},
+    "build.py": {"vca", "dit_vca", "sit_vca", "runtime", "fid"},
+    "train.py": {"build", "runtime", "fid"},
+    "sample.py": {"build", "runtime", "fid"},
     "cache_latents.py": {"build", "runtime"},
 }
 
@@ -120,6 +120,7 @@ REGISTRIES = {
     "DATASETS": runtime.data.DATASETS,
     "CODECS": runtime.latents.CODECS,
     "EXTRACTORS": fid.EXTRACTORS,
+    "METRICS": {name: metric.compute for name, metric in fid.METRICS.items()},
     "PROCESSES": {name: process for name, (process, _) in build.PROCESSES.items()},
 }
 ENTRIES = [(registry, name) for registry, entries in REGISTRIES.items() for name in entries]

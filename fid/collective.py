@@ -1,0 +1,53 @@
+"""The three things that processes tell each other; without a process group, each is what one process knows."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_size(process_group: Any = None) -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(process_group), dist.get_world_size(process_group)
+
+
+def all_reduce(tensor: Tensor, process_group: Any = None) -> Tensor:
+    """The sum over all processes, on the CPU."""
+    if rank_and_size(process_group)[1] == 1:
+        return tensor
+    total = tensor.to(_device(process_group), copy=True).contiguous()
+    dist.all_reduce(total, group=process_group)
+    return total.cpu()
+
+
+def all_gather(rows: Tensor, process_group: Any = None) -> list[Tensor]:
+    """The tensors of all processes, in the order of their ranks, on the CPU; their lengths may differ."""
+    size = rank_and_size(process_group)[1]
+    if size == 1:
+        return [rows]
+    device = _device(process_group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([len(rows)], device=device), group=process_group)
+    longest = max(int(length) for length in lengths)
+    padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype, device=device)
+    padded[: len(rows)] = rows.to(device)
+    gathered = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(gathered, padded, group=process_group)
+    return [part[: int(length)].cpu() for part, length in zip(gathered, lengths, strict=True)]
+
+
+def from_first(value: Any, process_group: Any = None) -> Any:
+    """What the first process of the group has, for all of them; a picklable object."""
+    if rank_and_size(process_group)[1] == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=process_group, group_src=0)
+    return box[0]
+
+
+def _device(process_group: Any) -> torch.device:
+    nccl = dist.get_backend(process_group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -1,0 +1,202 @@
+"""One pass over images: features of a network, and whatever in the images themselves would make a number wrong."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fid.collective import all_gather, rank_and_size
+from fid.features import FeatureExtractor
+from fid.images import check_uint8
+from fid.metrics import Side
+from fid.moments import Moments
+
+CHECKS = {  # a column each of what is kept of every image
+    "index": torch.int64,
+    "label": torch.int64,  # -1 if not given
+    "digest": torch.int64,  # of its pixels
+    "constant": torch.int64,  # 1 if all its pixels are the same
+    "height": torch.int64,
+    "width": torch.int64,
+}
+
+
+class Collector:
+    """Gathers moments of some outputs of an extractor, and rows of others, over batches and processes.
+
+    Every batch that the network sees has `batch_size` images (the last one is padded, and the padding's features are
+    dropped), since convolutions of another shape may run in another kernel that rounds otherwise.
+
+    Args:
+        extractor: On the device where it is to run.
+        moments: Outputs of which mean and covariance are kept, with their number of groups.
+        rows: Outputs that are kept as they are, 4 D bytes an image.
+        batch_size: Images in a forward pass.
+        only_rows_of: (N,) indices; of other images no rows are kept. Not given means of all.
+        process_group: Of the processes that share the work; all of them if not given.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        moments: dict[str, int],
+        rows: Sequence[str],
+        batch_size: int = 64,
+        only_rows_of: np.ndarray | None = None,
+        process_group: Any = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+        self.extractor, self.batch_size, self.process_group = extractor, batch_size, process_group
+        self.only_rows_of = only_rows_of
+        self.moments = {output: Moments(extractor.dims[output], groups) for output, groups in moments.items()}
+        self.rows: dict[str, list[Tensor]] = {output: [] for output in rows}
+        self.row_index: list[Tensor] = []
+        self.checks: dict[str, list[Tensor]] = {name: [] for name in CHECKS}
+        self.pixel_sum = torch.zeros(3, dtype=torch.float64)  # of the mean colours of the images
+        self.seen: set[int] = set()
+
+    @torch.no_grad()
+    def update(self, images: Tensor | list[Tensor], index: Tensor | Sequence[int], labels: Any = None) -> None:
+        """Adds a batch.
+
+        Args:
+            images: uint8 (B, 3, H, W) of any device and any B, or a list of (3, H, W) of different sizes.
+            index: (B,), the number of each image in the whole set; each may come once.
+            labels: (B,) class numbers, if there are any.
+
+        Raises:
+            ValueError: Not uint8, an index a second time, or features that are not finite; says of which image.
+        """
+        index = torch.as_tensor(index, dtype=torch.int64).cpu()
+        if len(index) != len(images) or (labels is not None and len(labels) != len(images)):
+            raise ValueError(f"{len(images)} images came with {len(index)} indices; give one for each, and a label.")
+        twice = [i for i in index.tolist() if i in self.seen]
+        if twice or len(set(index.tolist())) < len(index):
+            raise ValueError(f"image {(twice or index.tolist())[0]} was given twice; number each image once.")
+        labels = torch.full_like(index, -1) if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu()
+        for k in range(0, len(images), self.batch_size):
+            part = slice(k, k + self.batch_size)
+            self._update(images[part], index[part], labels[part])
+        self.seen.update(index.tolist())
+
+    def _update(self, images: Tensor | list[Tensor], index: Tensor, labels: Tensor) -> None:
+        device = next(self.extractor.parameters()).device
+        missing = self.batch_size - len(images)
+        if isinstance(images, Tensor):
+            check_uint8(images)
+            found = self.extractor(F.pad(images.to(device).contiguous(), (0, 0, 0, 0, 0, 0, 0, missing)))
+        else:
+            for image in images:
+                check_uint8(image[None])
+            found = self.extractor([image.to(device) for image in [*images, *[images[-1]] * missing]])
+        found = {output: rows[: len(images)] for output, rows in found.items()}
+        for output, moments in self.moments.items():
+            moments.update(found[output], index)
+        keep = torch.ones(len(index), dtype=torch.bool)
+        if self.only_rows_of is not None:
+            keep = torch.from_numpy(np.isin(index.numpy(), self.only_rows_of))
+        if self.rows and keep.any():
+            self.row_index.append(index[keep])
+            for output, kept in self.rows.items():
+                rows = found[output].float().cpu()
+                bad = (~rows.isfinite().all(dim=1)).nonzero()
+                if len(bad):
+                    raise ValueError(f"non-finite features for sample index {int(index[bad[0]])}.")
+                kept.append(rows[keep])
+        self._look_at(images, index, labels)
+
+    def _look_at(self, images: Tensor | list[Tensor], index: Tensor, labels: Tensor) -> None:
+        images = [image.cpu() for image in images]
+        self.checks["index"].append(index)
+        self.checks["label"].append(labels)
+        digests = [hashlib.blake2b(image.contiguous().numpy(), digest_size=8).digest() for image in images]
+        self.checks["digest"].append(torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests]))
+        self.checks["constant"].append(torch.tensor([int(image.min() == image.max()) for image in images]))
+        for axis, name in ((1, "height"), (2, "width")):
+            self.checks[name].append(torch.tensor([image.shape[axis] for image in images]))
+        self.pixel_sum += torch.stack([image.double().mean(dim=(1, 2)) for image in images]).sum(dim=0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this process gathered, as tensors, to go on from with `load_state_dict`."""
+        return {
+            "extractor": self.extractor.name,
+            "moments": {output: moments.state_dict() for output, moments in self.moments.items()},
+            "rows": {output: _cat(rows, self.extractor.dims[output]) for output, rows in self.rows.items()},
+            "row_index": _cat(self.row_index),
+            "checks": {name: _cat(parts) for name, parts in self.checks.items()},
+            "pixel_sum": self.pixel_sum,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Adds what another collector gathered; any number of them, of any number of processes.
+
+        Raises:
+            ValueError: It was made with another extractor or for other metrics, or holds an image that is here already.
+        """
+        if state["extractor"] != self.extractor.name:
+            raise ValueError(f"the state was made with {state['extractor']}, not with {self.extractor.name}.")
+        if state["moments"].keys() != self.moments.keys() or state["rows"].keys() != self.rows.keys():
+            raise ValueError("the state was gathered for other metrics; choose the same ones.")
+        index = state["checks"]["index"].tolist()
+        if not self.seen.isdisjoint(index):
+            raise ValueError("the state holds images that are here already; load each state once.")
+        for output, moments in self.moments.items():
+            moments.load_state_dict(state["moments"][output])
+        for output, rows in self.rows.items():
+            rows.append(state["rows"][output])
+        self.row_index.append(state["row_index"])
+        for name, parts in self.checks.items():
+            parts.append(state["checks"][name])
+        self.pixel_sum = self.pixel_sum + state["pixel_sum"]
+        self.seen.update(index)
+
+    def gather(self) -> "Collected":
+        """What all processes have, on each of them; this collector stays as it is. Collective."""
+        moments = {}
+        for output, mine in self.moments.items():
+            moments[output] = mine
+            if rank_and_size(self.process_group)[1] > 1:
+                moments[output] = Moments(mine.dim, mine.groups)
+                moments[output].load_state_dict(mine.state_dict())
+                moments[output].all_reduce(self.process_group)
+        checks = {name: self._gather(parts) for name, parts in self.checks.items()}
+        order, row_order = checks["index"].argsort(), self._gather(self.row_index).argsort()
+        rows = {o: self._gather(parts, self.extractor.dims[o])[row_order] for o, parts in self.rows.items()}
+        pixel_sum = sum(all_gather(self.pixel_sum[None], self.process_group))[0]
+        columns = {name: column[order].numpy() for name, column in checks.items()}
+        return Collected(moments, rows, columns, (pixel_sum / max(len(order), 1)).numpy())
+
+    def _gather(self, parts: list[Tensor], dim: int | None = None) -> Tensor:
+        return torch.cat(all_gather(_cat(parts, dim), self.process_group))
+
+
+class Collected:
+    """What a whole set of images left behind, in the order of the images' indices."""
+
+    def __init__(
+        self, moments: dict[str, Moments], rows: dict[str, Tensor], columns: dict[str, np.ndarray], colour: np.ndarray
+    ) -> None:
+        self.moments, self.rows, self.columns = moments, rows, columns
+        self.mean_colour = colour  # (3,), in [0, 255]
+        self.num = len(columns["index"])
+        digests = columns["digest"]
+        self.num_duplicates = self.num - len(np.unique(digests))
+        self.num_constant = int(columns["constant"].sum())
+        self.sizes = np.unique(np.stack([columns["height"], columns["width"]], axis=1), axis=0).tolist()
+        self.labels = columns["label"] if (columns["label"] >= 0).any() else None
+
+    @property
+    def side(self) -> Side:
+        """For the metrics."""
+        return Side({output: m.statistics() for output, m in self.moments.items()}, self.moments, self.rows)
+
+
+def _cat(parts: list[Tensor], dim: int | None = None) -> Tensor:
+    if parts:
+        return torch.cat(parts)
+    return torch.zeros(0, dtype=torch.int64) if dim is None else torch.zeros(0, dim)

@@ -1,0 +1,354 @@
+"""The evaluator: images go in as uint8, the numbers of the literature come out with a record of how they were made."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fid.collective import from_first, rank_and_size
+from fid.collector import Collected, Collector
+from fid.features import FeatureExtractor
+from fid.images import Images
+from fid.inception import Inception
+from fid.metrics import METRICS, Options, Side
+from fid.references import Reference, holds_statistics, load_reference
+from fid.result import Result, device_name, doubts, versions
+
+MAX_REFERENCE_ROWS = 10_000  # as many as ADM's reference holds images
+
+
+class Evaluator:
+    """Metrics of images against a reference, gathered batch by batch in any number of processes.
+
+        evaluator = fid.Evaluator("VIRTUAL_imagenet256_labeled.npz")
+        evaluator.update(images, index=[0, 1, 2, ...])       # uint8, as often as needed
+        result = evaluator.compute()                         # result.fid, result.to_json("fid.json"), print(result)
+
+    Args:
+        ref: The reference: a file of statistics, images in any form that `Images` takes, a `Reference`, or None for
+            metrics that need none.
+        preset: Protocol of Inception: `adm`, `pytorch-fid` or `clean`.
+        weights: Inception's file of weights; see `Inception`.
+        extractor: Another network in place of Inception; then `preset` and `weights` have no meaning.
+        metrics: Names in `METRICS`. Not given means those of the preset, less what the reference cannot give, with a
+            warning; given ones that it cannot give are refused.
+        device: Where the network runs; not given means the GPU if there is one.
+        batch_size: Images in a forward pass, of each process.
+        groups: Number of groups for the error bar; each takes 34 MB. 0 leaves it out.
+        tf32: Let Inception run in TF32, which moves its features by 0.7 %.
+        channels_last: Memory format of Inception; the numbers are the same to rounding.
+        pr_compat: Arithmetic of precision and recall: `adm-fp16`, as the published numbers, or `fp32`.
+        keep_features: Keep the features of all samples, and of the reference's images, even if no metric needs them.
+        force: Take a reference of another preset or of other weights all the same.
+        progress: Show progress bars on stderr, where that is a terminal.
+        process_group: The processes that share the work; not given means all of them.
+
+    Raises:
+        FileNotFoundError: No such reference or weights.
+        ValueError: A reference that does not fit, or a metric that cannot be had.
+    """
+
+    def __init__(
+        self,
+        ref: str | Path | Tensor | Images | Reference | None = None,
+        *,
+        preset: str = "adm",
+        weights: str | Path | None = None,
+        extractor: FeatureExtractor | None = None,
+        metrics: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        batch_size: int = 64,
+        groups: int = 10,
+        tf32: bool = False,
+        channels_last: bool = True,
+        pr_compat: str = "adm-fp16",
+        keep_features: bool = False,
+        force: bool = False,
+        progress: bool = True,
+        process_group: Any = None,
+    ) -> None:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if pr_compat not in ("adm-fp16", "fp32"):
+            raise ValueError(f"pr_compat is {pr_compat!r}; choose adm-fp16 or fp32.")
+        self.batch_size, self.groups, self.tf32 = batch_size, groups, tf32
+        self.keep_features, self.progress, self.process_group = keep_features, progress, process_group
+        label = getattr(extractor, "label", "FID")
+        self.reference = open_reference(ref, label)  # before the network: it fails sooner
+        if extractor is None:
+            extractor = Inception(weights, preset, channels_last=channels_last, tf32=tf32)
+        self.extractor = extractor.to(device).eval()
+        self.options = Options(pr_compat, device)
+        self._warnings: list[str] = []
+        self._check_reference(force)
+        self.metrics = self._choose(metrics)
+        self.reference_images = self.reference.images if isinstance(self.reference, Reference) else self.reference
+        self._reference_side: Side | None = None
+        self._reference_colour: np.ndarray | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all samples, for the next set; the reference stays, with the costly half of its distances."""
+        rows = self._rows("samples")
+        self._collector = Collector(
+            self.extractor, self._moments(), rows, self.batch_size, process_group=self.process_group
+        )
+        self._seconds = {"features": 0.0}
+        self.collected: Collected | None = None  # of all processes, after `compute`
+
+    @property
+    def seen(self) -> set[int]:
+        """Indices of the images that this process has taken."""
+        return self._collector.seen
+
+    def update(self, images: Tensor | list[Tensor], index: Any = None, labels: Any = None) -> Self:
+        """Adds a batch of samples.
+
+        Args:
+            images: uint8, (B, 3, H, W) or (B, H, W, 3), of any device; or a list of (3, H, W) of different sizes.
+            index: (B,), number of each image in the whole set, which decides its place in the Inception Score and its
+                group. Not given counts on, which several processes cannot.
+            labels: (B,), classes, for the record.
+
+        Raises:
+            ValueError: Not uint8 images, an index given twice, or features that are not finite.
+        """
+        start = time.perf_counter()
+        if index is None:
+            if rank_and_size(self.process_group)[1] > 1:
+                raise ValueError("with several processes each image needs its index in the whole set; give index=.")
+            first = max(self.seen, default=-1) + 1
+            index = range(first, first + len(images))
+        images = images if isinstance(images, list) else as_nchw(images)
+        self._collector.update(images, list(index), labels)
+        self._seconds["features"] += time.perf_counter() - start
+        return self
+
+    def feed(self, images: Images, update: Callable[..., Any] | None = None) -> None:
+        """Adds this process's share of the images, with a progress bar."""
+        rank, size = rank_and_size(self.process_group)
+        share = sum(min(self.batch_size, images.num - k) for k in range(0, images.num, self.batch_size)[rank::size])
+        with tqdm(
+            total=share,
+            desc=f"features of {images.source}",
+            unit="image",
+            disable=bool(rank) or not self.progress or None,
+        ) as bar:
+            for index, batch in images.batches(self.batch_size, rank, size):
+                labels = None if images.labels is None else images.labels[index.numpy()]
+                (update or self.update)(batch, index, labels)
+                bar.update(len(batch))
+
+    def compute(self, num: int | None = None, **record: Any) -> Result:
+        """All metrics of what has been added so far. Collective: every process calls it and gets the same.
+
+        Args:
+            num: How many samples there should be.
+            record: More for the record, of JSON's types: `labels_mode`, `step`, `sampler`, ...
+
+        Raises:
+            ValueError: Fewer than two samples, or other than `num`.
+        """
+        collected = self._collector.gather()
+        if num is not None and collected.num != num:
+            raise ValueError(f"{collected.num} samples were added, not {num}.")
+        start = time.perf_counter()
+        reference = self._side_of_reference()
+        self._seconds["reference"] = time.perf_counter() - start
+        result = None
+        if rank_and_size(self.process_group)[0] == 0:
+            values = {}
+            for name in self.metrics:
+                start = time.perf_counter()
+                values |= METRICS[name].compute(collected.side, reference, self.options)
+                self._seconds[name] = time.perf_counter() - start
+            result = Result(values, self._record(collected, values, record))
+        self.collected = collected
+        return from_first(result, self.process_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process has gathered, as tensors; save it to go on later, in as many processes as there are then."""
+        return self._collector.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Adds what `state_dict` gave. Several may be loaded one after the other, each in one process only.
+
+        Raises:
+            ValueError: It is of another extractor or other metrics, or holds images that are here already.
+        """
+        self._collector.load_state_dict(state)
+
+    @property
+    def reference_rows(self) -> dict[str, Tensor]:
+        """Features of the reference's images after `compute`, where a metric needs them: output -> (M, D)."""
+        return self._reference_side.rows if self._reference_side else {}
+
+    def statistics(self) -> Reference:
+        """The statistics of the samples, fit to be a reference. Collective."""
+        found = {output: m.statistics() for output, m in self._collector.gather().moments.items()}
+        num = next(iter(found.values())).num if found else None
+        extractor = self.extractor
+        return Reference("samples", "fid", found, num, None, extractor.name, extractor.preset)
+
+    def _moments(self) -> dict[str, int]:
+        """Outputs whose moments the metrics need of the samples, with groups where there is an error bar."""
+        chosen = [METRICS[name] for name in self.metrics]
+        outputs = {m.output for m in chosen if m.samples == "statistics"}
+        if not chosen:  # nothing but statistics is wanted
+            outputs = {"features", "spatial"} & self.extractor.dims.keys()
+        return {output: max(self.groups, 1) if output == "features" else 1 for output in sorted(outputs)}
+
+    def _rows(self, side: str) -> list[str]:
+        chosen = [METRICS[name] for name in self.metrics]
+        outputs = {m.output for m in chosen if getattr(m, side) == "rows"}
+        return sorted(outputs | ({"features"} if self.keep_features else set()))
+
+    def _choose(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        """The metrics to compute: checked, and those that cannot be had refused or left out."""
+        unknown = [name for name in names or () if name not in METRICS]
+        if unknown:
+            raise ValueError(f"no metric is called {unknown[0]!r}; choose from {', '.join(METRICS)}.")
+        chosen = tuple(self.extractor.metrics if names is None else names)
+        impossible = {}
+        for name in chosen:
+            metric = METRICS[name]
+            if metric.output not in self.extractor.dims:
+                impossible[name] = f"{self.extractor.name} has no output {metric.output!r}"
+            elif name == "fid" and self.extractor.label != "FID":
+                impossible[name] = f"it is defined by Inception; with {self.extractor.name} choose fd"
+            elif metric.reference and self.reference is None:
+                impossible[name] = "there is no reference"
+            elif isinstance(self.reference, Reference):
+                if metric.reference == "statistics" and metric.output not in self.reference.statistics:
+                    impossible[name] = f"'{self.reference.source}' has no statistics of {metric.output}"
+                if metric.reference == "rows" and self.reference.images is None:
+                    impossible[name] = f"'{self.reference.source}' has no images (arr_0)"
+        possible = tuple(name for name in chosen if name not in impossible)
+        if impossible:
+            what = "; ".join(f"{name}: {why}" for name, why in impossible.items())
+            hint = ""
+            if isinstance(self.reference, Reference) and self.extractor.label == "FID":
+                hint = " sFID needs mu_s, sigma_s and P/R needs arr_0 (use VIRTUAL_imagenet256_labeled.npz)."
+            if names is not None or not possible:
+                raise ValueError(f"cannot compute {what}.{hint}")
+            self._warnings.append(f"left out {what}.{hint} Continuing with {', '.join(possible)}.")
+        return possible
+
+    def _check_reference(self, force: bool) -> None:
+        reference, extractor = self.reference, self.extractor
+        if not isinstance(reference, Reference):
+            return
+        given = reference.statistics.get("features")
+        if given is not None and given.dim != extractor.dim:
+            guess = {1024: " (DINOv2?)", 2048: " (Inception?)"}.get(given.dim, "")
+            raise ValueError(f"reference is {given.dim}-d{guess}, the extractor gives {extractor.dim}-d.")
+        problem = None
+        preset = reference.preset or ("adm" if reference.kind == "adm" else None)
+        if preset and extractor.preset and preset != extractor.preset:
+            problem = f"reference was made with preset '{preset}', samples with '{extractor.preset}'; "
+            problem += "FID would mix two resizes."
+        elif reference.extractor and reference.extractor != extractor.name:
+            problem = f"reference was made with {reference.extractor}, samples with {extractor.name}."
+        if problem and not force:
+            raise ValueError(f"{problem} Choose the same, or pass --force.")
+        if problem:
+            self._warnings.append(problem)
+        elif preset is None:
+            self._warnings.append(
+                f"'{reference.source}' does not say by which protocol it was made; it is taken to be that of the samples."
+            )
+
+    def _side_of_reference(self) -> Side:
+        """Statistics and rows of the reference, made once. Collective where it has images."""
+        if self._reference_side is None:
+            reference, rows = self.reference, self._rows("reference")
+            if reference is None:
+                self._reference_side = Side()
+            elif isinstance(reference, Reference):
+                self._reference_side = Side(dict(reference.statistics))
+                if rows and reference.images is not None:
+                    collected = self._collect(reference.images, {}, rows)
+                    self._reference_side.rows, self._reference_colour = collected.rows, collected.mean_colour
+            else:
+                collected = self._collect(reference, dict.fromkeys(self._moments(), 1), rows)
+                self._reference_side, self._reference_colour = collected.side, collected.mean_colour
+                self._warnings += [f"reference: {text}" for text in reference.warnings()]
+        return self._reference_side
+
+    def _collect(self, images: Images, moments: dict[str, int], rows: list[str]) -> Collected:
+        chosen = np.unique(np.linspace(0, images.num - 1, min(images.num, MAX_REFERENCE_ROWS)).round().astype(np.int64))
+        self.reference_index = chosen  # of the rows
+        collector = Collector(
+            self.extractor, moments, rows, self.batch_size, only_rows_of=chosen, process_group=self.process_group
+        )
+        self.feed(images, collector.update)
+        return collector.gather()
+
+    def _record(self, collected: Collected, values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+        extractor, reference = self.extractor, self.reference
+        mode = more.pop("labels_mode", None)
+        kind = reference.kind if isinstance(reference, Reference) else None
+        found = doubts(collected, values, extractor, kind, self._reference_colour)
+        warnings = [*self._warnings, *more.pop("warnings", []), *found]
+        described = None
+        if isinstance(reference, Reference):
+            described = {"path": reference.source, "sha256": reference.sha256, "kind": reference.kind}
+            described |= {"num_images": reference.num_images, "protocol": reference.preset}
+        elif reference is not None:
+            described = {"path": reference.source, "sha256": None, "kind": reference.kind, "num_images": reference.num}
+        labels = None
+        if collected.labels is not None:
+            counts = np.bincount(collected.labels[collected.labels >= 0])
+            counts = counts[counts > 0]
+            labels = {"mode": mode, "min": int(counts.min()), "max": int(counts.max()), "classes": len(counts)}
+        elif mode is not None:
+            labels = {"mode": mode}
+        return {
+            "label": extractor.label,
+            "num_samples": collected.num,
+            "protocol": extractor.preset or extractor.name,
+            "extractor": extractor.name,
+            "reference": described,
+            "weights": getattr(extractor, "weights", None),
+            "labels": labels,
+            "input": {
+                "kind": "tensor",
+                "sizes": collected.sizes[:10],
+                "lossy": False,
+                "duplicates": collected.num_duplicates,
+                "constant": collected.num_constant,
+                "mean_colour": collected.mean_colour.tolist(),
+                **more.pop("input", {}),
+            },
+            "precision_mode": {"conv": "tf32" if self.tf32 else "ieee-fp32", "tf32": self.tf32, "moments": "fp64"},
+            "groups": self.groups,
+            "world_size": rank_and_size(self.process_group)[1],
+            "batch_size": self.batch_size,
+            "device": device_name(self.options.device),
+            "seconds": {name: round(seconds, 3) for name, seconds in self._seconds.items()},
+            "versions": versions(),
+            **more,
+            "warnings": warnings,
+        }
+
+
+def open_reference(ref: Any, label: str = "FID") -> Reference | Images | None:
+    """What `ref` names; images are opened and counted, but not read yet."""
+    if ref is None or isinstance(ref, Reference | Images):
+        return ref
+    if isinstance(ref, Tensor | np.ndarray):
+        return Images(ref)
+    if not Path(ref).exists():
+        raise FileNotFoundError(f"the reference '{ref}' does not exist.")
+    return load_reference(ref, label) if holds_statistics(ref) else Images(ref)
+
+
+def as_nchw(images: Tensor) -> Tensor:
+    """(B, 3, H, W), of that or of (B, H, W, 3)."""
+    if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
+        return images.permute(0, 3, 1, 2)
+    return images

@@ -1,0 +1,18 @@
+"""The networks by name, as the command line and the configs know them."""
+
+from pathlib import Path
+
+from fid.dinov2 import DINOv2
+from fid.features import Classifier, FeatureExtractor
+from fid.inception import Inception
+
+EXTRACTORS = {
+    "inception": Inception,
+    "dinov2": DINOv2,
+    "classifier": Classifier.load,
+}  # each takes a weights file or None
+
+
+def build_extractor(name: str, weights: str | Path | None, preset: str = "adm", tf32: bool = False) -> FeatureExtractor:
+    """The network `name` of `EXTRACTORS`; `preset` and `tf32` are Inception's."""
+    return Inception(weights, preset, tf32=tf32) if name == "inception" else EXTRACTORS[name](weights)

@@ -1,0 +1,195 @@
+"""The Inception-v3 of 2015, with which the FID is defined, and the protocols by which images are given to it."""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from pytorch_fid import inception as blocks
+from torch import Tensor, nn
+from torchvision.models import Inception3
+
+from fid.features import fingerprint, ieee_float32
+from fid.images import check_uint8
+from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+
+WEIGHTS_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
+PUBLISHED = "6726825d"  # how the SHA-256 of the file begins
+SPATIAL_CHANNELS = 7
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A protocol: how images become the network's input, and what is reported unless something else is asked for.
+
+    Args:
+        prepare: uint8 (B, 3, H, W) and the side of the result -> float32 (B, 3, size, size).
+        metrics: Names in `METRICS`.
+    """
+
+    prepare: Callable[[Tensor, int], Tensor]
+    metrics: tuple[str, ...]
+
+
+PRESETS = {
+    "adm": Preset(lambda images, size: (tf1_bilinear(images, size) - 128) / 128, ("fid", "sfid", "is", "pr")),
+    "pytorch-fid": Preset(lambda images, size: 2 * half_pixel_bilinear(images, size) - 1, ("fid",)),
+    "clean": Preset(lambda images, size: (clean_bicubic(images, size) - 128) / 128, ("fid",)),
+}
+
+
+class Inception(nn.Module):
+    """Features of the Inception-v3 of 2015, its weights converted by pytorch-fid.
+
+    It is always in evaluation mode, its weights need no gradient, and it computes in IEEE float32, whatever autocast or
+    TF32 is set around it.
+
+    Args:
+        weights: File of weights, with the keys of pytorch-fid and torch-fidelity. If not given: the file that
+            $FID_INCEPTION_WEIGHTS names, or else the cache of torch.hub, or else a download (95 MB).
+        preset: `adm`: TensorFlow's resize, (x - 128) / 128. `pytorch-fid`: half-pixel resize, 2 x / 255 - 1. `clean`:
+            Pillow's bicubic resize, (x - 128) / 128.
+        channels_last: Memory format of the network; on a CPU 1.5 times as fast, and equal to rounding.
+        tf32: Let a GPU use TF32, which moves the features by 0.7 %.
+        size: Side of the network's input, in pixels. Other than 299 the features are no FID's; for tests of other code.
+
+    Raises:
+        FileNotFoundError: No weights at any of these places.
+        ValueError: The file holds something else, or there is no such preset.
+
+    Source: Szegedy et al., arXiv:1512.00567; Heusel et al., arXiv:1706.08500; https://github.com/mseitzer/pytorch-fid.
+    """
+
+    dim = 2048
+    label = "FID"
+
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        preset: str = "adm",
+        *,
+        channels_last: bool = True,
+        tf32: bool = False,
+        size: int = 299,
+    ) -> None:
+        super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}.")
+        self.preset, self.tf32, self.size = preset, tf32, size
+        path, state = _find_weights(weights)
+        network = inception_network()
+        try:
+            network.load_state_dict(state)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"'{path}' does not hold the FID's Inception: {_reason(state, error)}.") from error
+        digest = _sha256(path)
+        self.weights = {"path": str(path), "sha256": digest, "published": digest.startswith(PUBLISHED)}
+        self.classifier = network.fc.weight  # (1008, 2048); the bias is left out, as ADM does
+        network.fc = nn.Identity()
+        self.network = network
+        self.name = f"inception-{preset}-{fingerprint(self)}"
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.requires_grad_(False).eval()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is reported by this preset unless something else is asked for."""
+        return PRESETS[self.preset].metrics
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Width of each output."""
+        side = (((self.size - 3) // 2 + 1 - 2 - 3) // 2 + 1 - 2 - 3) // 2 + 1  # of Mixed_5, after the stem
+        side = (side - 3) // 2 + 1
+        return {"features": 2048, "spatial": SPATIAL_CHANNELS * side**2, "logits": len(self.classifier)}
+
+    def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
+        """Features of images.
+
+        Args:
+            images: uint8 (B, 3, H, W), or a list of (3, H, W) of different sizes, each resized on its own.
+
+        Returns:
+            `features`: (B, 2048), pool_3. `spatial`: (B, 2023), the first 7 channels of Mixed_6d's 1x1 branch after
+            batch normalisation and ReLU, flattened as (height, width, channel). `logits`: (B, 1008), without bias.
+        """
+        with nullcontext() if self.tf32 else ieee_float32():
+            prepare = PRESETS[self.preset].prepare
+            if isinstance(images, list):
+                x = torch.cat([prepare(image[None], self.size) for image in images])
+            else:
+                check_uint8(images)
+                x = prepare(images, self.size)
+            spatial = []
+            branch = self.network.Mixed_6d.branch1x1
+            hook = branch.register_forward_hook(lambda module, inputs, output: spatial.append(output))
+            try:
+                features = self.network(x)  # (B, 2048)
+            finally:
+                hook.remove()
+            spatial = spatial[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+            return {"features": features, "spatial": spatial, "logits": features @ self.classifier.T}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode, whatever module it is part of: with batch statistics the features mean nothing."""
+        return super().train(False)
+
+
+def inception_network() -> Inception3:
+    """Torchvision's Inception with the pooling of the graph of 2015, as `pytorch_fid.inception.fid_inception_v3`."""
+    network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    network.Mixed_5b = blocks.FIDInceptionA(192, pool_features=32)
+    network.Mixed_5c = blocks.FIDInceptionA(256, pool_features=64)
+    network.Mixed_5d = blocks.FIDInceptionA(288, pool_features=64)
+    network.Mixed_6b = blocks.FIDInceptionC(768, channels_7x7=128)
+    network.Mixed_6c = blocks.FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6d = blocks.FIDInceptionC(768, channels_7x7=160)
+    network.Mixed_6e = blocks.FIDInceptionC(768, channels_7x7=192)
+    network.Mixed_7b = blocks.FIDInceptionE_1(1280)
+    network.Mixed_7c = blocks.FIDInceptionE_2(2048)
+    return network
+
+
+def _find_weights(given: str | Path | None) -> tuple[Path, dict[str, Tensor]]:
+    """The file of weights that was found or downloaded, and its state dict."""
+    given = given or os.environ.get("FID_INCEPTION_WEIGHTS")
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    tried = [Path(given)] if given else [cache / name for name in WEIGHTS_FILES]
+    options = {"map_location": "cpu", "weights_only": True}
+    for path in tried:
+        if path.is_file():
+            if not given and not _sha256(path).startswith(PUBLISHED):
+                raise ValueError(f"'{path}' is damaged: its SHA-256 does not begin with {PUBLISHED}; remove it.")
+            try:
+                return path, torch.load(path, **options)
+            except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+                raise ValueError(f"'{path}' is not a PyTorch file of weights, or is cut short.") from error
+    try:
+        if given:
+            raise FileNotFoundError("no such file")
+        return tried[0], torch.hub.load_state_dict_from_url(blocks.FID_WEIGHTS_URL, check_hash=True, **options)
+    except (OSError, RuntimeError) as error:  # offline, or a download of another hash
+        raise FileNotFoundError(
+            f"FID Inception weights not found ({error}). Tried: {', '.join(map(str, tried))}. Get {WEIGHTS_FILES[0]} "
+            f"(95 MB) from the pytorch-fid release 'fid_weights' ({blocks.FID_WEIGHTS_URL}) on a machine with internet, "
+            "and pass --weights or set $FID_INCEPTION_WEIGHTS."
+        ) from error
+
+
+def _reason(state: object, error: Exception) -> str:
+    """Why a state dict is not the right one."""
+    head = state.get("fc.weight") if isinstance(state, dict) else None
+    if isinstance(head, Tensor) and len(head) == 1000:
+        return "it is torchvision's ImageNet Inception (1000 classes); FID needs the 2015 graph with 1008"
+    return str(error).splitlines()[0].rstrip(":") + " (for another network name it with --extractor)"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

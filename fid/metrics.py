@@ -1,0 +1,118 @@
+"""The metrics by name: what each one needs of the samples and of the reference, and the numbers it gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fid import scores
+from fid.frechet import frechet_terms, jackknife, noise_floor
+from fid.moments import Moments, Statistics
+
+
+@dataclass
+class Side:
+    """What is known of a set of images: statistics of some outputs of the extractor, the whole rows of others.
+
+    Of a reference, `rows` may belong to other images than `statistics`: the file of ADM holds statistics of the training
+    set and 10,000 of its images.
+    """
+
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)  # of samples: the same in groups, for error bars
+    rows: dict[str, Tensor] = field(default_factory=dict)  # (N, D) each, in order of the image's index
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose in the metrics.
+
+    Args:
+        pr_compat: Arithmetic of precision and recall: `adm-fp16` rounds as the published script does, `fp32` does not.
+        device: Where distances between rows are computed.
+    """
+
+    pr_compat: str = "adm-fp16"
+    device: Any = "cpu"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: `compute(samples, reference, options)` gives its numbers by their names in the record.
+
+    `output` is the extractor's output that it looks at; `samples` and `reference` say what it takes of each side.
+    """
+
+    compute: Callable[[Side, Side, Options], dict[str, Any]]
+    output: str
+    samples: str  # "statistics" or "rows"
+    reference: str | None  # the same, or None
+
+
+def _frechet(name: str, output: str, error_bar: bool = True) -> Callable[[Side, Side, Options], dict[str, Any]]:
+    def compute(samples: Side, reference: Side, options: Options) -> dict[str, Any]:
+        """Frechet distance; with its standard error and its limit for infinitely many samples where groups are there."""
+        side, given = reference.statistics[output], samples.statistics[output]
+        mean_term, cov_term = frechet_terms(side.mean, side.factor, given.mean, given.cov)
+        value = max(mean_term + cov_term, 0.0)
+        if not error_bar:
+            return {name: value}
+        found = {name: value, f"{name}_se": None, f"{name}_inf": None}
+        parts = samples.moments[output].leave_one_out() if output in samples.moments else ()
+        left_out = [sum(frechet_terms(side.mean, side.factor, part.mean, part.cov)) for part in parts]
+        if left_out:
+            found[f"{name}_se"], found[f"{name}_inf"] = jackknife(value, left_out)
+        floor = noise_floor(side.factor, given.num) if given.num else None
+        return {**found, f"{name}_noise_floor": floor, f"{name}_mean_term": mean_term, f"{name}_cov_term": cov_term}
+
+    return compute
+
+
+def _inception_score(samples: Side, reference: Side, options: Options) -> dict[str, Any]:
+    """In the order of the files by 5,000, as ADM does, and shuffled into 10 parts, as torch-fidelity does."""
+    logits = samples.rows["logits"]
+    mean, std = scores.inception_score(logits, chunk=5000)
+    shuffled, _ = scores.inception_score(logits, chunk=None, splits=min(10, len(logits)), seed=2020)
+    return {"inception_score": mean, "inception_score_std": std, "inception_score_shuffled": shuffled}
+
+
+def _precision_recall(samples: Side, reference: Side, options: Options) -> dict[str, Any]:
+    """The share of samples near real images, and of real images near samples."""
+    real, fake = reference.rows["features"], samples.rows["features"]
+    precision, recall = scores.precision_recall(real, fake, k=3, arithmetic=options.pr_compat, device=options.device)
+    sizes = {"k": 3, "num_real": len(real), "num_fake": len(fake), "arithmetic": options.pr_compat}
+    return {"precision": precision, "recall": recall, "pr": sizes}
+
+
+def _density_coverage(samples: Side, reference: Side, options: Options) -> dict[str, Any]:
+    """The same two, less sensitive to outliers."""
+    density, coverage = scores.density_coverage(
+        reference.rows["features"], samples.rows["features"], k=5, device=options.device
+    )
+    return {"density": density, "coverage": coverage}
+
+
+def _kid(samples: Side, reference: Side, options: Options) -> dict[str, Any]:
+    """Kernel distance: unbiased, so small sets of different sizes compare."""
+    real, fake = reference.rows["features"], samples.rows["features"]
+    size = min(1000, len(real), len(fake))
+    mean, std = scores.kid(real, fake, subsets=100, size=size, device=options.device)
+    return {"kid": mean, "kid_std": std, "kid_subset_size": size}
+
+
+def _mind(samples: Side, reference: Side, options: Options) -> dict[str, Any]:
+    """Distance of the marginals in random directions."""
+    return {"mind": scores.mind(reference.rows["features"], samples.rows["features"], device=options.device)}
+
+
+METRICS = {
+    "fid": Metric(_frechet("fid", "features"), "features", "statistics", "statistics"),  # of Inception
+    "fd": Metric(_frechet("fd", "features"), "features", "statistics", "statistics"),  # the same of any other extractor
+    "sfid": Metric(_frechet("sfid", "spatial", error_bar=False), "spatial", "statistics", "statistics"),
+    "is": Metric(_inception_score, "logits", "rows", None),
+    "pr": Metric(_precision_recall, "features", "rows", "rows"),
+    "dc": Metric(_density_coverage, "features", "rows", "rows"),
+    "kid": Metric(_kid, "features", "rows", "rows"),
+    "mind": Metric(_mind, "features", "rows", "rows"),
+}

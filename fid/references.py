@@ -1,0 +1,202 @@
+"""Reference files: statistics of real images as the tools of the field write them, read without running any code in them."""
+
+import hashlib
+import io
+import pickle
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fid.files import written_aside
+from fid.frechet import check_moments
+from fid.images import Images
+from fid.moments import Statistics
+
+VERSION = 1  # of the file
+KEYS = {"features": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu_s", "sigma_s"),)}
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What samples are compared with: statistics of outputs of an extractor, and maybe images.
+
+    Args:
+        source: The file, or what it was made of.
+        kind: `fid` (ours), `adm`, `npz` (pytorch-fid's and its kin), `edm2` or `torch-fidelity`.
+        statistics: Output -> its mean and covariance: `features`, `spatial`.
+        num_images: Images behind the statistics; None where a file does not say.
+        images: Some of the real images, for metrics that need them; they are read only then.
+        extractor: Name of the network, with the fingerprint of its weights; None where a file does not say.
+        preset: The protocol; None likewise.
+    """
+
+    source: str
+    kind: str
+    statistics: dict[str, Statistics]
+    num_images: int | None = None
+    images: Images | None = None
+    extractor: str | None = None
+    preset: str | None = None
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """Of the file, in hexadecimal digits; None if it was not read from one."""
+        if not Path(self.source).is_file():
+            return None
+        with Path(self.source).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def holds_statistics(path: str | Path) -> bool:
+    """Whether `path` is a file of statistics, by its content; if not, it can only be images."""
+    path = Path(path)
+    if path.suffix.lower() in (".pkl", ".pt"):
+        return path.is_file()
+    if path.suffix.lower() != ".npz" or not path.is_file():
+        return False
+    names = set(_names(path))
+    return "arr_0" not in names or not names.isdisjoint({"mu", "sigma", "ref_mu"})
+
+
+def load_reference(path: str | Path, label: str = "FID") -> Reference:
+    """Reads a file of statistics.
+
+    Args:
+        path: .npz of ours, ADM, pytorch-fid, EDM, MAR or MeanFlow; .pkl of EDM2; .pt of torch-fidelity.
+        label: `FD-DINOv2` takes that part of an EDM2 file, which holds several; anything else takes Inception's.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds something else, or statistics that cannot be right; says what.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"the statistics '{path}' do not exist.")
+    read = {".pkl": _read_pickle, ".pt": _read_pt}.get(path.suffix.lower(), _read_npz)
+    arrays, kind = read(path, label)
+    statistics = {}
+    for output, choices in KEYS.items():
+        for mean, cov in choices:
+            if mean in arrays and cov in arrays:
+                pair = check_moments(arrays[mean], arrays[cov], f"'{path}'")
+                statistics[output] = Statistics(*pair, arrays.get("num_images"))
+    if "features" not in statistics:
+        found = sorted(arrays)
+        if {"reps", "feats"} & set(found):
+            raise ValueError(f"'{path}' holds features, not statistics; this needs their mean and covariance.")
+        hint = " It holds images: run `python -m fid stats` on it first." if "arr_0" in found else ""
+        raise ValueError(f"'{path}' has no mu and sigma, but {found}.{hint}")
+    images = Images(path) if "arr_0" in arrays else None
+    text = {key: arrays.get(key) for key in ("extractor", "protocol")}
+    return Reference(str(path), kind, statistics, arrays.get("num_images"), images, text["extractor"], text["protocol"])
+
+
+def save_reference(
+    path: str | Path,
+    statistics: dict[str, Statistics],
+    num_images: int | None,
+    extractor: str,
+    preset: str | None,
+    images: np.ndarray | None = None,
+) -> None:
+    """Writes an .npz with the keys of ADM's files, which other tools read, and ours: whole or not at all.
+
+    Args:
+        path: The file.
+        statistics: Output -> mean and covariance, `features` and perhaps `spatial`.
+        num_images: Images behind them.
+        extractor: Name of the network.
+        preset: The protocol.
+        images: (K, H, W, 3) uint8, real images for metrics that need them.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    record = {"num_images": num_images, "extractor": extractor, "protocol": preset, "version": VERSION, "arr_0": images}
+    for output, ((mean, cov), *_) in KEYS.items():
+        if output in statistics:
+            record |= {mean: statistics[output].mean, cov: statistics[output].cov}
+    with written_aside(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **{key: value for key, value in record.items() if value is not None})
+
+
+def _read_npz(path: Path, label: str) -> tuple[dict[str, Any], str]:
+    names = _names(path)
+    wanted = {
+        "num_images",
+        "extractor",
+        "protocol",
+        *(key for pairs in KEYS.values() for pair in pairs for key in pair),
+    }
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] if name in wanted else None for name in names}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"'{path}' cannot be read: {error}.") from error
+    if "num_images" in arrays:
+        arrays["num_images"] = int(arrays["num_images"])
+    for key in {"extractor", "protocol"} & arrays.keys():
+        arrays[key] = str(arrays[key])
+    kind = "fid" if "protocol" in arrays or "extractor" in arrays else "adm" if "mu_s" in arrays else "npz"
+    return arrays, kind
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"'{path}' is not an .npz file, or is cut short.") from error
+
+
+class _Arrays(pickle.Unpickler):
+    """Numpy arrays and plain values only; a pickle may name any function of Python to be called."""
+
+    ALLOWED = frozenset(
+        {("numpy", "ndarray"), ("numpy", "dtype")}
+        | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
+        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
+        | {("_codecs", "encode"), ("builtins", "dict"), ("builtins", "complex"), ("collections", "OrderedDict")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The few that an array needs."""
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array")
+        return super().find_class(module, name)
+
+
+def _read_pickle(path: Path, label: str) -> tuple[dict[str, Any], str]:
+    try:
+        found = _Arrays(io.BytesIO(path.read_bytes())).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' is not a pickle of statistics, and nothing in it was run: {error}.") from error
+    part = "fd_dinov2" if label == "FD-DINOv2" else "fid"
+    if isinstance(found, dict) and part not in found and "mu" in found:
+        return found, "edm2"
+    if not isinstance(found, dict) or part not in found:
+        keys = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"'{path}' has no {part!r}, but {keys}.")
+    return {**found[part], "num_images": found.get("num_images")}, "edm2"
+
+
+def _read_pt(path: Path, label: str) -> tuple[dict[str, Any], str]:
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    allowed = [multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype("f8")), type(np.dtype("f4"))]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"'{path}' is not a PyTorch file of statistics, and nothing in it was run: {reason}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' holds a {type(found).__name__}; statistics are a dict with mu and sigma.")
+    return {key: np.asarray(value) for key, value in found.items()}, "torch-fidelity"

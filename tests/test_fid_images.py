@@ -1,0 +1,357 @@
+"""Every kind of input, by its content; statistics of every tool; and the sentence for each mistake."""
+
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fid
+from fid.images import SUFFIXES, centre_crop, check_uint8
+from fid.references import holds_statistics
+
+
+def random_images(num, size=16, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (num, size, size, 3), dtype=np.uint8)
+
+
+def write_pngs(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:04}.png")
+    return folder
+
+
+def read_all(source, num=None, batch_size=4, **options):
+    batches = [batch for _, batch in fid.Images(source, num, **options).batches(batch_size)]
+    return torch.cat(batches).permute(0, 2, 3, 1).numpy()
+
+
+def zip_of(folder, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+# Images
+
+
+def test_every_input_holds_the_same_images(tmp_path):
+    images = random_images(10)
+    np.save(tmp_path / "x.npy", images)
+    np.savez(tmp_path / "x.npz", images, np.arange(10))
+    np.savez_compressed(tmp_path / "y.npz", images)
+    write_pngs(tmp_path / "folder" / "b", images[5:])
+    write_pngs(tmp_path / "folder" / "a", images[:5])
+    zipped = zip_of(tmp_path / "folder", tmp_path / "x.zip")
+    sources = [tmp_path / "x.npy", tmp_path / "x.npz", str(tmp_path / "y.npz"), tmp_path / "folder", zipped]
+    sources += [images, torch.from_numpy(images), torch.from_numpy(images).permute(0, 3, 1, 2)]
+    for source in sources:
+        assert np.array_equal(read_all(source), images)
+        assert np.array_equal(read_all(source, num=7), images[:7])
+        again = fid.Images(source)
+        assert np.array_equal(torch.stack(again.take([3, 8])).permute(0, 2, 3, 1).numpy(), images[[3, 8]])
+        assert np.array_equal(torch.stack(again.take([0])).permute(0, 2, 3, 1).numpy(), images[:1])
+    kinds = ["npy", "npz", "npz", "folder", "zip", "tensor", "tensor", "tensor"]
+    assert [fid.Images(source).kind for source in sources] == kinds
+    assert [len(batch) for _, batch in fid.Images(images).batches(4)] == [4, 4, 2]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz", "tensor"])
+def test_two_processes_share_the_batches(kind, tmp_path):
+    images = random_images(11)
+    write_pngs(tmp_path / "folder", images)
+    np.savez_compressed(tmp_path / "x.npz", images)
+    zip_of(tmp_path / "folder", tmp_path / "x.zip")
+    source = {"folder": tmp_path / "folder", "zip": tmp_path / "x.zip", "npz": tmp_path / "x.npz", "tensor": images}[
+        kind
+    ]
+    seen = {}
+    for rank in range(2):
+        for index, batch in fid.Images(source).batches(3, rank, 2):
+            assert int(index[0]) // 3 % 2 == rank
+            seen |= dict(zip(index.tolist(), batch.permute(0, 2, 3, 1).numpy(), strict=True))
+    assert sorted(seen) == list(range(11))
+    assert all(np.array_equal(seen[i], images[i]) for i in seen)
+
+
+def test_labels_of_class_folders_and_of_npz(tmp_path):
+    images = random_images(6)
+    np.savez(tmp_path / "x.npz", images, np.array([2, 0, 1, 2, 2, 1]))
+    assert fid.Images(tmp_path / "x.npz", 4).labels.tolist() == [2, 0, 1, 2]
+    for name, part in (("cat", images[:2]), ("dog", images[2:])):
+        write_pngs(tmp_path / "classes" / name, part)
+    assert fid.Images(tmp_path / "classes").labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert fid.Images(zip_of(tmp_path / "classes", tmp_path / "x.zip")).labels.tolist() == [0, 0, 1, 1, 1, 1]
+    assert fid.Images(tmp_path / "classes" / "cat").labels is None
+    assert fid.Images(images).labels is None
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, "PNG", "JPEG"])
+def test_every_suffix_in_any_letter_case(suffix, tmp_path):
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / f"x.{suffix}")
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "._x.png").touch()  # what some archives leave behind
+    assert np.abs(read_all(tmp_path).astype(int) - 200).max() <= 2
+    images = fid.Images(tmp_path)
+    assert images.lossy == (suffix.lower() in ("jpg", "jpeg", "webp"))
+    assert images.lossy == ("lossy" in " ".join(images.warnings()))
+
+
+def test_grey_is_read_as_rgb_and_said(tmp_path):
+    grey = random_images(3)[..., :1]
+    np.savez(tmp_path / "x.npz", grey)
+    write_pngs(tmp_path / "folder", grey[..., 0])
+    for source in (tmp_path / "x.npz", tmp_path / "folder"):
+        images = fid.Images(source)
+        found = torch.cat([batch for _, batch in images.batches(2)]).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(found, grey.repeat(3, axis=3))
+        assert "grey; they were taken as RGB" in " ".join(images.warnings())
+
+
+def test_mixed_sizes_when_they_are_asked_for(tmp_path):
+    write_pngs(tmp_path, random_images(3))
+    Image.new("RGB", (8, 12)).save(tmp_path / "odd.png")
+    (index, batch), *_ = fid.Images(tmp_path, mixed_sizes=True).batches(8)
+    assert index.tolist() == [0, 1, 2, 3]
+    assert [tuple(image.shape) for image in batch] == [(3, 16, 16)] * 3 + [(3, 12, 8)]
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (200, 65), (33, 32), (17, 90), (32, 32)])
+def test_crop_is_that_of_training(shape, tmp_path):
+    from runtime import data
+
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    expected = np.asarray(data.centre_crop(Image.fromarray(pixels), 32))
+    assert np.array_equal(centre_crop(pixels, 32), expected)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert np.array_equal(read_all(tmp_path, crop=32)[0], expected)
+
+
+def test_quantize_is_the_rule_of_dit():
+    x = torch.tensor([-1.5, -1, -0.5, 0, 0.5, 1, 2])
+    assert fid.quantize(x).tolist() == [0, 0, 64, 128, 191, 255, 255]
+    steps = torch.arange(256) / 127.5 - 1
+    assert fid.quantize(steps).tolist() == list(range(256))
+    for wrong in (torch.tensor([torch.nan]), torch.tensor([1])):
+        with pytest.raises(ValueError, match="expected finite floating-point images"):
+            fid.quantize(wrong)
+
+
+@pytest.mark.parametrize("num", [0, -1, 4])
+def test_num_out_of_range(num):
+    with pytest.raises(ValueError, match=f"cannot take {num} images of a tensor, which holds 3"):
+        fid.Images(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), num)
+
+
+def test_what_is_no_uint8():
+    with pytest.raises(
+        ValueError, match=r"got float32 in \[-1\.00, 1\.00\]\. Convert with fid\.quantize\(x\) \(DiT rounding"
+    ):
+        check_uint8(torch.tensor([-1.0, 1.0]).expand(1, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"expected uint8 images \(B, 3, H, W\); got \(1, 4, 2, 2\)"):
+        check_uint8(torch.zeros(1, 4, 2, 2, dtype=torch.uint8))
+
+
+def test_folders_that_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
+        fid.Images(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="found no files"):
+        fid.Images(tmp_path)
+    np.save(tmp_path / "x.npy", 0)
+    with pytest.raises(
+        ValueError,
+        match=r"looked for png, .*any letter case, recursively\); found 1 \*\.npy. Did you mean an .npz with",
+    ):
+        fid.Images(tmp_path)
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(ValueError, match="neither a folder or .zip of images nor"):
+        fid.Images(tmp_path / "x.txt")
+    (tmp_path / "x.zip").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="is not a .zip file"):
+        fid.Images(tmp_path / "x.zip")
+
+
+def test_image_files_that_are_refused(tmp_path):
+    folder = write_pngs(tmp_path / "sizes", random_images(2))
+    Image.new("RGB", (8, 12)).save(folder / "odd.png")
+    with pytest.raises(ValueError, match=r"0000\.png' is 16x16, '.*odd\.png' is 8x12. Pass --mixed-sizes"):
+        read_all(folder)
+
+    folder = write_pngs(tmp_path / "damaged", random_images(2))
+    whole = (folder / "0001.png").read_bytes()
+    for broken in (whole[:200], b"nonsense", b""):
+        (folder / "0001.png").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"0001\.png' is not a readable image"):
+            read_all(folder)
+
+    (tmp_path / "alpha").mkdir()
+    Image.new("RGBA", (8, 8), (10, 20, 30, 40)).save(tmp_path / "alpha" / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png' has mode RGBA; convert to RGB first or pass --drop-alpha"):
+        read_all(tmp_path / "alpha")
+    assert read_all(tmp_path / "alpha", drop_alpha=True)[0, 0, 0].tolist() == [10, 20, 30]
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep" / "x.png")
+    with pytest.raises(ValueError, match=r"has mode I;16; convert it to 8-bit"):
+        read_all(tmp_path / "deep")
+
+
+def test_a_folder_that_changes_while_it_is_read(tmp_path):
+    folder = write_pngs(tmp_path / "x", random_images(6))
+    images = fid.Images(folder)
+    assert images.warnings() == []
+    Image.fromarray(random_images(1)[0]).save(folder / "later.png")
+    assert "changed while it was read: 1 images came and 0 went" in images.warnings()[0]
+    os.remove(folder / "0003.png")
+    with pytest.raises(ValueError, match=r"0003\.png' disappeared while"):
+        list(images.batches(2))
+
+
+@pytest.mark.parametrize(
+    ("array", "sentence"),
+    [
+        (
+            np.zeros((2, 8, 8, 3), np.float32),
+            r"got float32 \(2, 8, 8, 3\), the first in \[0.00, 0.00\]. Convert with fid.quantize",
+        ),
+        (np.zeros((2, 3, 8, 8), np.uint8), r"got uint8 \(2, 3, 8, 8\)\. The channels come last: transpose it"),
+        (np.zeros((2, 8, 8, 4), np.uint8), r"got uint8 \(2, 8, 8, 4\)"),
+        (np.zeros((8, 8, 3), np.uint8), r"got uint8 \(8, 8, 3\)"),
+        (np.asfortranarray(random_images(2)), r"got uint8 \(2, 16, 16, 3\) in Fortran order"),
+    ],
+)
+def test_arrays_that_are_refused(array, sentence, tmp_path):
+    np.save(tmp_path / "x.npy", array)
+    np.savez(tmp_path / "x.npz", array)
+    for name in ("x.npy", "x.npz"):
+        with pytest.raises(ValueError, match=rf"expected uint8 images \(N, H, W, 3\).*{name}'; {sentence}"):
+            fid.Images(tmp_path / name)
+
+
+def test_array_files_that_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", mu=0, sigma=1)
+    with pytest.raises(ValueError, match=r"has no arr_0, where images are looked for, but \['mu', 'sigma'\]"):
+        fid.Images(tmp_path / "x.npz")
+    for name in ("x.npz", "x.npy"):
+        (tmp_path / name).write_bytes(b"nonsense")
+        with pytest.raises(ValueError, match="is not an .npz file|is not in numpy's format"):
+            fid.Images(tmp_path / name)
+    np.save(tmp_path / "cut.npy", random_images(4))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-10])
+    with pytest.raises(ValueError, match="cut.npy' is damaged at image 3 of 4"):
+        read_all(tmp_path / "cut.npy")
+
+
+# References
+
+
+def moments(dim=5, seed=0):
+    x = np.random.default_rng(seed).normal(size=(20, dim))
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def test_our_own_file(tmp_path):
+    (mean, cov), (mean_s, cov_s) = moments(), moments(7, seed=1)
+    parts = {"features": fid.Statistics(mean, cov, 20), "spatial": fid.Statistics(mean_s, cov_s, 20)}
+    fid.save_reference(tmp_path / "x.npz", parts, 20, "judge-12345678", "adm", random_images(3))
+    found = fid.load_reference(tmp_path / "x.npz")
+    assert np.array_equal(found.statistics["features"].cov, cov)
+    assert np.array_equal(found.statistics["spatial"].mean, mean_s)
+    assert (found.kind, found.num_images, found.extractor, found.preset) == ("fid", 20, "judge-12345678", "adm")
+    assert np.array_equal(torch.stack(found.images.take([1])).permute(0, 2, 3, 1).numpy(), random_images(3)[1:2])
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]  # nothing temporary is left
+    assert len(found.sha256) == 64
+
+
+def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
+    parts = {"features": fid.Statistics(*moments())}
+    fid.save_reference(tmp_path / "x.npz", parts, 2, "judge", None)
+    before = (tmp_path / "x.npz").read_bytes()
+
+    def fail(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="cannot write '.*x.npz': no space left"):
+        fid.save_reference(tmp_path / "x.npz", parts, 2, "judge", None)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
+
+
+def test_files_of_other_tools(tmp_path):
+    mean, cov = moments()
+    single = {"mu": mean.astype(np.float32), "sigma": cov.astype(np.float32)}
+    np.savez_compressed(tmp_path / "pytorch_fid.npz", mu=mean, sigma=cov)
+    np.savez(tmp_path / "meanflow.npz", ref_mu=mean, ref_sigma=cov)
+    np.savez(tmp_path / "adm.npz", **single, mu_s=mean, sigma_s=cov, arr_0=random_images(4))
+    torch.save({"mu": mean, "sigma": cov}, tmp_path / "torch_fidelity.pt")
+    edm2 = {"num_images": 9, "fid": {"mu": mean, "sigma": cov}, "fd_dinov2": {"mu": mean + 1, "sigma": cov}}
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps(edm2))
+    kinds = {"pytorch_fid.npz": "npz", "meanflow.npz": "npz", "adm.npz": "adm", "torch_fidelity.pt": "torch-fidelity"}
+    for name, kind in {**kinds, "edm2.pkl": "edm2"}.items():
+        assert holds_statistics(tmp_path / name)
+        found = fid.load_reference(tmp_path / name)
+        np.testing.assert_allclose(found.statistics["features"].mean, mean, rtol=1e-6)
+        assert found.statistics["features"].cov.dtype == np.float64
+        assert (found.kind, found.extractor, found.num_images) == (kind, None, 9 if kind == "edm2" else None)
+    assert fid.load_reference(tmp_path / "adm.npz").images.num == 4
+    assert "spatial" in fid.load_reference(tmp_path / "adm.npz").statistics
+    other = fid.load_reference(tmp_path / "edm2.pkl", "FD-DINOv2").statistics["features"]
+    np.testing.assert_allclose(other.mean, mean + 1)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "edm2.pkl").write_bytes(pickle.dumps(edm2, protocol))
+        assert fid.load_reference(tmp_path / "edm2.pkl").num_images == 9
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_no_code_in_a_file_is_run(tmp_path):
+    bad = Malicious()
+    bad.path = str(tmp_path / "harm")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"fid": bad}))
+    torch.save({"mu": bad}, tmp_path / "x.pt")
+    np.savez(tmp_path / "x.npz", mu=np.array([bad]), sigma=np.eye(1))
+    for name, sentence in (
+        ("x.pkl", "nothing in it was run: it names posix.mkdir"),
+        ("x.pt", "nothing in it"),
+        ("x.npz", "be read"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            fid.load_reference(tmp_path / name)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"arr_0": np.zeros((1, 8, 8, 3), np.uint8)}, "holds images: run `python -m fid stats`"),
+        ({"reps": np.zeros((3, 4))}, "holds features, not statistics"),
+        ({"mu": np.zeros(2)}, r"no mu and sigma, but \['mu'\]"),
+        ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"a mean \(2,\) and a covariance \(3, 3\)"),
+        ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.inf)}, "NaN or infinite"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 1], [0, 1]])}, "not symmetric"),
+    ],
+)
+def test_load_reference_refuses(arrays, sentence, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(ValueError, match=sentence):
+        fid.load_reference(tmp_path / "x.npz")
+
+
+def test_load_reference_refuses_what_is_no_statistics(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.npz' do not exist"):
+        fid.load_reference(tmp_path / "x.npz")
+    for name, sentence in (("x.npz", "is not an .npz"), ("x.pkl", "not a pickle of"), ("x.pt", "not a PyTorch file")):
+        (tmp_path / name).write_bytes(b"nonsense")
+        with pytest.raises(ValueError, match=sentence):
+            fid.load_reference(tmp_path / name)
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"fd_dinov2": {}}))
+    with pytest.raises(ValueError, match="has no 'fid', but"):
+        fid.load_reference(tmp_path / "x.pkl")

@@ -1,0 +1,394 @@
+"""The networks against other tools with the same random weights, the three resizes, and where weights are found."""
+
+import hashlib
+import shutil
+import urllib.error
+
+import numpy as np
+import pytest
+import pytorch_fid.inception
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import fid
+from fid import inception
+from fid.features import fingerprint, ieee_float32
+from fid.inception import WEIGHTS_FILES
+from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+
+torch.set_num_threads(1)
+
+
+def random_images(num, height, width=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (num, 3, height, width or height), generator=generator, dtype=torch.uint8)
+
+
+def relative(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture(scope="module")
+def adm(inception_weights):
+    return fid.Inception(inception_weights, size=75)
+
+
+@pytest.fixture(scope="module")
+def theirs(inception_weights):
+    """torch-fidelity's network, with an input of 75 pixels."""
+    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    outputs = ["2048", "logits_unbiased"]
+    network = theirs.FeatureExtractorInceptionV3("x", outputs, feature_extractor_weights_path=str(inception_weights))
+    network.INPUT_IMAGE_SIZE = 75
+    return network
+
+
+# Resizes
+
+
+def row(values, size, resize):
+    """A resize of one row of pixels."""
+    image = torch.tensor(values, dtype=torch.uint8).expand(1, 3, len(values), len(values))
+    return resize(image, size)[0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "expected"),
+    [
+        ([0, 10], 4, [0, 5, 10, 10]),
+        ([0, 10, 20, 30], 3, [0, 13.3333, 26.6667]),
+        ([0, 1, 4, 9, 16], 7, [0, 0.71429, 2.28571, 4.71429, 8.28572, 13, 16]),
+        ([0, 100, 50], 5, [0, 60, 90, 60, 50]),
+    ],
+)
+def test_golden_rows_of_tensorflow(values, size, expected):
+    assert row(values, size, tf1_bilinear) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "expected"), [([0, 10], 4, [0, 2.5, 7.5, 10]), ([0, 10, 20, 30], 3, [1.6667, 15, 28.3333])]
+)
+def test_golden_rows_with_half_pixels(values, size, expected):
+    assert [255 * v for v in row(values, size, half_pixel_bilinear)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (256, 256), (299, 299), (300, 200), (512, 512)])
+def test_tensorflow_resize_is_torch_fidelitys_to_the_bit(shape):
+    theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    images = random_images(1, *shape)
+    expected = theirs.interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False)
+    assert torch.equal(tf1_bilinear(images, 299), expected)
+
+
+def test_clean_resize_is_clean_fids():
+    resizer = pytest.importorskip("cleanfid.resize").make_resizer("PIL", False, "bicubic", (75, 75))
+    images = random_images(2, 60, 90)
+    expected = torch.stack([torch.from_numpy(resizer(i.permute(1, 2, 0).numpy())) for i in images]).permute(0, 3, 1, 2)
+    assert torch.equal(clean_bicubic(images, 75), expected)
+    slow = Image.fromarray(images[0, 1].numpy().astype(np.float32)).resize((75, 75), Image.Resampling.BICUBIC)
+    assert torch.equal(clean_bicubic(images, 75)[0, 1], torch.from_numpy(np.array(slow)).clamp(0, 255))
+    assert clean_bicubic(images, 75).min() >= 0
+
+
+# Inception
+
+
+def test_features_and_logits_equal_torch_fidelity(adm, theirs):
+    images = random_images(4, 64, seed=1)
+    with torch.no_grad():
+        features, logits = theirs(images)
+        found = adm(images)
+    assert relative(found["features"], features) < 1e-5
+    assert relative(found["logits"], logits) < 1e-5
+    assert (features[0] - features[1]).norm() > 0.01 * features.norm()  # images are told apart
+    assert {name: rows.shape[1] for name, rows in found.items()} == adm.dims
+
+
+def test_features_at_full_size_equal_torch_fidelity(inception_weights):
+    theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    network = theirs.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(inception_weights))
+    ours, images = fid.Inception(inception_weights), random_images(1, 256, seed=2)
+    with torch.no_grad():
+        found = ours(images)
+        assert relative(found["features"], network(images)[0]) < 1e-5
+    assert {name: rows.shape[1] for name, rows in found.items()} == {"features": 2048, "spatial": 2023, "logits": 1008}
+    assert ours.dims == {"features": 2048, "spatial": 2023, "logits": 1008}
+
+
+def test_features_equal_pytorch_fid(inception_weights):
+    state = torch.load(inception_weights, weights_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
+        theirs = pytorch_fid.inception.InceptionV3([3], resize_input=False).eval()
+    ours = fid.Inception(inception_weights, "pytorch-fid", size=75, channels_last=False)  # as theirs, to the last digit
+    ours.train()  # has no effect
+    images = random_images(2, 64)
+    resized = torch.nn.functional.interpolate(images / 255, size=(75, 75), mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        expected = theirs(resized)[0].flatten(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ours(images)["features"]
+    assert found.dtype == torch.float32
+    assert relative(found, expected) < 1e-6
+    assert (ours.name.startswith("inception-pytorch-fid-"), ours.metrics) == (True, ("fid",))
+
+
+def test_spatial_features_are_of_one_branch_after_its_relu_and_channels_come_last(inception_weights):
+    """A slow way: all blocks before, one after the other, then that branch alone."""
+    network = inception.inception_network().eval()
+    network.load_state_dict(torch.load(inception_weights, weights_only=True))
+    images = random_images(2, 75)
+    with torch.no_grad():
+        x = (images.float() - 128) / 128
+        for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"):
+            x = getattr(network, name)(x)
+        x = network.maxpool2(x)
+        for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):
+            x = getattr(network, name)(x)
+        branch = network.Mixed_6d.branch1x1
+        x = torch.relu(branch.bn(branch.conv(x)))[:, :7]  # (2, 7, 3, 3)
+        found = fid.Inception(inception_weights, size=75, channels_last=False)(images)["spatial"]
+    assert relative(found, x.permute(0, 2, 3, 1).flatten(1)) < 1e-5
+    assert relative(found, x.flatten(1)) > 0.1
+    assert found.min() == 0
+
+
+def test_presets_differ_in_what_they_do(adm, inception_weights):
+    images = random_images(2, 64)
+    with torch.no_grad():
+        expected = adm(images)["features"]
+        for preset in ("pytorch-fid", "clean"):
+            other = fid.Inception(inception_weights, preset, size=75)
+            assert relative(other(images)["features"], expected) > 1e-3
+            assert other.name.rsplit("-", 1)[1] == adm.name.rsplit("-", 1)[1]
+    with pytest.raises(ValueError, match="preset is 'tf'; choose one of adm, pytorch-fid, clean"):
+        fid.Inception(inception_weights, "tf")
+
+
+def test_mixed_sizes_are_resized_one_by_one(adm):
+    a, b = random_images(1, 64), random_images(1, 90, 80)
+    with torch.no_grad():
+        found = adm([a[0], b[0]])["features"]
+        assert relative(found, torch.cat([adm(a)["features"], adm(b)["features"]])) < 1e-5
+
+
+def test_memory_format_changes_nothing_but_rounding(adm, inception_weights):
+    images = random_images(2, 64)
+    plain = fid.Inception(inception_weights, size=75, channels_last=False)
+    with torch.no_grad():
+        assert relative(plain(images)["features"], adm(images)["features"]) < 1e-5
+    assert plain.name == adm.name
+
+
+def test_a_whole_evaluation_equals_torch_fidelity(adm, theirs, inception_weights, tmp_path):
+    """FID, Inception Score, precision and recall of 40 images against 40, by both evaluators."""
+    torch_fidelity = pytest.importorskip("torch_fidelity")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    assert torch_fidelity.__version__
+    mine, real = random_images(40, 64, seed=1), random_images(40, 64, seed=2) // 2
+    ev = fid.Evaluator(
+        real, extractor=adm, metrics=("fid", "sfid", "is", "pr"), device="cpu", groups=0, pr_compat="fp32"
+    )
+    result = ev.update(mine).compute()
+    rows, real_rows = ev.collected.rows, ev.reference_rows
+    isc = isc_features_to_metric(rows["logits"])
+    prc = prc_features_to_metric(rows["features"], real_rows["features"])
+    options = {"prc_neighborhood": 3, "prc_batch_size": 10_000, "save_cpu_ram": False, "verbose": False}
+    prc = prc_features_to_metric(rows["features"], real_rows["features"], **options)
+    sides = [fid_features_to_statistics(side["features"].double()) for side in (rows, real_rows)]
+    assert result.inception_score_shuffled == pytest.approx(isc["inception_score_mean"], rel=1e-12)
+    assert result.precision == pytest.approx(prc["precision"], abs=1e-7)
+    assert result.recall == pytest.approx(prc["recall"], abs=1e-7)
+    expected = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+    assert result.fid == pytest.approx(expected, rel=1e-5)  # fewer images than dimensions
+    assert result.sfid > 0
+    assert result.record["weights"]["published"] is False
+    assert "other weights than the published ones" in " ".join(result.warnings)
+    with torch.no_grad():
+        assert relative(rows["features"], theirs(mine)[0]) < 1e-5
+
+
+def test_statistics_files_keep_what_sfid_needs(adm, tmp_path):
+    images = random_images(20, 64)
+    made = fid.statistics(images, adm, device="cpu")
+    assert sorted(made.statistics) == ["features", "spatial"]
+    fid.save_reference(tmp_path / "x.npz", made.statistics, 20, made.extractor, made.preset)
+    with np.load(tmp_path / "x.npz") as file:
+        assert {"mu", "sigma", "mu_s", "sigma_s", "protocol", "num_images"} <= set(file.files)
+    ev = fid.Evaluator(tmp_path / "x.npz", extractor=adm, device="cpu", groups=0)
+    assert ev.metrics == ("fid", "sfid", "is")
+    assert "P/R needs arr_0 (use VIRTUAL_imagenet256_labeled.npz). Continuing with fid, sfid, is." in ev._warnings[0]
+    result = ev.update(images).compute()
+    assert result.fid < 1e-6 * np.trace(made.statistics["features"].cov)
+    assert result.sfid < 1e-6 * np.trace(made.statistics["spatial"].cov)
+
+
+# Weights
+
+
+def test_the_cache_is_searched_under_both_names_and_checked(inception_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
+    (tmp_path / "checkpoints").mkdir()
+    for name in reversed(WEIGHTS_FILES):
+        shutil.copy(inception_weights, tmp_path / "checkpoints" / name)
+        with pytest.raises(ValueError, match=rf"{name}' is damaged: its SHA-256 does not begin with 6726825d"):
+            fid.Inception()
+    digest = hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    monkeypatch.setattr(inception, "PUBLISHED", digest[:8])
+    found = fid.Inception()
+    assert found.weights == {
+        "path": str(tmp_path / "checkpoints" / WEIGHTS_FILES[0]),
+        "sha256": digest,
+        "published": True,
+    }
+    monkeypatch.setenv("FID_INCEPTION_WEIGHTS", str(inception_weights))
+    assert fid.Inception().weights["path"] == str(inception_weights)
+    assert fid.Inception(tmp_path / "checkpoints" / WEIGHTS_FILES[1]).name == found.name
+
+
+def test_inception_refuses(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(
+        FileNotFoundError, match=rf"no route.*Tried: .*{WEIGHTS_FILES[0]}, .*{WEIGHTS_FILES[1]}\. Get pt_"
+    ):
+        fid.Inception()
+    with pytest.raises(FileNotFoundError, match=r"no such file\)\. Tried: .*x\.pth\. Get"):
+        fid.Inception(tmp_path / "x.pth")
+    (tmp_path / "x.pth").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"x\.pth' is not a PyTorch file"):
+        fid.Inception(tmp_path / "x.pth")
+    for state, sentence in (
+        ({"weight": torch.zeros(1)}, "does not hold the FID's Inception"),
+        ({"fc.weight": torch.zeros(1000, 1)}, r"torchvision's ImageNet Inception \(1000 classes\); FID needs the 2015"),
+    ):
+        torch.save(state, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=sentence):
+            fid.Inception(tmp_path / "x.pth")
+
+
+def test_selfcheck_prints_what_can_be_compared(inception_weights, capsys):
+    from fid.__main__ import main
+
+    main(["selfcheck", "--weights", str(inception_weights), "--device", "cpu"])
+    lines = capsys.readouterr().out
+    assert "resize      ok" in lines
+    assert "NOT the published ones" in lines
+    assert all(f"{preset:<11} pool3" in lines for preset in fid.PRESETS)
+
+
+def test_the_fingerprint_is_of_what_matters():
+    a, b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    b.num_batches_tracked += 1
+    assert fingerprint(a) == fingerprint(b)
+    b.running_mean += 1
+    assert fingerprint(a) != fingerprint(b)
+
+
+def test_ieee_float32_puts_back_what_was_set(monkeypatch):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    before = cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            with ieee_float32():
+                assert not torch.is_autocast_enabled("cpu")
+                assert not cudnn.benchmark
+                if hasattr(cudnn, "conv"):
+                    assert cudnn.conv.fp32_precision == matmul.fp32_precision == "ieee"
+            assert torch.is_autocast_enabled("cpu")
+        assert cudnn.benchmark
+        assert matmul.allow_tf32
+        assert cudnn.allow_tf32 == before
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# The other extractors
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    classifier = fid.Classifier(num_classes=10, image_size=16)
+    with torch.no_grad():
+        classifier(random_images(64, 16))  # batch statistics that are not 0 and 1
+    return classifier.eval()
+
+
+def test_classifier_round_trip(classifier, tmp_path):
+    images = random_images(5, 16)
+    classifier.save(tmp_path / "x.safetensors")
+    found = fid.EXTRACTORS["classifier"](tmp_path / "x.safetensors")
+    assert (found.num_classes, found.image_size, found.accuracy) == (10, 16, None)
+    assert found.name == classifier.name
+    assert torch.equal(found(images)["features"], classifier(images)["features"])
+    found.accuracy = 0.97
+    found.save(tmp_path / "x.safetensors")
+    assert fid.Classifier.load(tmp_path / "x.safetensors").accuracy == 0.97
+    with torch.no_grad():
+        found.head.bias += 1
+    assert found.name != classifier.name
+
+
+def test_classifier_refuses(classifier, tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError, match="no published weights"):
+        fid.Classifier.load(None)
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors' do not exist"):
+        fid.Classifier.load(path)
+    classifier.save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut short"):
+        fid.Classifier.load(path)
+    for metadata in (None, {"num_classes": "10", "image_size": "16"}):
+        save_file({"weight": torch.zeros(1)}, path, metadata)
+        with pytest.raises(ValueError, match="does not hold a classifier"):
+            fid.Classifier.load(path)
+    with pytest.raises(ValueError, match="image_size is 7"):
+        fid.Classifier(image_size=7)
+    with pytest.raises(ValueError, match="expected uint8"):
+        classifier(torch.zeros(1, 3, 16, 16))
+
+
+def test_dinov2_is_timms_network_on_what_it_expects(tmp_path):
+    timm = pytest.importorskip("timm")
+    name = "vit_small_patch14_dinov2.lvd142m"
+    network = timm.create_model(name, img_size=224, num_classes=0, global_pool="token").eval()
+    save_file(network.state_dict(), tmp_path / "x.safetensors")
+    ours = fid.DINOv2(tmp_path / "x.safetensors", model_name=name)
+    image = random_images(1, 60, 90)
+    pixels = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+    x = (torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255 - ours.mean) / ours.std
+    with torch.no_grad():
+        found = ours(image)["features"]
+        assert relative(found, network(x[None])) < 0.02  # torchvision's and Pillow's rounding differ in the last bit
+        assert torch.equal(ours([image[0]])["features"], found)
+    assert (ours.dim, ours.label, ours.name[:7]) == (384, "FD-DINOv2", "dinov2-")
+    assert np.allclose([ours.mean[0, 0, 0], ours.std[2, 0, 0]], [0.485, 0.225])
+
+
+def test_dinov2_refuses(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    name = "vit_small_patch14_dinov2.lvd142m"
+    with pytest.raises(FileNotFoundError, match="'nowhere' do not exist"):
+        fid.DINOv2("nowhere", model_name=name)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="does not hold vit_small"):
+        fid.DINOv2(tmp_path / "x.safetensors", model_name=name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    with pytest.raises(ValueError, match="needs timm; run `pip install timm`"):
+        fid.DINOv2()
