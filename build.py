@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 import dit_vca
+import fid
 import sit_vca
 from dit_vca import Diffusion, DiT
 from runtime.config import Config
@@ -42,6 +43,13 @@ def build_sampler(config: Config, process: Process) -> Callable[..., Tensor]:
 def build_codec(config: Config, channels: int) -> Any:
     """The codec for images of `channels` channels."""
     return build(CODECS, config.codec, "codec", channels)
+
+
+def build_evaluator(config: Config, device: Any) -> fid.Evaluator:
+    """The evaluator of `config.fid`, with its reference open and its network on `device`."""
+    c = config.fid
+    extractor = fid.build_extractor(c.extractor, c.weights, c.preset)
+    return fid.Evaluator(c.reference, extractor=extractor, metrics=c.metrics, device=device)
 
 
 def build_images(config: Config) -> Images:

@@ -5,12 +5,15 @@
     python sample.py --checkpoint runs/demo --num 1000 --out runs/demo/png        1000 PNG files
     python sample.py --checkpoint runs/demo --num 1000 --out runs/demo/1000.npz   one file, arr_0 images, arr_1 labels
     accelerate launch sample.py --checkpoint runs/sit_b2_vca --num 50000 --out 50k.npz   on all GPUs
+    accelerate launch sample.py --checkpoint runs/sit_b2_vca --num 50000 --fid VIRTUAL_imagenet256_labeled.npz   their FID
 
 Image i is a function of (seed, i), whatever the batch size and the number of processes (adaptive ODE solvers choose their
 steps for a whole batch, and depend on it within their tolerances); run the same command again to go on where it stopped.
 """
 
 import dataclasses
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +25,12 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import build
+import fid
 from runtime import checkpoint
 from runtime.config import Config, Spec, from_dict, parse, report_errors, require
 from runtime.generation import check_guidance, check_labels, generate, random_label, spread
 from runtime.images import save_grid
-from runtime.sink import open_sink
+from runtime.sink import open_sink, partial_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Arguments:
         checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders.
         num: Number of images; not given draws a grid.
         out: Grid: a PNG file, else samples.png in the run's folder. Images: a folder for PNG files, or a file.npz, else
-            the folder samples in the run's folder.
+            the folder samples in the run's folder. With fid: also a file.json for the record alone, which is the default
+            (fid-step-N.json in the run's folder); then no image is kept.
         cfg_scale: Classifier-free guidance; 1 is none. Not given means as in the run's config.
         guided_channels: Guide the first channels only; not given means as in the run's config.
         sampler: Sampler by name with its options; not given means as in the run's config.
@@ -47,6 +52,11 @@ class Arguments:
         seed: Not given means as in the run's config.
         batch_size: Images drawn together on each process.
         weights: The averaged weights, or those of the last training step.
+        fid: With num, measure the images against this reference: a file of statistics, or images.
+        fid_extractor: Network of the features; not given means as in the run's config, which is inception.
+        fid_preset: Protocol of Inception: adm, pytorch-fid or clean; not given means as in the run's config.
+        fid_weights: Its file of weights; not given means as in the run's config.
+        fid_metrics: Names of metrics, e.g. [fid,is]; not given means as in the run's config.
         vae: Where the autoencoder is now, if not where it was in training.
         device: cuda or cpu; auto is the GPU if there is one.
     """
@@ -63,6 +73,11 @@ class Arguments:
     seed: int | None = None
     batch_size: int = 64
     weights: Literal["ema", "model"] = "ema"
+    fid: str | None = None
+    fid_extractor: Literal["inception", "dinov2", "classifier"] | None = None
+    fid_preset: Literal["adm", "pytorch-fid", "clean"] | None = None
+    fid_weights: str | None = None
+    fid_metrics: list[str] | None = None
     vae: str | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
@@ -70,6 +85,7 @@ class Arguments:
         require(self.num is None or self.num > 0, "num", self.num, "choose at least 1 image")
         require(self.seed is None or self.seed >= 0, "seed", self.seed, "choose at least 0")
         require(self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
+        require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num")
 
 
 @report_errors("sample.py")
@@ -125,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "labels": args.labels,
         "classes": classes if args.classes else "all",
     }
-    sink = open_sink(Path(args.out or run_dir / "samples"), args.num, settings, state)
+    evaluator = build.build_evaluator(config, state.device) if args.fid else None
+    default = run_dir / (f"fid-step-{record['step']:08d}.json" if args.fid else "samples")
+    sink = open_sink(Path(args.out or default), args.num, settings, state, evaluator)
     missing = sink.missing()
     state.wait_for_everyone()  # all have looked before one writes
     todo = [i for i in missing if i % state.num_processes == state.process_index]
@@ -142,9 +160,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar.update(min(len(indices) * state.num_processes, args.num - bar.n))
     bar.close()
     state.wait_for_everyone()
-    if state.is_main_process:
-        print(f"wrote {sink.finish()}: {args.num} images, step {record['step']}, cfg {sample.cfg_scale:g}")
+    out = sink.finish() if state.is_main_process else sink.file
     state.wait_for_everyone()
+    if evaluator:
+        measure(evaluator, out, args, {"step": record["step"], "sample": {**settings, "num": args.num}})
+    if state.is_main_process:
+        print(f"wrote {out}: {args.num} images, step {record['step']}, cfg {sample.cfg_scale:g}")
+    state.wait_for_everyone()
+
+
+def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, record: dict[str, Any]) -> None:
+    """Compute the metrics of what was drawn, print them, and write their record to `out`, or beside kept images.
+
+    Every process calls it. Kept images are read again, so that those of an earlier, interrupted command count, too.
+    """
+    file = out if out.suffix == ".json" else out.with_name(out.name + ".fid.json")
+    if file == out and out.exists():
+        result = fid.Result.from_json(out)
+    elif file == out:
+        result = evaluator.compute(args.num, labels_mode=args.labels, **record)
+    else:
+        record = {"labels_mode": args.labels, **record}
+        result = fid.evaluate(str(out), num=args.num, evaluator=evaluator, record=record)
+    if PartialState().is_main_process:
+        result.to_json(file)
+        shutil.rmtree(partial_of(file), ignore_errors=True)
+        for text in result.warnings:
+            print(f"warning: {text}", file=sys.stderr)
+        print(result)
 
 
 def with_arguments(config: Config, args: Arguments) -> Config:
@@ -153,12 +196,19 @@ def with_arguments(config: Config, args: Arguments) -> Config:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "name" not in given.get("sampler", {"name": None}):  # only options: of the sampler that the run has
         given["sampler"] = {**(config.sample.sampler or {}), **given["sampler"]}
+    names = ("extractor", "preset", "weights", "metrics")
+    measured = {name: getattr(args, f"fid_{name}") for name in names if getattr(args, f"fid_{name}") is not None}
+    if args.fid is not None:
+        measured["reference"] = args.fid
+    elif measured:
+        raise ValueError(f"fid_{next(iter(measured))} is given, but no reference; name it with --fid.")
     codec = config.codec
     if args.vae is not None:
         if codec["name"] != "vae":
             raise ValueError(f"--vae is given, but this run's codec is {codec['name']!r}.")
         codec = {**codec, "path": args.vae}
-    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **given), codec=codec)
+    sample = dataclasses.replace(config.sample, **given)
+    return dataclasses.replace(config, sample=sample, fid=dataclasses.replace(config.fid, **measured), codec=codec)
 
 
 def draw_grid(

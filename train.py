@@ -8,6 +8,7 @@ Order of the data, times, noise and dropped labels are functions of (seed, step,
 resumed is the run that was not: on a CPU bit for bit, on a GPU up to kernels that are not deterministic.
 """
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,13 +21,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import build
+import fid
 from runtime import checkpoint
 from runtime.config import Config, TrainConfig, differences, parse, read_yaml, report_errors, save_yaml, to_dict
 from runtime.data import EndlessBatches
 from runtime.ema import Ema
-from runtime.generation import check_guidance, check_labels, generate, spread
+from runtime.files import write_text
+from runtime.generation import check_guidance, check_labels, generate, random_label, spread
 from runtime.images import save_grid
-from runtime.log import Log
+from runtime.log import Log, read_metrics
 from runtime.seeds import mix
 from runtime.stop import StopSignal, leave_process_group
 
@@ -34,6 +37,7 @@ CONFIG_FILE = "config.yaml"
 MAY_CHANGE = {  # settings that a resumed run may change, because no step that is done depends on them
     "run_dir",
     "sample",
+    "fid",
     "data.path",  # moved data, a moved autoencoder or cache; said when it happens
     "codec.path",
     "latents",
@@ -90,6 +94,7 @@ class Run:
         check_labels(self.classes, self.network.num_classes)
         check_guidance(self.network, config.sample.cfg_scale, config.sample.guided_channels)
         self.ema = Ema(self.network, self.cfg.ema_decay, self.cfg.ema_warmup)
+        self.evaluator = build.build_evaluator(config, accelerator.device) if config.fid.every else None
         optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
         )
@@ -141,6 +146,29 @@ class Run:
             names = [self.shape.class_names[k] for k in self.classes]
             title = f"step {self.step}, cfg {s.cfg_scale:g}"
             self.log.add_image(self.step, save_grid(images, names, file, title))
+        self.accelerator.wait_for_everyone()
+
+    def measure(self) -> None:
+        """Draw `fid.num` images with the averaged weights, as sample.py would, and measure them; no image is kept."""
+        num, sample, rank = self.config.fid.num, self.config.sample, self.accelerator.process_index
+        size, world = self.evaluator.batch_size, self.accelerator.num_processes
+        options = {"seed": sample.seed, "cfg_scale": sample.cfg_scale, "guided_channels": sample.guided_channels}
+        self.evaluator.reset()
+        for first in range(rank * size, num, world * size):
+            index = range(first, min(first + size, num))
+            labels = [random_label(sample.seed, i, self.network.num_classes) for i in index]
+            images = generate(self.ema.model, self.sampler, self.codec.decode, labels, index, **options)
+            self.evaluator.update(torch.from_numpy(images), index, labels)
+        record = {"step": self.step, "sample": {**options, "sampler": sample.sampler, "weights": "ema", "num": num}}
+        result = self.evaluator.compute(num, labels_mode="random", **record)
+        if self.log:
+            file = self.folder / "fid.jsonl"
+            records = [r for r in read_metrics(file) if r["step"] < self.step] + [result.to_dict()]
+            write_text(file, "".join(json.dumps(record) + "\n" for record in records))
+            same = ("extractor", "protocol", "num_samples", "reference")
+            fid.curve([r for r in records if all(r[k] == records[-1][k] for k in same)], self.folder / "fid.png")
+            self.log.add_scalars(self.step, result.values)
+            tqdm.write(f"step {self.step}: {result}")
         self.accelerator.wait_for_everyone()
 
     def report(self, losses: list[Tensor], steps: int, seconds: float) -> float:
@@ -215,7 +243,8 @@ def train(run: Run, progress: tqdm) -> None:
 
         stopped = stop.requested(run.step)
         last = stopped or run.step == cfg.num_steps
-        if last or due(run.step, cfg.log_every, cfg.checkpoint_every, cfg.sample_every):
+        measured = run.evaluator and (due(run.step, run.config.fid.every) or run.step == cfg.num_steps)
+        if last or measured or due(run.step, cfg.log_every, cfg.checkpoint_every, cfg.sample_every):
             mean = run.report(losses, run.step - since_step, time.perf_counter() - since)
             losses.clear()
             progress.set_postfix(loss=f"{mean:.4f}", refresh=False)
@@ -223,6 +252,8 @@ def train(run: Run, progress: tqdm) -> None:
                 run.save()
             if run.step == cfg.num_steps or due(run.step, cfg.sample_every):
                 run.preview()
+            if measured:
+                run.measure()
             since, since_step = time.perf_counter(), run.step
 
 

@@ -151,6 +151,35 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class FidConfig:
+    """How drawn images are measured: by sample.py --fid, and every now and then in training.
+
+    Args:
+        reference: What they are compared with: a file of statistics, or images (a folder, .zip, .npz, .npy).
+        extractor: Network of the features: inception, dinov2, classifier.
+        preset: Protocol of Inception: adm, pytorch-fid, clean.
+        weights: Its file of weights; not given means where python -m fid looks for them.
+        metrics: Names of metrics, as python -m fid eval --help lists them; not given means those of the preset.
+        every: Training steps between two evaluations of the averaged weights; not given means never.
+        num: Images of an evaluation in training; the literature's FID is of 50000.
+    """
+
+    reference: str | None = None
+    extractor: Literal["inception", "dinov2", "classifier"] = "inception"
+    preset: Literal["adm", "pytorch-fid", "clean"] = "adm"
+    weights: str | None = None
+    metrics: list[str] | None = None
+    every: int | None = None
+    num: int = 10_000
+
+    def __post_init__(self) -> None:
+        require(self.every is None or self.every > 0, "fid.every", self.every, "choose at least 1")
+        require(self.num > 1, "fid.num", self.num, "choose at least 2")
+        if self.every is not None and self.reference is None:
+            raise ValueError("fid.every is given, but no fid.reference; name the file or folder to compare with.")
+
+
+@dataclass(frozen=True)
 class Config:
     """A run: everything that train.py needs, and that sample.py finds again in the checkpoint.
 
@@ -165,6 +194,7 @@ class Config:
         model: The network.
         train: The optimisation.
         sample: How images are drawn.
+        fid: How they are measured.
     """
 
     run_dir: str
@@ -176,6 +206,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    fid: FidConfig = field(default_factory=FidConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "choose at least 0")

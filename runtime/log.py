@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -34,8 +35,13 @@ class Log:
         self.lines.append(line)
         with open(self.file, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
+        self.add_scalars(step, values)
+
+    def add_scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Show those of the values that are numbers in TensorBoard."""
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            if isinstance(value, int | float):
+                self.board.add_scalar(name, value, step)
 
     def add_image(self, step: int, image: np.ndarray) -> None:
         """Show an image (H, W, 3) uint8 in TensorBoard."""

@@ -1,12 +1,14 @@
-"""Where N images go: a folder of PNG files or one npz, filled in any order by several processes, resumable."""
+"""Where N images go: a folder of PNG files, one npz or an evaluator, filled in any order by several processes, resumable."""
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from PIL import Image
 
@@ -15,6 +17,8 @@ from runtime.files import write_text, written_aside
 
 class Sink(Protocol):
     """N numbered images that arrive in any order."""
+
+    file: Path  # where they go
 
     def missing(self) -> list[int]:
         """Numbers of the images that are not there yet."""
@@ -26,23 +30,43 @@ class Sink(Protocol):
         """Make the result complete, and say where it is."""
 
 
-def open_sink(out: Path, num: int, settings: dict[str, Any], state: PartialState) -> Sink:
-    """The sink for `out`: an npz file if it ends so, else a folder of PNG files.
+class Evaluator(Protocol):
+    """What takes images and can go on later; `fid.Evaluator` is one."""
+
+    seen: set[int]
+
+    def update(self, images: Any, index: Any, labels: Any) -> Any:
+        """Adds a batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that this process has gathered, as tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Adds what `state_dict` gave."""
+
+
+def open_sink(
+    out: Path, num: int, settings: dict[str, Any], state: PartialState, evaluator: Evaluator | None = None
+) -> Sink:
+    """The sink for `out`: an npz file or the record of an evaluation if it ends in .npz or .json, else a folder of PNGs.
 
     Args:
         out: File or folder.
         num: Number of images.
         settings: What makes an image what it is, JSON values; a half-filled sink is only filled up with the same.
         state: The processes, of which the main one makes the files.
+        evaluator: Where images go if `out` ends in .json.
 
     Raises:
         ValueError: `out` holds images of other settings, or something else.
     """
-    if out.suffix == ".npz":
+    if out.suffix == ".json" and evaluator is None:
+        raise ValueError(f"{str(out)!r} is the record of an evaluation; name the reference with --fid, too.")
+    if out.suffix in (".npz", ".json"):
         if out.is_dir():
             raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or a file that ends in .npz.")
         settings = {**settings, "num": num}  # a folder may be filled up to more, a file is what it is
-        record = record_of(out) if out.exists() else out.with_name(out.name + ".partial") / "samples.json"
+        record = record_of(out) if out.exists() else partial_of(out) / "samples.json"
     else:
         record = out / "samples.json"
         if out.is_file() or out.suffix.lower() in (".png", ".jpg", ".jpeg"):
@@ -55,34 +79,41 @@ def open_sink(out: Path, num: int, settings: dict[str, Any], state: PartialState
         else:
             write_text(record, json.dumps(settings, indent=2))
     state.wait_for_everyone()
+    if out.suffix == ".json":
+        return EvaluatorSink(out, num, evaluator, state)
     return NpzSink(out, num) if out.suffix == ".npz" else FolderSink(out, num)
 
 
-def record_of(npz: Path) -> Path:
-    """Where the settings of a complete npz stand: beside it, FILE.npz.json."""
-    return npz.with_name(npz.name + ".json")
+def record_of(out: Path) -> Path:
+    """Where the settings of a complete file stand: beside an npz, FILE.npz.json; in the record of an evaluation itself."""
+    return out if out.suffix == ".json" else out.with_name(out.name + ".json")
+
+
+def partial_of(out: Path) -> Path:
+    """The folder of a file that is not complete yet."""
+    return out.with_name(out.name + ".partial")
 
 
 class FolderSink:
     """000000.png, 000001.png, ..."""
 
     def __init__(self, folder: Path, num: int) -> None:
-        self.folder, self.num = folder, num
+        self.file, self.num = folder, num
 
     def missing(self) -> list[int]:
         """See `Sink`."""
-        there = {file.name for file in self.folder.glob("*.png")}
+        there = {file.name for file in self.file.glob("*.png")}
         return [i for i in range(self.num) if f"{i:06d}.png" not in there]
 
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
         """See `Sink`. A file has its name only when it is whole."""
         for i, image in zip(indices, images, strict=True):
-            with written_aside(self.folder / f"{i:06d}.png") as temporary:
+            with written_aside(self.file / f"{i:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
 
     def finish(self) -> Path:
         """See `Sink`."""
-        return self.folder
+        return self.file
 
 
 class NpzSink:
@@ -93,7 +124,7 @@ class NpzSink:
 
     def __init__(self, file: Path, num: int) -> None:
         self.file, self.num = file, num
-        self.partial = file.with_name(file.name + ".partial")
+        self.partial = partial_of(file)
 
     def missing(self) -> list[int]:
         """See `Sink`."""
@@ -132,11 +163,60 @@ class NpzSink:
         return sorted(self.partial.glob("[0-9]*.npz"))
 
 
+class EvaluatorSink:
+    """An evaluator: no image is kept. OUT.partial holds what each process has gathered, saved every few minutes."""
+
+    SAVE_SECONDS = 300.0
+
+    def __init__(self, file: Path, num: int, evaluator: Evaluator, state: PartialState) -> None:
+        self.file, self.num, self.evaluator = file, num, evaluator
+        self.rank, self.size = state.process_index, state.num_processes
+        self.partial = partial_of(file)
+        self.taken_over: list[Path] = []
+        self.saved = time.monotonic()
+
+    def missing(self) -> list[int]:
+        """See `Sink`. Also loads what was gathered; states of more processes than there are now are shared out."""
+        if self.file.exists():
+            return []
+        there: set[int] = set()
+        for k, part in enumerate(sorted(self.partial.glob("rank-*.pt"))):
+            state = torch.load(part, map_location="cpu", weights_only=True)
+            index = set(state["checks"]["index"].tolist())
+            if k % self.size == self.rank:
+                if not index <= self.evaluator.seen:  # it is, if a process was stopped after it had taken it over
+                    self.evaluator.load_state_dict(state)
+                self.taken_over.append(part)
+            there |= index
+        return [i for i in range(self.num) if i not in there]
+
+    def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
+        """See `Sink`."""
+        self.evaluator.update(torch.from_numpy(images), indices, labels)
+        if time.monotonic() - self.saved > self.SAVE_SECONDS:
+            self.save()
+
+    def save(self) -> None:
+        """Write what this process has gathered."""
+        mine = self.partial / f"rank-{self.rank:05d}.pt"
+        with written_aside(mine) as temporary:
+            torch.save(self.evaluator.state_dict(), temporary)
+        for part in self.taken_over:
+            if part != mine:
+                part.unlink(missing_ok=True)
+        self.taken_over, self.saved = [], time.monotonic()
+
+    def finish(self) -> Path:
+        """See `Sink`. The record itself is written by whoever computes the numbers."""
+        return self.file
+
+
 def _check(record: Path, settings: dict[str, Any], out: Path) -> None:
     if not record.exists():
         raise ValueError(f"{str(out)!r} is there already and was not made by sample.py; choose another --out.")
     try:
         old = dict(json.loads(record.read_text(encoding="utf-8")))
+        old = old.get("sample", old)  # of the record of an evaluation
     except (ValueError, TypeError):
         raise ValueError(f"{str(record)!r} is damaged, so what is there is unknown; choose another --out.") from None
     different = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v}

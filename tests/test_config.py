@@ -14,6 +14,7 @@ import train
 from demo import classifier, score
 from runtime.config import (
     Config,
+    FidConfig,
     ModelConfig,
     SampleConfig,
     TrainConfig,
@@ -156,7 +157,7 @@ def test_a_dict_with_an_unknown_key_says_where_it_stands(file):
 def test_keys_are_dotted():
     found = list(keys(Config))
     assert {"run_dir", "train", "train.lr", "model.attention", "sample.rows"} <= set(found)
-    assert len(found) == sum(len(fields(cls)) for cls in (Config, ModelConfig, TrainConfig, SampleConfig))
+    assert len(found) == sum(len(fields(cls)) for cls in (Config, ModelConfig, TrainConfig, SampleConfig, FidConfig))
 
 
 def test_differences_are_the_dotted_keys_whose_values_differ():
