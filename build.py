@@ -48,8 +48,9 @@ def build_codec(config: Config, channels: int) -> Any:
 def build_evaluator(config: Config, device: Any) -> fid.Evaluator:
     """The evaluator of `config.fid`, with its reference open and its network on `device`."""
     c = config.fid
+    reference = fid.open_reference(c.reference, fid.LABELS[c.extractor])  # before the network: it fails sooner
     extractor = fid.build_extractor(c.extractor, c.weights, c.preset)
-    return fid.Evaluator(c.reference, extractor=extractor, metrics=c.metrics, device=device)
+    return fid.Evaluator(reference, extractor=extractor, metrics=c.metrics, device=device)
 
 
 def build_images(config: Config) -> Images:

@@ -6,8 +6,8 @@ Imports nothing of the other packages and is usable alone, also as `python -m fi
 
 from fid.dinov2 import DINOv2
 from fid.evaluate import compare, evaluate, statistics
-from fid.evaluator import Evaluator
-from fid.extractors import EXTRACTORS, build_extractor
+from fid.evaluator import Evaluator, open_reference
+from fid.extractors import EXTRACTORS, LABELS, build_extractor
 from fid.features import Classifier, FeatureExtractor
 from fid.frechet import frechet_distance
 from fid.images import Images, quantize
@@ -20,6 +20,7 @@ from fid.result import Result
 
 __all__ = [
     "EXTRACTORS",
+    "LABELS",
     "METRICS",
     "PRESETS",
     "Classifier",
@@ -39,6 +40,7 @@ __all__ = [
     "frechet_distance",
     "load_reference",
     "neighbours",
+    "open_reference",
     "quantize",
     "save_reference",
     "statistics",

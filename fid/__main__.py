@@ -28,7 +28,7 @@ import torch.distributed as dist
 from fid.collective import rank_and_size
 from fid.evaluate import compare, evaluate, statistics
 from fid.evaluator import Evaluator, open_reference
-from fid.extractors import EXTRACTORS, build_extractor
+from fid.extractors import EXTRACTORS, LABELS, build_extractor
 from fid.files import written_aside
 from fid.images import Images
 from fid.inception import PRESETS, Inception
@@ -71,8 +71,7 @@ def _eval(args: argparse.Namespace) -> None:
     only_statistics = holds_statistics(args.samples) and "arr_0" not in np.load(args.samples).files
     if not only_statistics:
         samples = Images(args.samples, **choices)  # before the network: it fails sooner
-    label = {"inception": "FID", "dinov2": "FD-DINOv2"}.get(args.extractor, "")
-    reference = _missing(lambda: open_reference(args.ref, label))
+    reference = _missing(lambda: open_reference(args.ref, LABELS[args.extractor]))
     if args.neighbours and getattr(reference, "images", reference) is None:
         raise ValueError(f"--neighbours needs the reference's images, and '{args.ref}' has none (arr_0).")
     if only_statistics:

@@ -12,6 +12,8 @@ EXTRACTORS = {
     "classifier": Classifier.load,
 }  # each takes a weights file or None
 
+LABELS = {"inception": "FID", "dinov2": DINOv2.label, "classifier": Classifier.label}  # what their distances are called
+
 
 def build_extractor(name: str, weights: str | Path | None, preset: str = "adm", tf32: bool = False) -> FeatureExtractor:
     """The network `name` of `EXTRACTORS`; `preset` and `tf32` are Inception's."""

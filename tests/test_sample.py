@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 
+import fid
 import sample
 import train
 from runtime import sink as sinks
@@ -354,3 +356,79 @@ def test_the_parts_of_an_npz_may_overlap_and_come_in_any_order(tmp_path):
     stored, labels = read(tmp_path / "a.npz")
     assert (stored == images).all()
     assert labels.tolist() == [0, 10, 20, 30, 40, 50]
+
+
+@pytest.fixture(scope="module")
+def measure(tmp_path_factory):
+    """Options of sample.py that measure by a small classifier, against an .npz of random images."""
+    folder = tmp_path_factory.mktemp("measure")
+    torch.manual_seed(0)
+    fid.Classifier(10, 8).eval().save(folder / "judge.safetensors")
+    np.savez(folder / "real.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
+    weights = ["--fid_extractor", "classifier", "--fid_weights", folder / "judge.safetensors"]
+    return ["--fid", folder / "real.npz", *weights, "--fid_metrics", "[fd,pr,is]"]
+
+
+NUMBERS = ("fd", "fd_se", "precision", "recall", "inception_score")
+
+
+def numbers(path):
+    record = json.loads(path.read_text())
+    return [record[name] for name in NUMBERS]
+
+
+def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, capsys):
+    draw("--num", 40, "--out", tmp_path / "x.npz", *measure)
+    expected = numbers(tmp_path / "x.npz.fid.json")
+    draw("--num", 40, "--out", tmp_path / "png", "--batch_size", 7, *measure)
+    assert numbers(tmp_path / "png.fid.json") == pytest.approx(expected, rel=1e-6)
+    capsys.readouterr()
+    draw("--num", 40, "--out", tmp_path / "r.json", "--batch_size", 9, *measure)
+    assert numbers(tmp_path / "r.json") == pytest.approx(expected, rel=1e-6)
+    out = capsys.readouterr().out
+    assert out.startswith("Frechet distance ")
+    assert "40 random-label samples)" in out
+    left = {"x.npz", "x.npz.json", "x.npz.fid.json", "png", "png.fid.json", "r.json"}
+    assert {f.name for f in tmp_path.iterdir()} == left
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert (record["step"], record["sample"]["num"], record["labels"]["mode"]) == (30, 40, "random")
+    assert record["sample"]["sampler"]["method"] == "euler"
+    draw("--num", 40, "--out", tmp_path / "r.json", *measure)  # done already: said again, not drawn again
+    assert capsys.readouterr().out.splitlines()[0] == out.splitlines()[0]
+
+
+def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeypatch):
+    monkeypatch.setattr(sinks.EvaluatorSink, "SAVE_SECONDS", 0.0)
+    command = ["--num", 40, "--out", tmp_path / "r.json", "--batch_size", 5, *measure]
+    generate, calls = sample.generate, []
+
+    def fail_at(number):
+        def counted(*args, **options):
+            calls.append(args[4])
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return generate(*args, **options)
+
+        return counted
+
+    monkeypatch.setattr(sample, "generate", fail_at(4))
+    with pytest.raises(KeyboardInterrupt):
+        draw(*command)
+    calls.clear()
+    monkeypatch.setattr(sample, "generate", fail_at(100))
+    draw(*command)
+    assert [c[0] for c in calls] == [15, 20, 25, 30, 35]
+    draw("--num", 40, "--out", tmp_path / "once.json", *measure)
+    assert numbers(tmp_path / "r.json") == pytest.approx(numbers(tmp_path / "once.json"), rel=1e-6)
+    assert {f.name for f in tmp_path.iterdir()} == {"r.json", "once.json"}
+
+
+def test_mistakes_in_measuring(draw, sentence, measure, tmp_path):
+    assert "say of how many images with --num" in sentence("--fid", "x.npz")
+    assert "the reference 'nowhere.npz' does not exist" in sentence("--num", 4, "--fid", "nowhere.npz", *measure[2:])
+    assert "no reference; name it with --fid" in sentence("--num", 4, "--fid_preset", "adm")
+    assert "name the reference with --fid" in sentence("--num", 4, "--out", tmp_path / "r.json")
+    draw("--num", 12, "--out", tmp_path / "r.json", *measure)
+    assert "holds images made with cfg_scale 1.0 (now 2.0)" in sentence(
+        "--num", 12, "--out", tmp_path / "r.json", "--cfg_scale", 2, *measure
+    )

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import fid
 import sample
 import train
 from runtime import checkpoint
@@ -403,3 +404,29 @@ def test_the_learning_rate_is_the_one_that_is_logged(tmp_path):
     cfg = TrainConfig(num_steps=4, lr=1e-2, warmup_steps=2, schedule="cosine")
     assert [line[2] for line in lines] == [train.learning_rate(cfg, k) for k in range(4)]
     assert lines[-1][2] > 0
+
+
+def test_the_distance_is_measured_as_training_goes_on(tmp_path):
+    torch.manual_seed(0)
+    fid.Classifier(10, 8).eval().save(tmp_path / "judge.safetensors")
+    np.savez(tmp_path / "real.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
+    judge = f"--fid.extractor classifier --fid.weights {tmp_path / 'judge.safetensors'}"
+    options = f"--fid.reference {tmp_path / 'real.npz'} {judge} --fid.metrics [fd] --fid.every 2 --fid.num 20"
+    options += " --train.checkpoint_every 2"
+    run(tmp_path / "run", 3, options)
+    run(tmp_path / "run", 5, options)  # resumed
+    records = [json.loads(line) for line in (tmp_path / "run" / "fid.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [2, 3, 4, 5]
+    assert all(r["num_samples"] == 20 and r["sample"]["weights"] == "ema" for r in records)
+    assert Image.open(tmp_path / "run" / "fid.png").size[0] > 800
+    names = judge.replace("fid.", "fid_").split()
+    found = tmp_path / "r.json"
+    command = ["--num", "20", "--fid", str(tmp_path / "real.npz"), *names, "--fid_metrics", "[fd]", "--out", str(found)]
+    sample.main(["--checkpoint", str(tmp_path / "run"), *command])
+    assert json.loads(found.read_text())["fd"] == pytest.approx(records[-1]["fd"], rel=1e-6)
+
+
+def test_measuring_needs_a_reference(capsys, tmp_path):
+    assert "no fid.reference; name the file" in sentence(capsys, settings(tmp_path, 2, "--fid.every 2"))
+    missing = settings(tmp_path, 2, "--fid.every 2 --fid.reference nowhere.npz --fid.extractor classifier")
+    assert "the reference 'nowhere.npz' does not exist" in sentence(capsys, missing)
