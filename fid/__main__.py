@@ -5,7 +5,7 @@
     python -m fid compare a.npz b.npz                                    two files of statistics, no network
     python -m fid curve runs/mine/fid.jsonl --out fid.png                FID against training step
     python -m fid selfcheck                                              are the weights and the arithmetic right here?
-    torchrun --nproc_per_node 8 -m fid eval -- SAMPLES --ref REF         the same number on all GPUs
+    torchrun --nproc_per_node 8 -m fid -- eval SAMPLES --ref REF         the same number on all GPUs
 
 SAMPLES and IMAGES: a folder (recursive) or .zip of image files, an .npz with arr_0, or an .npy, uint8 (N, H, W, 3). REF: a
 file of statistics (ours, ADM's, pytorch-fid's, EDM's, torch-fidelity's), or images. Numbers go to stdout, progress and
@@ -103,6 +103,7 @@ def _eval(args: argparse.Namespace) -> None:
                 np.save(temporary, evaluator.collected.rows["features"].numpy())
         if args.neighbours:
             neighbours(evaluator, samples, args.picture, k=args.neighbours)
+            print(f"wrote {args.picture}", file=sys.stderr)
     _report(result, args)
 
 

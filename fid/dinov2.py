@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from fid.features import fingerprint, ieee_float32
 from fid.images import check_uint8
@@ -17,21 +16,22 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 class DINOv2(nn.Module):
-    """The class token of DINOv2's ViT-L/14, 1024 features, of images at 224 x 224 pixels.
+    """The class token of DINOv2's ViT-L/14, 1024 features, of images at 224 x 224 pixels, as EDM2 computes it.
 
-    Images are resized (bicubic, antialiased, rounded to uint8) and normalised by ImageNet's mean and deviation. The
-    network is timm's; `pip install timm`.
+    Images are resized in floating point (bicubic, antialiased, neither rounded nor clipped) and normalised by ImageNet's
+    mean and deviation; the embedding of 37 x 37 positions is resized to 16 x 16 as DINOv2's own code does it. The network
+    is timm's; `pip install timm`.
 
     Args:
-        weights: Local file of weights, .safetensors or .pth, with timm's keys; not given means timm's from the Hugging
-            Face hub (1.2 GB).
+        weights: Local file of weights, .safetensors or .pth, with timm's keys or DINOv2's own; not given means timm's
+            from the Hugging Face hub (1.2 GB).
         model_name: timm's name of the network.
 
     Raises:
         FileNotFoundError: No such file, or it cannot be had from the hub.
         ValueError: timm is missing, or the file holds something else.
 
-    Source: Oquab et al., arXiv:2304.07193; as a distance, Stein et al., arXiv:2306.04675.
+    Source: Oquab et al., arXiv:2304.07193; as a distance, Stein et al., arXiv:2306.04675; Karras et al., arXiv:2312.02696.
     """
 
     label, preset, metrics = "FD-DINOv2", None, ("fd",)
@@ -42,20 +42,24 @@ class DINOv2(nn.Module):
             import timm
         except ImportError as error:
             raise ValueError("the extractor dinov2 needs timm; run `pip install timm`.") from error
-        if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"DINOv2's weights '{weights}' do not exist.")
-        source = {"checkpoint_path": str(weights)} if weights is not None else {}
+        state = None if weights is None else _read(Path(weights))
         try:
-            self.network = timm.create_model(
-                model_name, pretrained=weights is None, img_size=SIZE, num_classes=0, global_pool="token", **source
-            )
-        except (RuntimeError, SafetensorError, EOFError, KeyError, ValueError) as error:
-            if weights is None:
-                raise _offline(model_name, error) from error
-            reason = str(error).splitlines()[0].rstrip(":")
-            raise ValueError(f"'{weights}' does not hold {model_name} with timm's keys: {reason}.") from error
-        except OSError as error:
-            raise _offline(model_name, error) from error
+            self.network = timm.create_model(model_name, pretrained=state is None, num_classes=0, global_pool="token")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise FileNotFoundError(
+                f"the weights of {model_name} cannot be had from the Hugging Face hub ({_first_line(error)}). Download "
+                "them on a machine with internet (timm's model.safetensors) and pass --weights."
+            ) from error
+        if state is not None:
+            try:
+                self.network.load_state_dict({key: value for key, value in state.items() if key != "mask_token"})
+            except (RuntimeError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"'{weights}' does not hold {model_name} with timm's keys: {_first_line(error)}."
+                ) from error
+        position = self.network.pos_embed
+        self.network.set_input_size(img_size=(SIZE, SIZE))
+        self.network.pos_embed = nn.Parameter(_resize_positions(position, self.network.patch_embed.grid_size[0]))
         self.dim = self.network.num_features
         self.dims = {"features": self.dim}
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
@@ -66,12 +70,11 @@ class DINOv2(nn.Module):
     @ieee_float32()
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W), or a list of (3, H, W), -> features (B, 1024)."""
-        parts = [image[None] for image in images] if isinstance(images, list) else [images]
         resized = []
-        for part in parts:
+        for part in [image[None] for image in images] if isinstance(images, list) else [images]:
             check_uint8(part)
-            resized.append(resize(part, [SIZE, SIZE], InterpolationMode.BICUBIC, antialias=True))
-        x = (torch.cat(resized).float() / 255 - self.mean) / self.std  # (B, 3, 224, 224)
+            resized.append(F.interpolate(part.float(), size=(SIZE, SIZE), mode="bicubic", antialias=True))
+        x = (torch.cat(resized) / 255 - self.mean) / self.std  # (B, 3, 224, 224)
         return {"features": self.network(x)}
 
     def train(self, mode: bool = True) -> Self:
@@ -79,9 +82,27 @@ class DINOv2(nn.Module):
         return super().train(False)
 
 
-def _offline(model_name: str, error: Exception) -> FileNotFoundError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return FileNotFoundError(
-        f"the weights of {model_name} cannot be had from the Hugging Face hub ({reason}). Download them on a machine with "
-        "internet (timm's model.safetensors) and pass --weights."
-    )
+def _resize_positions(embedding: Tensor, side: int) -> Tensor:
+    """(1, 1 + n n, D), of the class token and of n x n patches, -> (1, 1 + side side, D), bicubic.
+
+    DINOv2 resizes by (side + 0.1) / n and not by side / n, without antialiasing; timm does neither.
+    """
+    n = round((embedding.shape[1] - 1) ** 0.5)
+    grid = embedding.detach()[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)  # (1, D, n, n)
+    grid = F.interpolate(grid, scale_factor=(side + 0.1) / n, mode="bicubic")
+    return torch.cat([embedding.detach()[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"DINOv2's weights '{path}' do not exist.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # other formats make the unpickler raise almost anything
+        raise ValueError(f"'{path}' is not a file of weights, or is cut short: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(":.") if str(error) else type(error).__name__

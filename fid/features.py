@@ -8,7 +8,7 @@ from typing import Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fid.files import written_aside
@@ -30,21 +30,22 @@ class FeatureExtractor(Protocol):
     dims: dict[str, int]  # width of each output, `features` among them
 
     def __call__(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
-        """Images uint8 (B, 3, H, W) -> {"features": (B, D), ...}; also a list of (3, H, W), if it resizes."""
+        """Images uint8 (B, 3, H, W), or a list of (3, H, W) of different sizes, -> {"features": (B, D), ...}."""
 
 
 @contextmanager
-def ieee_float32() -> Iterator[None]:
+def ieee_float32(tf32: bool = False) -> Iterator[None]:
     """Float32 as IEEE defines it: no TF32, no autocast, no timing of kernels; what was set before comes back after.
 
-    TF32 alone moves Inception's features by 0.7 %. A decorator, too.
+    TF32 alone moves Inception's features by 0.7 %; `tf32` lets GPUs use it all the same. A decorator, too.
     """
-    if hasattr(torch.backends.cudnn, "conv"):  # torch >= 2.9; mixing the two ways to say it is an error there
-        tf32 = [(torch.backends.cudnn.conv, "fp32_precision", "ieee")]
-        tf32 += [(torch.backends.cuda.matmul, "fp32_precision", "ieee")]
+    cudnn, cuda, cpu = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
+    if hasattr(cudnn, "conv"):  # torch >= 2.9; mixing the two ways to say it is an error there
+        switches = [(owner, "fp32_precision", "tf32" if tf32 else "ieee") for owner in (cudnn.conv, cuda.matmul)]
+        switches += [(owner, "fp32_precision", "ieee") for owner in (cpu.conv, cpu.matmul)]
     else:
-        tf32 = [(torch.backends.cudnn, "allow_tf32", False), (torch.backends.cuda.matmul, "allow_tf32", False)]
-    switches = [*tf32, (torch.backends.cudnn, "benchmark", False)]
+        switches = [(owner, "allow_tf32", tf32) for owner in (cudnn, cuda.matmul)]
+    switches.append((cudnn, "benchmark", False))
     before = [getattr(owner, key) for owner, key, _ in switches]
     try:
         for owner, key, value in switches:
@@ -117,8 +118,11 @@ class Classifier(nn.Module):
         return f"classifier-{fingerprint(self)}"
 
     @ieee_float32()
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) uint8 -> features (B, 64) and logits (B, num_classes)."""
+    def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W), or a list of (3, H, W), -> features (B, 64) and logits (B, num_classes)."""
+        if isinstance(images, list):
+            found = [self(image[None]) for image in images]
+            return {output: torch.cat([rows[output] for rows in found]) for output in self.dims}
         check_uint8(images)
         x = images.float().mean(dim=1, keepdim=True) / 127.5 - 1  # (B, 1, H, W)
         features = self.trunk(x)  # (B, 64)
@@ -127,10 +131,9 @@ class Classifier(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file whose metadata holds the arguments of the constructor."""
         metadata = {"num_classes": self.num_classes, "image_size": self.image_size, "accuracy": self.accuracy}
+        content = save(self.state_dict(), {key: str(value) for key, value in metadata.items() if value is not None})
         with written_aside(path) as temporary:
-            save_file(
-                self.state_dict(), temporary, {k: str(value) for k, value in metadata.items() if value is not None}
-            )
+            temporary.write_bytes(content)
 
     @classmethod
     def load(cls, path: str | Path | None) -> Self:

@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -47,20 +45,21 @@ class Inception(nn.Module):
     """Features of the Inception-v3 of 2015, its weights converted by pytorch-fid.
 
     It is always in evaluation mode, its weights need no gradient, and it computes in IEEE float32, whatever autocast or
-    TF32 is set around it.
+    TF32 is set around it. `weights` says which file it has, and whether that is the published one.
 
     Args:
-        weights: File of weights, with the keys of pytorch-fid and torch-fidelity. If not given: the file that
-            $FID_INCEPTION_WEIGHTS names, or else the cache of torch.hub, or else a download (95 MB).
+        weights: File of weights, with the keys of pytorch-fid and torch-fidelity; another network's too, if the shapes
+            fit. If not given: the file that $FID_INCEPTION_WEIGHTS names, or else the published one in the cache of
+            torch.hub, under either of its names, or else its download (95 MB).
         preset: `adm`: TensorFlow's resize, (x - 128) / 128. `pytorch-fid`: half-pixel resize, 2 x / 255 - 1. `clean`:
             Pillow's bicubic resize, (x - 128) / 128.
         channels_last: Memory format of the network; on a CPU 1.5 times as fast, and equal to rounding.
-        tf32: Let a GPU use TF32, which moves the features by 0.7 %.
+        tf32: Let a GPU compute in TF32, which moves the features by 0.7 %.
         size: Side of the network's input, in pixels. Other than 299 the features are no FID's; for tests of other code.
 
     Raises:
         FileNotFoundError: No weights at any of these places.
-        ValueError: The file holds something else, or there is no such preset.
+        ValueError: The file holds something else or is damaged, or there is no such preset.
 
     Source: Szegedy et al., arXiv:1512.00567; Heusel et al., arXiv:1706.08500; https://github.com/mseitzer/pytorch-fid.
     """
@@ -81,17 +80,11 @@ class Inception(nn.Module):
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}; choose one of {', '.join(PRESETS)}.")
         self.preset, self.tf32, self.size = preset, tf32, size
-        path, state = _find_weights(weights)
-        network = inception_network()
-        try:
-            network.load_state_dict(state)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"'{path}' does not hold the FID's Inception: {_reason(state, error)}.") from error
-        digest = _sha256(path)
+        path = _find_weights(weights)
+        self.network, digest = _load(path)
         self.weights = {"path": str(path), "sha256": digest, "published": digest.startswith(PUBLISHED)}
-        self.classifier = network.fc.weight  # (1008, 2048); the bias is left out, as ADM does
-        network.fc = nn.Identity()
-        self.network = network
+        self.classifier = self.network.fc.weight  # (1008, 2048); the bias is left out, as ADM does
+        del self.network.fc
         self.name = f"inception-{preset}-{fingerprint(self)}"
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
@@ -105,8 +98,9 @@ class Inception(nn.Module):
     @property
     def dims(self) -> dict[str, int]:
         """Width of each output."""
-        side = (((self.size - 3) // 2 + 1 - 2 - 3) // 2 + 1 - 2 - 3) // 2 + 1  # of Mixed_5, after the stem
-        side = (side - 3) // 2 + 1
+        side = self.size
+        for lost in (1, 3, 3, 1):  # at the borders, before each of the four halvings down to Mixed_6
+            side = (side - lost) // 2
         return {"features": 2048, "spatial": SPATIAL_CHANNELS * side**2, "logits": len(self.classifier)}
 
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
@@ -119,21 +113,18 @@ class Inception(nn.Module):
             `features`: (B, 2048), pool_3. `spatial`: (B, 2023), the first 7 channels of Mixed_6d's 1x1 branch after
             batch normalisation and ReLU, flattened as (height, width, channel). `logits`: (B, 1008), without bias.
         """
-        with nullcontext() if self.tf32 else ieee_float32():
-            prepare = PRESETS[self.preset].prepare
-            if isinstance(images, list):
-                x = torch.cat([prepare(image[None], self.size) for image in images])
-            else:
-                check_uint8(images)
-                x = prepare(images, self.size)
-            spatial = []
-            branch = self.network.Mixed_6d.branch1x1
-            hook = branch.register_forward_hook(lambda module, inputs, output: spatial.append(output))
-            try:
-                features = self.network(x)  # (B, 2048)
-            finally:
-                hook.remove()
-            spatial = spatial[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        prepare = PRESETS[self.preset].prepare
+        parts = [image[None] for image in images] if isinstance(images, list) else [images]
+        for part in parts:
+            check_uint8(part)
+        with ieee_float32(self.tf32):
+            x = torch.cat([prepare(part, self.size) for part in parts])  # (B, 3, 299, 299)
+            for name, block in self.network.named_children():  # in the order of the graph
+                if name == "Mixed_6d":  # one small branch a second time, 0.4 % of the work
+                    spatial = block.branch1x1(x)[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17)
+                x = block(x)
+            features = x.flatten(1)  # (B, 2048)
+            spatial = spatial.permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
             return {"features": features, "spatial": spatial, "logits": features @ self.classifier.T}
 
     def train(self, mode: bool = True) -> Self:
@@ -156,40 +147,49 @@ def inception_network() -> Inception3:
     return network
 
 
-def _find_weights(given: str | Path | None) -> tuple[Path, dict[str, Tensor]]:
-    """The file of weights that was found or downloaded, and its state dict."""
+def _find_weights(given: str | Path | None) -> Path:
+    """The file of weights, downloaded if there is none."""
     given = given or os.environ.get("FID_INCEPTION_WEIGHTS")
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     tried = [Path(given)] if given else [cache / name for name in WEIGHTS_FILES]
-    options = {"map_location": "cpu", "weights_only": True}
     for path in tried:
         if path.is_file():
-            if not given and not _sha256(path).startswith(PUBLISHED):
-                raise ValueError(f"'{path}' is damaged: its SHA-256 does not begin with {PUBLISHED}; remove it.")
-            try:
-                return path, torch.load(path, **options)
-            except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-                raise ValueError(f"'{path}' is not a PyTorch file of weights, or is cut short.") from error
+            return path
     try:
         if given:
             raise FileNotFoundError("no such file")
-        return tried[0], torch.hub.load_state_dict_from_url(blocks.FID_WEIGHTS_URL, check_hash=True, **options)
+        cache.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(blocks.FID_WEIGHTS_URL, str(tried[0]), hash_prefix=PUBLISHED)
     except (OSError, RuntimeError) as error:  # offline, or a download of another hash
         raise FileNotFoundError(
             f"FID Inception weights not found ({error}). Tried: {', '.join(map(str, tried))}. Get {WEIGHTS_FILES[0]} "
             f"(95 MB) from the pytorch-fid release 'fid_weights' ({blocks.FID_WEIGHTS_URL}) on a machine with internet, "
             "and pass --weights or set $FID_INCEPTION_WEIGHTS."
         ) from error
+    return tried[0]
 
 
-def _reason(state: object, error: Exception) -> str:
-    """Why a state dict is not the right one."""
-    head = state.get("fc.weight") if isinstance(state, dict) else None
-    if isinstance(head, Tensor) and len(head) == 1000:
-        return "it is torchvision's ImageNet Inception (1000 classes); FID needs the 2015 graph with 1008"
-    return str(error).splitlines()[0].rstrip(":") + " (for another network name it with --extractor)"
-
-
-def _sha256(path: Path) -> str:
+def _load(path: Path) -> tuple[Inception3, str]:
+    """The network with the weights of a file, and the file's SHA-256."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if path.name in WEIGHTS_FILES and not digest.startswith(PUBLISHED):
+        raise ValueError(f"'{path}' is damaged: its SHA-256 does not begin with {PUBLISHED}; remove it.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # other formats make the unpickler raise almost anything
+        raise ValueError(f"'{path}' is not a PyTorch file of weights, or is cut short.") from error
+    network = inception_network()
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        head = state.get("fc.weight") if isinstance(state, dict) else None
+        if isinstance(head, Tensor) and head.shape[:1] == (1000,):
+            raise ValueError(
+                f"'{path}' is torchvision's ImageNet Inception (1000 classes); FID needs the 2015 graph with 1008."
+            ) from error
+        reason = str(error).splitlines()[0].rstrip(":")
+        raise ValueError(
+            f"'{path}' does not hold the FID's Inception: {reason} (for another network name it with --extractor)."
+        ) from error
+    return network, digest

@@ -71,7 +71,8 @@ def curve(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") 
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    axes.margins(y=0.15)
+    else:
+        axes.set_ylim(0, 1.1 * max(v + e for v, e in zip(values, errors, strict=True)))
     axes.set_xlabel("training step")
     axes.set_ylabel(f"{records[0]['label']} of {num} samples")
     axes.set_title(title or records[0]["protocol"])
@@ -152,7 +153,7 @@ def neighbours(
 def _sheet(lines: list[list[tuple[Tensor, str]]], path: Path, title: str) -> None:
     """A labelled sheet; the first column is set apart."""
     height, width = lines[0][0][0].shape[1:]
-    zoom = max(1, 96 // height)
+    zoom = max(1, -(-128 // height))  # room for the labels
     cell, gap, text = (width * zoom, height * zoom), 6, 13
     font = ImageFont.load_default(text)
     columns = max(map(len, lines))
