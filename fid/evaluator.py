@@ -88,7 +88,7 @@ class Evaluator:
         self.metrics = self._choose(metrics)
         self.reference_images = self.reference.images if isinstance(self.reference, Reference) else self.reference
         self._reference_side: Side | None = None
-        self._reference_colour: np.ndarray | None = None
+        self._reference_collected: Collected | None = None  # of its images, if any were read
         self.reset()
 
     def reset(self) -> None:
@@ -257,7 +257,7 @@ class Evaluator:
             raise ValueError(f"{problem} Choose the same, or pass --force.")
         if problem:
             self._warnings.append(problem)
-        elif preset is None:
+        elif preset is None and reference.extractor is None:
             self._warnings.append(
                 f"'{reference.source}' does not say by which protocol it was made; it is taken to be that of the samples."
             )
@@ -272,10 +272,10 @@ class Evaluator:
                 self._reference_side = Side(dict(reference.statistics))
                 if rows and reference.images is not None:
                     collected = self._collect(reference.images, {}, rows)
-                    self._reference_side.rows, self._reference_colour = collected.rows, collected.mean_colour
+                    self._reference_side.rows, self._reference_collected = collected.rows, collected
             else:
                 collected = self._collect(reference, dict.fromkeys(self._moments(), 1), rows)
-                self._reference_side, self._reference_colour = collected.side, collected.mean_colour
+                self._reference_side, self._reference_collected = collected.side, collected
                 self._warnings += [f"reference: {text}" for text in reference.warnings()]
         return self._reference_side
 
@@ -292,7 +292,7 @@ class Evaluator:
         extractor, reference = self.extractor, self.reference
         mode = more.pop("labels_mode", None)
         kind = reference.kind if isinstance(reference, Reference) else None
-        found = doubts(collected, values, extractor, kind, self._reference_colour)
+        found = doubts(collected, values, extractor, kind, self._reference_collected)
         warnings = [*self._warnings, *more.pop("warnings", []), *found]
         described = None
         if isinstance(reference, Reference):

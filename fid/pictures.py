@@ -65,7 +65,11 @@ def curve(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") 
         axes.axhline(floor, color="grey", linestyle="--", label=f"expected of {num} perfect samples, {floor:.3g}")
     best = min(range(len(values)), key=values.__getitem__)
     axes.annotate(
-        f"{values[best]:.2f}", (steps[best], values[best]), textcoords="offset points", xytext=(0, -14), ha="center"
+        f"{values[best]:.3g}",
+        (steps[best], values[best] - errors[best]),
+        textcoords="offset points",
+        xytext=(0, -14),
+        ha="center",
     )
     if max(values) > 5 * min(values) > 0:
         axes.set_yscale("log")

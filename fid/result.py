@@ -81,7 +81,8 @@ class Result:
         for name in {"fid", "fd"} & values.keys():
             error, floor = values[f"{name}_se"], values[f"{name}_noise_floor"]
             text = f"{record['label']}{_suffix(record)} {_short(values[name])}"
-            text += f" ± {_short(error)}" if error is not None else ""
+            if error is not None:
+                text += f" ± {error:.2f}" if values[name] >= 1 else f" ± {error:.2g}"
             parts.append(text + (f" (noise floor {_short(floor)})" if floor is not None else ""))
         parts += [f"{label} {values[n]:.{digits}f}" for n, (label, digits) in NAMES.items() if n in values]
         reference = record["reference"]
@@ -94,8 +95,8 @@ class Result:
 
 
 def _short(value: float) -> str:
-    """Two decimals, as tables have them, or two digits of what would vanish so."""
-    return f"{value:.2f}" if abs(value) >= 0.01 or value == 0 else f"{value:.2g}"
+    """Two decimals, as tables have them, or three digits of what is small."""
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def _suffix(record: dict[str, Any]) -> str:
@@ -111,7 +112,7 @@ def doubts(
     values: dict[str, Any],
     extractor: FeatureExtractor,
     reference_kind: str | None,
-    reference_colour: np.ndarray | None,
+    reference: Collected | None,
 ) -> list[str]:
     """What looks wrong in the samples or in the numbers, a sentence each.
 
@@ -120,7 +121,7 @@ def doubts(
         values: The numbers.
         extractor: The network.
         reference_kind: Kind of the reference's file, if it is one.
-        reference_colour: (3,), mean colour of the reference's images, if it has any.
+        reference: What is known of the reference's images, if any were read.
     """
     num, found = collected.num, []
     if "fid" in values and num != 50_000:
@@ -143,8 +144,11 @@ def doubts(
     ordered, shuffled = values.get("inception_score"), values.get("inception_score_shuffled")
     if ordered is not None and num >= 10_000 and abs(ordered - shuffled) > 0.05 * shuffled:
         found.append(f"the Inception Score is {ordered:.1f} in file order and {shuffled:.1f} shuffled: sorted samples?")
-    if reference_colour is not None:
-        mine, real = collected.mean_colour, reference_colour
+    if reference is not None:
+        if collected.sizes != reference.sizes and len(collected.sizes) == len(reference.sizes) == 1:
+            (height, width), (real_height, real_width) = collected.sizes[0], reference.sizes[0]
+            found.append(f"samples are {width}x{height}, the reference's images {real_width}x{real_height} pixels.")
+        mine, real = collected.mean_colour, reference.mean_colour
         if np.abs(mine - real).max() > 25:
             swapped = np.abs(mine[::-1] - real).max() < 0.5 * np.abs(mine - real).max()
             why = "red and blue swapped?" if swapped else "a wrong range of values?"

@@ -369,6 +369,10 @@ def test_what_is_doubtful_is_said():
     for image, sentence in ((red[..., ::-1], "red and blue swapped"), (red // 4, "a wrong range")):
         ev = fid.Evaluator(torch.from_numpy(red), extractor=Mean())
         assert sentence in " ".join(ev.update(torch.from_numpy(image.copy())).compute().warnings)
+    large = torch.from_numpy(random_images(40, size=20, seed=2))
+    assert "samples are 16x16, the reference's images 20x20" in " ".join(
+        fid.evaluate(torch.from_numpy(mine), large, Mean()).warnings
+    )
     ev = fid.Evaluator(torch.from_numpy(red), extractor=Mean()).update(torch.from_numpy(red), labels=[0] * 39 + [1])
     result = ev.compute(labels_mode="random")
     assert result.record["labels"] == {"mode": "random", "min": 1, "max": 39, "classes": 2}
@@ -465,7 +469,8 @@ def test_command_line(files, capsys):
     assert record["reference"]["kind"] == "fid"
     assert len(record["reference"]["sha256"]) == 64
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"Frechet distance {expected.fd:.2f}")
+    assert printed.out.startswith(f"Frechet distance {expected.fd:.3g} ± ")
+    assert printed.err == ""
     assert printed.out.endswith("70 samples)\n")
 
     main(

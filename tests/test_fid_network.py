@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import sys
 import urllib.error
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import pytorch_fid.inception
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fid
@@ -123,7 +124,8 @@ def test_features_equal_pytorch_fid(inception_weights):
         patch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: state)
         theirs = pytorch_fid.inception.InceptionV3([3], resize_input=False).eval()
     ours = fid.Inception(inception_weights, "pytorch-fid", size=75, channels_last=False)  # as theirs, to the last digit
-    ours.train()  # has no effect
+    assert not ours.train().training  # has no effect
+    assert not any(weight.requires_grad for weight in ours.parameters())
     images = random_images(2, 64)
     resized = torch.nn.functional.interpolate(images / 255, size=(75, 75), mode="bilinear", align_corners=False)
     with torch.no_grad():
@@ -172,6 +174,31 @@ def test_mixed_sizes_are_resized_one_by_one(adm):
     with torch.no_grad():
         found = adm([a[0], b[0]])["features"]
         assert relative(found, torch.cat([adm(a)["features"], adm(b)["features"]])) < 1e-5
+    with pytest.raises(ValueError, match=r"expected uint8 images in \[0,255\]; got float32 in \[0.00, 1.00\]"):
+        adm([a[0], b[0] / 255])
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_what_is_set_around_does_not_reach_the_network(adm, monkeypatch, tf32):
+    def look(module, inputs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        if hasattr(torch.backends.cudnn, "conv"):
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            seen.append(torch.backends.cuda.matmul.fp32_precision)
+
+    seen, images = [], random_images(1, 75)
+    expected = adm(images)
+    handle = adm.network.Mixed_7c.register_forward_pre_hook(look)
+    monkeypatch.setattr(adm, "tf32", tf32)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = adm(images)
+    finally:
+        handle.remove()
+    assert seen[0] is False
+    assert set(seen[1:]) <= {"tf32" if tf32 else "ieee"}
+    assert all(torch.equal(found[name], rows) for name, rows in expected.items())
+    assert not any(rows.requires_grad for rows in found.values())
 
 
 def test_memory_format_changes_nothing_but_rounding(adm, inception_weights):
@@ -240,6 +267,8 @@ def test_the_cache_is_searched_under_both_names_and_checked(inception_weights, t
         with pytest.raises(ValueError, match=rf"{name}' is damaged: its SHA-256 does not begin with 6726825d"):
             fid.Inception()
     digest = hashlib.sha256(inception_weights.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="is damaged"):  # named by the user, the name still says the hash
+        fid.Inception(tmp_path / "checkpoints" / WEIGHTS_FILES[1])
     monkeypatch.setattr(inception, "PUBLISHED", digest[:8])
     found = fid.Inception()
     assert found.weights == {
@@ -252,25 +281,61 @@ def test_the_cache_is_searched_under_both_names_and_checked(inception_weights, t
     assert fid.Inception(tmp_path / "checkpoints" / WEIGHTS_FILES[1]).name == found.name
 
 
+def test_what_is_in_no_cache_is_downloaded_once(inception_weights, tmp_path, monkeypatch):
+    def download(url, path, hash_prefix=None):
+        assert url.endswith("/fid_weights/pt_inception-2015-12-05-6726825d.pth")
+        assert hash_prefix == inception.PUBLISHED
+        asked.append(path)
+        shutil.copy(inception_weights, path)
+
+    asked = []
+    monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(inception, "PUBLISHED", hashlib.sha256(inception_weights.read_bytes()).hexdigest()[:8])
+    assert fid.Inception().weights == fid.Inception().weights
+    assert asked == [str(tmp_path / "hub" / "checkpoints" / WEIGHTS_FILES[0])]
+
+
 def test_inception_refuses(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise urllib.error.URLError("no route")
 
+    def of_another_hash(*_, **__):
+        raise RuntimeError('invalid hash value (expected "6726825d", got "0")')
+
     monkeypatch.delenv("FID_INCEPTION_WEIGHTS", raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", of_another_hash)
+    with pytest.raises(FileNotFoundError, match=r"not found \(invalid hash value .*Get pt_"):
+        fid.Inception()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(
         FileNotFoundError, match=rf"no route.*Tried: .*{WEIGHTS_FILES[0]}, .*{WEIGHTS_FILES[1]}\. Get pt_"
     ):
         fid.Inception()
     with pytest.raises(FileNotFoundError, match=r"no such file\)\. Tried: .*x\.pth\. Get"):
         fid.Inception(tmp_path / "x.pth")
-    (tmp_path / "x.pth").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"x\.pth' is not a PyTorch file"):
-        fid.Inception(tmp_path / "x.pth")
+    for content in (
+        b"",
+        b"nonsense",
+        b"hello world\n",
+        b"<!DOCTYPE html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ):
+        (tmp_path / "x.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.pth' is not a PyTorch file"):
+            fid.Inception(tmp_path / "x.pth")
     for state, sentence in (
-        ({"weight": torch.zeros(1)}, "does not hold the FID's Inception"),
-        ({"fc.weight": torch.zeros(1000, 1)}, r"torchvision's ImageNet Inception \(1000 classes\); FID needs the 2015"),
+        (
+            {"weight": torch.zeros(1)},
+            r"x\.pth' does not hold the FID's Inception: Error.*name it with --extractor\)\.$",
+        ),
+        ([1, 2], r"x\.pth' does not hold the FID's Inception"),
+        (
+            {"fc.weight": torch.zeros(1000, 1)},
+            r"x\.pth' is torchvision's ImageNet Inception \(1000 classes\); FID needs the 2015 graph with 1008\.$",
+        ),
     ):
         torch.save(state, tmp_path / "x.pth")
         with pytest.raises(ValueError, match=sentence):
@@ -295,11 +360,12 @@ def test_the_fingerprint_is_of_what_matters():
     assert fingerprint(a) != fingerprint(b)
 
 
-def test_ieee_float32_puts_back_what_was_set(monkeypatch):
+@pytest.mark.parametrize("precision", ["high", "medium"])  # TF32; bfloat16, on some CPUs
+def test_ieee_float32_puts_back_what_was_set(monkeypatch, precision):
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     monkeypatch.setattr(cudnn, "benchmark", True)
     before = cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(precision)
     try:
         with torch.autocast("cpu", torch.bfloat16):
             with ieee_float32():
@@ -307,11 +373,12 @@ def test_ieee_float32_puts_back_what_was_set(monkeypatch):
                 assert not cudnn.benchmark
                 if hasattr(cudnn, "conv"):
                     assert cudnn.conv.fp32_precision == matmul.fp32_precision == "ieee"
+                    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
             assert torch.is_autocast_enabled("cpu")
         assert cudnn.benchmark
         assert matmul.allow_tf32
         assert cudnn.allow_tf32 == before
-        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -335,6 +402,9 @@ def test_classifier_round_trip(classifier, tmp_path):
     assert (found.num_classes, found.image_size, found.accuracy) == (10, 16, None)
     assert found.name == classifier.name
     assert torch.equal(found(images)["features"], classifier(images)["features"])
+    mixed = found([images[0], random_images(1, 20)[0]])
+    assert torch.equal(mixed["features"][:1], classifier(images[:1])["features"])
+    assert {name: rows.shape[1] for name, rows in mixed.items()} == found.dims
     found.accuracy = 0.97
     found.save(tmp_path / "x.safetensors")
     assert fid.Classifier.load(tmp_path / "x.safetensors").accuracy == 0.97
@@ -363,32 +433,76 @@ def test_classifier_refuses(classifier, tmp_path):
         classifier(torch.zeros(1, 3, 16, 16))
 
 
+def cubic(distance):
+    """Keys's kernel with a = -3/4."""
+    d = abs(distance)
+    return 1.25 * d**3 - 2.25 * d**2 + 1 if d <= 1 else -0.75 * (d**3 - 5 * d**2 + 8 * d - 4) * (d < 2)
+
+
 def test_dinov2_is_timms_network_on_what_it_expects(tmp_path):
+    """Positions are resized as in DINOv2's own code and images as in EDM2's, which made the published references."""
     timm = pytest.importorskip("timm")
     name = "vit_small_patch14_dinov2.lvd142m"
-    network = timm.create_model(name, img_size=224, num_classes=0, global_pool="token").eval()
+    network = timm.create_model(name, num_classes=0, global_pool="token").eval()
+    nn.init.normal_(network.pos_embed, std=0.1)
+    for block in network.blocks:  # as made, they add 1e-5 of what they compute: the class token would see no image
+        nn.init.ones_(block.ls1.gamma)
+        nn.init.ones_(block.ls2.gamma)
     save_file(network.state_dict(), tmp_path / "x.safetensors")
     ours = fid.DINOv2(tmp_path / "x.safetensors", model_name=name)
-    image = random_images(1, 60, 90)
-    pixels = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
-    x = (torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255 - ours.mean) / ours.std
+
+    matrix = np.zeros((16, 37))  # of the resize of one axis, border repeated
+    for i in range(16):
+        centre = (i + 0.5) * 37 / 16.1 - 0.5
+        for k in range(int(centre) - 1, int(centre) + 3):
+            matrix[i, min(max(k, 0), 36)] += cubic(centre - k)
+    positions = network.pos_embed[0, 1:].detach().double().numpy().reshape(37, 37, 384)
+    positions = np.einsum("ik,jl,kld->ijd", matrix, matrix, positions, optimize=True).reshape(256, 384)
+    positions = torch.cat([network.pos_embed.detach()[:, :1], torch.from_numpy(positions).float()[None]], dim=1)
+    network.set_input_size(img_size=(224, 224))
+    assert relative(network.pos_embed.detach(), positions) > 0.1  # timm's own way is another
+    network.pos_embed = nn.Parameter(positions)
+
+    image = random_images(1, 300, 260)
+    rows = [Image.fromarray(channel.numpy().astype(np.float32)) for channel in image[0]]
+    rows = np.stack([np.array(channel.resize((224, 224), Image.Resampling.BICUBIC)) for channel in rows])
+    assert rows.min() < 0  # neither clipped nor rounded
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    x = torch.from_numpy((rows / 255 - mean[:, None, None]) / std[:, None, None]).float()
     with torch.no_grad():
-        found = ours(image)["features"]
-        assert relative(found, network(x[None])) < 0.02  # torchvision's and Pillow's rounding differ in the last bit
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ours(image)["features"]
+        assert relative(found, network(x[None])) < 1e-5
+        assert relative(ours(image // 2)["features"], found) > 0.1
         assert torch.equal(ours([image[0]])["features"], found)
-    assert (ours.dim, ours.label, ours.name[:7]) == (384, "FD-DINOv2", "dinov2-")
-    assert np.allclose([ours.mean[0, 0, 0], ours.std[2, 0, 0]], [0.485, 0.225])
+    assert (ours.dim, ours.dims, ours.label, ours.name[:7]) == (384, {"features": 384}, "FD-DINOv2", "dinov2-")
+    assert not ours.train().training
+
+    state = load_file(tmp_path / "x.safetensors")
+    torch.save({**state, "mask_token": torch.zeros(1, 384)}, tmp_path / "x.pth")  # as in DINOv2's own file
+    assert fid.DINOv2(tmp_path / "x.pth", model_name=name).name == ours.name
 
 
 def test_dinov2_refuses(tmp_path, monkeypatch):
-    pytest.importorskip("timm")
+    timm = pytest.importorskip("timm")
     name = "vit_small_patch14_dinov2.lvd142m"
     with pytest.raises(FileNotFoundError, match="'nowhere' do not exist"):
         fid.DINOv2("nowhere", model_name=name)
     save_file({"weight": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="does not hold vit_small"):
         fid.DINOv2(tmp_path / "x.safetensors", model_name=name)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    for file in ("x.safetensors", "x.pth"):
+        (tmp_path / file).write_bytes(b"nonsense")
+        with pytest.raises(ValueError, match=rf"{file}' is not a file of weights, or is cut short"):
+            fid.DINOv2(tmp_path / file, model_name=name)
+
+    def offline(*_, **__):
+        raise OSError("no route")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(timm, "create_model", offline)
+        with pytest.raises(FileNotFoundError, match=r"from the Hugging Face hub \(no route\)\. Download them"):
+            fid.DINOv2()
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match="needs timm; run `pip install timm`"):
         fid.DINOv2()
