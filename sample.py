@@ -30,7 +30,7 @@ from runtime import checkpoint
 from runtime.config import Config, Spec, from_dict, parse, report_errors, require
 from runtime.generation import check_guidance, check_labels, generate, random_label, spread
 from runtime.images import save_grid
-from runtime.sink import open_sink, partial_of
+from runtime.sink import EvaluatorSink, open_sink, partial_of
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     default = run_dir / (f"fid-step-{record['step']:08d}.json" if args.fid else "samples")
     sink = open_sink(Path(args.out or default), args.num, settings, state, evaluator)
     missing = sink.missing()
+    if evaluator and missing:
+        evaluator.prepare()  # a broken reference is found before the images are drawn
     state.wait_for_everyone()  # all have looked before one writes
     todo = [i for i in missing if i % state.num_processes == state.process_index]
     counts = {"total": args.num, "initial": args.num - len(missing)}
@@ -160,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         bar.update(min(len(indices) * state.num_processes, args.num - bar.n))
     bar.close()
     state.wait_for_everyone()
+    if isinstance(sink, EvaluatorSink) and todo:
+        sink.save()  # whatever happens to the numbers, the images need not be drawn again
     out = sink.finish() if state.is_main_process else sink.file
     state.wait_for_everyone()
     if evaluator:
@@ -177,6 +181,8 @@ def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, record: dict[s
     file = out if out.suffix == ".json" else out.with_name(out.name + ".fid.json")
     if file == out and out.exists():
         result = fid.Result.from_json(out)
+        if different := evaluator.differences(result.record):
+            raise ValueError(f"{str(out)!r} was measured with other {' and '.join(different)}; choose another --out.")
     elif file == out:
         result = evaluator.compute(args.num, labels_mode=args.labels, **record)
     else:

@@ -95,6 +95,8 @@ class Run:
         check_guidance(self.network, config.sample.cfg_scale, config.sample.guided_channels)
         self.ema = Ema(self.network, self.cfg.ema_decay, self.cfg.ema_warmup)
         self.evaluator = build.build_evaluator(config, accelerator.device) if config.fid.every else None
+        if self.evaluator:
+            self.evaluator.prepare()  # a broken reference is found before the first step
         optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=self.cfg.lr, betas=self.cfg.betas, weight_decay=self.cfg.weight_decay
         )

@@ -34,7 +34,7 @@ from fid.images import Images
 from fid.inception import PRESETS, Inception
 from fid.metrics import METRICS
 from fid.pictures import curve, neighbours, read_records
-from fid.references import holds_statistics, save_reference
+from fid.references import holds_statistics, load_reference, save_reference
 from fid.resize import tf1_bilinear
 from fid.result import Result, versions
 
@@ -60,44 +60,37 @@ def _eval(args: argparse.Namespace) -> None:
     _check_output(args.save_stats, ".npz")
     _check_output(args.save_features, ".npy")
     _check_output(args.picture if args.neighbours else None, ".png")
-    metrics = tuple(args.metrics.split(",")) if args.metrics else None
-    if (
-        (args.neighbours or args.save_features)
-        and metrics is not None
-        and not {"pr", "dc", "kid", "mind"} & set(metrics)
-    ):
-        metrics = (*metrics, "pr")  # keeps the features of both sides
     choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
-    only_statistics = holds_statistics(args.samples) and "arr_0" not in np.load(args.samples).files
-    if not only_statistics:
-        samples = Images(args.samples, **choices)  # before the network: it fails sooner
-    reference = _missing(lambda: open_reference(args.ref, LABELS[args.extractor]))
+    samples = load_reference(args.samples) if holds_statistics(args.samples) else None
+    if samples is not None and samples.images is None:
+        if args.num or args.metrics or args.save_stats or args.save_features or args.neighbours:
+            raise ValueError(f"'{args.samples}' holds statistics, not images: they give a distance, and nothing else.")
+        _report(_missing(lambda: compare(samples, args.ref, args.force)), args)
+        return
+    samples = Images(args.samples, **choices)  # before the network: it fails sooner
+    reference = _missing(lambda: open_reference(args.ref, LABELS[args.extractor], **choices))
     if args.neighbours and getattr(reference, "images", reference) is None:
         raise ValueError(f"--neighbours needs the reference's images, and '{args.ref}' has none (arr_0).")
-    if only_statistics:
-        _report(evaluate(args.samples, reference, num=args.num, force=args.force), args)
-        return
     evaluator = _missing(
         lambda: Evaluator(
             reference,
             extractor=build_extractor(args.extractor, args.weights, args.preset, args.tf32),
-            metrics=metrics,
+            metrics=tuple(args.metrics.split(",")) if args.metrics else None,
             device=_device(args.device),
             batch_size=args.batch,
             groups=args.groups,
-            tf32=args.tf32,
             pr_compat=args.pr_compat,
             keep_features=bool(args.neighbours or args.save_features),
+            keep_statistics=bool(args.save_stats),
             force=args.force,
             progress=not args.quiet,
         )
     )
-    result = evaluate(args.samples, num=args.num, allow_fewer=args.allow_fewer, evaluator=evaluator, **choices)
-    if args.save_stats:
-        made = evaluator.statistics()
-        if rank_and_size()[0] == 0:
-            save_reference(args.save_stats, made.statistics, made.num_images, made.extractor, made.preset)
+    result = evaluate(samples, num=args.num, allow_fewer=args.allow_fewer, evaluator=evaluator)
+    made = evaluator.statistics() if args.save_stats else None
     if rank_and_size()[0] == 0:
+        if made:
+            save_reference(args.save_stats, made.statistics, made.num_images, made.extractor, made.preset)
         if args.save_features:
             with written_aside(args.save_features) as temporary:
                 np.save(temporary, evaluator.collected.rows["features"].numpy())
@@ -109,17 +102,23 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _stats(args: argparse.Namespace) -> None:
     _check_output(args.out, ".npz")
+    if args.mixed_sizes and args.keep_images and args.crop is None:
+        raise ValueError("--keep-images needs images of one size; bring them to it with --crop.")
     choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha, "crop": args.crop}
-    images = Images(args.images, args.num, **choices)
+    images = Images(args.images, **choices)
+    if args.num is not None:
+        if images.num < args.num:
+            raise ValueError(f"only {images.num} of {args.num} images in {args.images}.")
+        images = images.first(args.num)
     extractor = _missing(lambda: build_extractor(args.extractor, args.weights, args.preset, args.tf32))
-    options = {"device": _device(args.device), "batch_size": args.batch, "tf32": args.tf32, "progress": not args.quiet}
-    made = statistics(images, extractor, **options)
+    made = statistics(images, extractor, device=_device(args.device), batch_size=args.batch, progress=not args.quiet)
     if rank_and_size()[0] == 0:
         kept = None
         if args.keep_images:
             chosen = np.linspace(0, images.num - 1, min(images.num, args.keep_images)).round().astype(int)
             kept = np.stack([image.permute(1, 2, 0).numpy() for image in images.take(sorted(set(chosen.tolist())))])
-        save_reference(args.out, made.statistics, made.num_images, made.extractor, made.preset, kept)
+        record = (made.num_images, made.extractor, made.preset)
+        save_reference(args.out, made.statistics, *record, images=kept, crop=args.crop)
         _warn(images.warnings())
         with_images = f", {len(kept)} images for precision and recall" if kept is not None else ""
         print(f"{args.out}: {made.num_images} images of {args.images}, {made.extractor} features{with_images}")
@@ -305,7 +304,7 @@ def _warn(warnings: Sequence[str]) -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    if rank_and_size()[0] == 0:
+    if os.environ.get("RANK", "0") == "0":  # the process group is gone by now
         print(error, file=sys.stderr)
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""The three things that processes tell each other; without a process group, each is what one process knows."""
+"""What processes tell each other; without a process group, each is what one process knows."""
 
 from typing import Any
 
@@ -46,6 +46,23 @@ def from_first(value: Any, process_group: Any = None) -> Any:
     box = [value]
     dist.broadcast_object_list(box, group=process_group, group_src=0)
     return box[0]
+
+
+def gather_objects(value: Any, process_group: Any = None) -> list[Any]:
+    """What each process has, in the order of their ranks; picklable objects."""
+    size = rank_and_size(process_group)[1]
+    if size == 1:
+        return [value]
+    found = [None] * size
+    dist.all_gather_object(found, value, group=process_group)
+    return found
+
+
+def fail_together(error: Exception | None, process_group: Any = None) -> None:
+    """Raises the first process's error in all of them, where each would otherwise wait for the others for ever."""
+    for found in gather_objects(error, process_group):
+        if found is not None:
+            raise found
 
 
 def _device(process_group: Any) -> torch.device:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,11 @@ class Collector:
     dropped), since convolutions of another shape may run in another kernel that rounds otherwise.
 
     Args:
-        extractor: On the device where it is to run.
+        extractor: The network.
         moments: Outputs of which mean and covariance are kept, with their number of groups.
         rows: Outputs that are kept as they are, 4 D bytes an image.
         batch_size: Images in a forward pass.
+        device: Where the extractor is.
         only_rows_of: (N,) indices; of other images no rows are kept. Not given means of all.
         process_group: Of the processes that share the work; all of them if not given.
     """
@@ -46,12 +48,13 @@ class Collector:
         moments: dict[str, int],
         rows: Sequence[str],
         batch_size: int = 64,
+        device: torch.device | str = "cpu",
         only_rows_of: np.ndarray | None = None,
         process_group: Any = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
-        self.extractor, self.batch_size, self.process_group = extractor, batch_size, process_group
+        self.extractor, self.batch_size, self.device, self.process_group = extractor, batch_size, device, process_group
         self.only_rows_of = only_rows_of
         self.moments = {output: Moments(extractor.dims[output], groups) for output, groups in moments.items()}
         self.rows: dict[str, list[Tensor]] = {output: [] for output in rows}
@@ -85,15 +88,14 @@ class Collector:
         self.seen.update(index.tolist())
 
     def _update(self, images: Tensor | list[Tensor], index: Tensor, labels: Tensor) -> None:
-        device = next(self.extractor.parameters()).device
         missing = self.batch_size - len(images)
         if isinstance(images, Tensor):
             check_uint8(images)
-            found = self.extractor(F.pad(images.to(device).contiguous(), (0, 0, 0, 0, 0, 0, 0, missing)))
+            found = self.extractor(F.pad(images.to(self.device).contiguous(), (0, 0, 0, 0, 0, 0, 0, missing)))
         else:
             for image in images:
                 check_uint8(image[None])
-            found = self.extractor([image.to(device) for image in [*images, *[images[-1]] * missing]])
+            found = self.extractor([image.to(self.device) for image in [*images, *[images[-1]] * missing]])
         found = {output: rows[: len(images)] for output, rows in found.items()}
         for output, moments in self.moments.items():
             moments.update(found[output], index)
@@ -129,7 +131,7 @@ class Collector:
             "rows": {output: _cat(rows, self.extractor.dims[output]) for output, rows in self.rows.items()},
             "row_index": _cat(self.row_index),
             "checks": {name: _cat(parts) for name, parts in self.checks.items()},
-            "pixel_sum": self.pixel_sum,
+            "pixel_sum": self.pixel_sum.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -165,6 +167,11 @@ class Collector:
                 moments[output].load_state_dict(mine.state_dict())
                 moments[output].all_reduce(self.process_group)
         checks = {name: self._gather(parts) for name, parts in self.checks.items()}
+        numbers, counts = checks["index"].unique(return_counts=True)
+        if len(numbers) < len(checks["index"]):
+            raise ValueError(
+                f"image {int(numbers[counts.argmax()])} was given by two processes; number each image once."
+            )
         order, row_order = checks["index"].argsort(), self._gather(self.row_index).argsort()
         rows = {o: self._gather(parts, self.extractor.dims[o])[row_order] for o, parts in self.rows.items()}
         pixel_sum = sum(all_gather(self.pixel_sum[None], self.process_group))[0]
@@ -190,7 +197,7 @@ class Collected:
         self.sizes = np.unique(np.stack([columns["height"], columns["width"]], axis=1), axis=0).tolist()
         self.labels = columns["label"] if (columns["label"] >= 0).any() else None
 
-    @property
+    @cached_property
     def side(self) -> Side:
         """For the metrics."""
         return Side({output: m.statistics() for output, m in self.moments.items()}, self.moments, self.rows)

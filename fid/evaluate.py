@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fid.collective import from_first
+from fid.collective import gather_objects
 from fid.evaluator import Evaluator, open_reference
 from fid.features import FeatureExtractor
 from fid.images import Images
 from fid.metrics import METRICS, Options, Side
 from fid.references import Reference, holds_statistics, load_reference
-from fid.result import Result, versions
+from fid.result import Result, short_count, versions
 
 
 def evaluate(
@@ -31,7 +31,8 @@ def evaluate(
     """Metrics of samples against a reference, in one call.
 
     Args:
-        samples: Images in any form that `Images` takes, or an iterator of uint8 batches, (B, 3, H, W) or (B, H, W, 3).
+        samples: Images in any form that `Images` takes, or an iterator of uint8 batches, (B, 3, H, W) or (B, H, W, 3), or
+            of pairs of them and their labels, as a DataLoader gives.
         ref: As `Evaluator` takes it.
         extractor: Another network than Inception.
         num: The first `num` samples; not given means all.
@@ -56,27 +57,29 @@ def evaluate(
                 raise ValueError(f"'{samples}' holds statistics; the reference must be statistics, too.")
             return compare(loaded, reference, options.get("force", False))
     if isinstance(samples, str | Path | Tensor | np.ndarray):
-        choices = {"mixed_sizes": mixed_sizes, "drop_alpha": drop_alpha}
-        found = Images(samples, **choices)
-        if num is not None and found.num < num and not allow_fewer:
-            raise ValueError(too_few(found.source, found.num, num))
-        samples = Images(samples, num, **choices) if num is not None and found.num > num else found
+        samples = Images(samples, mixed_sizes=mixed_sizes, drop_alpha=drop_alpha)
+    if isinstance(samples, Images) and num is not None:
+        if samples.num < num and not allow_fewer:
+            raise ValueError(too_few(samples.source, samples.num, num))
+        samples = samples.first(min(num, samples.num))
     if evaluator is None:
         evaluator = Evaluator(ref, extractor=extractor, **options)
     evaluator.reset()
+    evaluator.prepare()
     if not isinstance(samples, Images):
         for batch in samples:
-            left = None if num is None else num - len(evaluator.seen)
-            evaluator.update(batch[:left])
-            if left is not None and left <= len(batch):
+            images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
+            left = len(images) if num is None else min(len(images), num - len(evaluator.seen))
+            evaluator.update(images[:left], labels=None if labels is None else labels[:left])
+            if len(evaluator.seen) == num:
                 break
         if num is not None and not allow_fewer and len(evaluator.seen) < num:
             raise ValueError(too_few("the iterator", len(evaluator.seen), num))
         return evaluator.compute(**(record or {}))
     evaluator.feed(samples)
     described = {"kind": samples.kind, "path": samples.source, "lossy": samples.lossy}
-    warnings = from_first(samples.warnings(), evaluator.process_group)
-    return evaluator.compute(input=described, warnings=warnings, **(record or {}))
+    said = [text for part in gather_objects(samples.warnings(), evaluator.process_group) for text in part]
+    return evaluator.compute(samples.num, input=described, warnings=list(dict.fromkeys(said)), **(record or {}))
 
 
 def compare(a: str | Path | Reference, b: str | Path | Reference, force: bool = False) -> Result:
@@ -104,6 +107,9 @@ def compare(a: str | Path | Reference, b: str | Path | Reference, force: bool = 
                 raise ValueError(f"{text} Use the same for both, or pass --force.")
             warnings.append(text)
             break
+    for side in (a, b):
+        if side.preset is None and side.extractor is None:
+            warnings.append(f"'{side.source}' does not say by which protocol it was made.")
     inception = one.dim == 2048 and (a.extractor or b.extractor or "inception").startswith("inception")
     names = [("fid" if inception else "fd", "features")]
     names += [("sfid", "spatial")] * ("spatial" in a.statistics and "spatial" in b.statistics)
@@ -145,8 +151,5 @@ def statistics(
 
 def too_few(what: str, found: int, num: int) -> str:
     """The sentence for fewer samples than asked for."""
-    size = f"{found // 1000}K" if found >= 1000 else str(found)
-    wanted = f"{num // 1000}K" if num >= 1000 else str(num)
-    return (
-        f"only {found} of {num} samples in {what}. FID-{size} is not comparable with FID-{wanted}. Pass --allow-fewer."
-    )
+    names = f"FID-{short_count(found)} is not comparable with FID-{short_count(num)}"
+    return f"only {found} of {num} samples in {what}. {names}. Pass --allow-fewer."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fid.collective import from_first, rank_and_size
+from fid.collective import fail_together, from_first, rank_and_size
 from fid.collector import Collected, Collector
 from fid.features import FeatureExtractor
 from fid.images import Images
@@ -44,6 +44,7 @@ class Evaluator:
         channels_last: Memory format of Inception; the numbers are the same to rounding.
         pr_compat: Arithmetic of precision and recall: `adm-fp16`, as the published numbers, or `fp32`.
         keep_features: Keep the features of all samples, and of the reference's images, even if no metric needs them.
+        keep_statistics: Keep all that a reference of these samples needs, even if no metric needs it.
         force: Take a reference of another preset or of other weights all the same.
         progress: Show progress bars on stderr, where that is a terminal.
         process_group: The processes that share the work; not given means all of them.
@@ -68,6 +69,7 @@ class Evaluator:
         channels_last: bool = True,
         pr_compat: str = "adm-fp16",
         keep_features: bool = False,
+        keep_statistics: bool = False,
         force: bool = False,
         progress: bool = True,
         process_group: Any = None,
@@ -75,8 +77,9 @@ class Evaluator:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if pr_compat not in ("adm-fp16", "fp32"):
             raise ValueError(f"pr_compat is {pr_compat!r}; choose adm-fp16 or fp32.")
-        self.batch_size, self.groups, self.tf32 = batch_size, groups, tf32
-        self.keep_features, self.progress, self.process_group = keep_features, progress, process_group
+        self.batch_size, self.groups = batch_size, groups
+        self.keep_features, self.keep_statistics = keep_features, keep_statistics
+        self.progress, self.process_group = progress, process_group
         label = getattr(extractor, "label", "FID")
         self.reference = open_reference(ref, label)  # before the network: it fails sooner
         if extractor is None:
@@ -93,10 +96,7 @@ class Evaluator:
 
     def reset(self) -> None:
         """Forgets all samples, for the next set; the reference stays, with the costly half of its distances."""
-        rows = self._rows("samples")
-        self._collector = Collector(
-            self.extractor, self._moments(), rows, self.batch_size, process_group=self.process_group
-        )
+        self._collector = self._new_collector(self._moments(), self._rows("samples"))
         self._seconds = {"features": 0.0}
         self.collected: Collected | None = None  # of all processes, after `compute`
 
@@ -129,7 +129,7 @@ class Evaluator:
         return self
 
     def feed(self, images: Images, update: Callable[..., Any] | None = None) -> None:
-        """Adds this process's share of the images, with a progress bar."""
+        """Adds this process's share of the images, with a progress bar. Collective: what fails in one fails in all."""
         rank, size = rank_and_size(self.process_group)
         share = sum(min(self.batch_size, images.num - k) for k in range(0, images.num, self.batch_size)[rank::size])
         with tqdm(
@@ -138,10 +138,15 @@ class Evaluator:
             unit="image",
             disable=bool(rank) or not self.progress or None,
         ) as bar:
-            for index, batch in images.batches(self.batch_size, rank, size):
-                labels = None if images.labels is None else images.labels[index.numpy()]
-                (update or self.update)(batch, index, labels)
-                bar.update(len(batch))
+            error = None
+            try:
+                for index, batch in images.batches(self.batch_size, rank, size):
+                    labels = None if images.labels is None else images.labels[index.numpy()]
+                    (update or self.update)(batch, index, labels)
+                    bar.update(len(batch))
+            except (ValueError, OSError) as raised:
+                error = raised
+        fail_together(error, self.process_group)
 
     def compute(self, num: int | None = None, **record: Any) -> Result:
         """All metrics of what has been added so far. Collective: every process calls it and gets the same.
@@ -157,18 +162,33 @@ class Evaluator:
         if num is not None and collected.num != num:
             raise ValueError(f"{collected.num} samples were added, not {num}.")
         start = time.perf_counter()
-        reference = self._side_of_reference()
+        self.prepare()
         self._seconds["reference"] = time.perf_counter() - start
-        result = None
+        self.collected, result, error = collected, None, None
         if rank_and_size(self.process_group)[0] == 0:
-            values = {}
-            for name in self.metrics:
-                start = time.perf_counter()
-                values |= METRICS[name].compute(collected.side, reference, self.options)
-                self._seconds[name] = time.perf_counter() - start
-            result = Result(values, self._record(collected, values, record))
-        self.collected = collected
+            try:
+                values = {}
+                for name in self.metrics:
+                    start = time.perf_counter()
+                    values |= METRICS[name].compute(collected.side, self._reference_side, self.options)
+                    self._seconds[name] = time.perf_counter() - start
+                result = Result(values, self._record(collected, values, record))
+            except ValueError as raised:
+                error = raised
+        fail_together(error, self.process_group)
         return from_first(result, self.process_group)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes two results comparable, as it stands in the record: extractor, metrics and reference."""
+        reference = self.reference
+        described = None
+        if isinstance(reference, Reference):
+            described = {"path": reference.source, "sha256": reference.sha256, "kind": reference.kind}
+            described |= {"num_images": reference.num_images, "protocol": reference.preset}
+        elif reference is not None:
+            described = {"path": reference.source, "sha256": None, "kind": reference.kind, "num_images": reference.num}
+        return {"extractor": self.extractor.name, "metrics": list(self.metrics), "reference": described}
 
     def state_dict(self) -> dict[str, Any]:
         """What this process has gathered, as tensors; save it to go on later, in as many processes as there are then."""
@@ -194,12 +214,18 @@ class Evaluator:
         extractor = self.extractor
         return Reference("samples", "fid", found, num, None, extractor.name, extractor.preset)
 
+    def _new_collector(
+        self, moments: dict[str, int], rows: list[str], only_rows_of: np.ndarray | None = None
+    ) -> Collector:
+        options = {"device": self.options.device, "only_rows_of": only_rows_of, "process_group": self.process_group}
+        return Collector(self.extractor, moments, rows, self.batch_size, **options)
+
     def _moments(self) -> dict[str, int]:
         """Outputs whose moments the metrics need of the samples, with groups where there is an error bar."""
         chosen = [METRICS[name] for name in self.metrics]
         outputs = {m.output for m in chosen if m.samples == "statistics"}
-        if not chosen:  # nothing but statistics is wanted
-            outputs = {"features", "spatial"} & self.extractor.dims.keys()
+        if self.keep_statistics or not chosen:  # where nothing else is wanted, statistics are
+            outputs |= {"features", "spatial"} & self.extractor.dims.keys()
         return {output: max(self.groups, 1) if output == "features" else 1 for output in sorted(outputs)}
 
     def _rows(self, side: str) -> list[str]:
@@ -247,9 +273,8 @@ class Evaluator:
             guess = {1024: " (DINOv2?)", 2048: " (Inception?)"}.get(given.dim, "")
             raise ValueError(f"reference is {given.dim}-d{guess}, the extractor gives {extractor.dim}-d.")
         problem = None
-        preset = reference.preset or ("adm" if reference.kind == "adm" else None)
-        if preset and extractor.preset and preset != extractor.preset:
-            problem = f"reference was made with preset '{preset}', samples with '{extractor.preset}'; "
+        if reference.preset and extractor.preset and reference.preset != extractor.preset:
+            problem = f"reference was made with preset '{reference.preset}', samples with '{extractor.preset}'; "
             problem += "FID would mix two resizes."
         elif reference.extractor and reference.extractor != extractor.name:
             problem = f"reference was made with {reference.extractor}, samples with {extractor.name}."
@@ -257,13 +282,26 @@ class Evaluator:
             raise ValueError(f"{problem} Choose the same, or pass --force.")
         if problem:
             self._warnings.append(problem)
-        elif preset is None and reference.extractor is None:
+        elif reference.preset is None and reference.extractor is None:
             self._warnings.append(
                 f"'{reference.source}' does not say by which protocol it was made; it is taken to be that of the samples."
             )
 
-    def _side_of_reference(self) -> Side:
-        """Statistics and rows of the reference, made once. Collective where it has images."""
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """What of `identity` a record was made with another one of; the same file of a reference may lie elsewhere."""
+
+        def what(identity: dict[str, Any]) -> dict[str, Any]:
+            reference = identity.get("reference") or {}
+            return {**identity, "reference": reference.get("sha256") or reference.get("path")}
+
+        mine, theirs = what(self.identity), what(record)
+        return [name for name in mine if mine[name] != theirs.get(name)]
+
+    def prepare(self) -> None:
+        """Reads the images of the reference, once, so that a broken one is found before the samples are drawn.
+
+        Collective. `compute` does it, too.
+        """
         if self._reference_side is None:
             reference, rows = self.reference, self._rows("reference")
             if reference is None:
@@ -277,30 +315,22 @@ class Evaluator:
                 collected = self._collect(reference, dict.fromkeys(self._moments(), 1), rows)
                 self._reference_side, self._reference_collected = collected.side, collected
                 self._warnings += [f"reference: {text}" for text in reference.warnings()]
-        return self._reference_side
 
     def _collect(self, images: Images, moments: dict[str, int], rows: list[str]) -> Collected:
         chosen = np.unique(np.linspace(0, images.num - 1, min(images.num, MAX_REFERENCE_ROWS)).round().astype(np.int64))
         self.reference_index = chosen  # of the rows
-        collector = Collector(
-            self.extractor, moments, rows, self.batch_size, only_rows_of=chosen, process_group=self.process_group
-        )
+        collector = self._new_collector(moments, rows, chosen)
         self.feed(images, collector.update)
         return collector.gather()
 
     def _record(self, collected: Collected, values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-        extractor, reference = self.extractor, self.reference
+        extractor, identity = self.extractor, self.identity
         mode = more.pop("labels_mode", None)
-        kind = reference.kind if isinstance(reference, Reference) else None
-        found = doubts(collected, values, extractor, kind, self._reference_collected)
+        reference = identity["reference"] or {"kind": None}
+        imagenet = reference["kind"] == "adm" and "imagenet256" in reference["path"].lower()
+        found = doubts(collected, values, extractor, imagenet, self._reference_collected)
         warnings = [*self._warnings, *more.pop("warnings", []), *found]
-        described = None
-        if isinstance(reference, Reference):
-            described = {"path": reference.source, "sha256": reference.sha256, "kind": reference.kind}
-            described |= {"num_images": reference.num_images, "protocol": reference.preset}
-        elif reference is not None:
-            described = {"path": reference.source, "sha256": None, "kind": reference.kind, "num_images": reference.num}
-        labels = None
+        labels, tf32 = None, getattr(extractor, "tf32", False)
         if collected.labels is not None:
             counts = np.bincount(collected.labels[collected.labels >= 0])
             counts = counts[counts > 0]
@@ -311,8 +341,7 @@ class Evaluator:
             "label": extractor.label,
             "num_samples": collected.num,
             "protocol": extractor.preset or extractor.name,
-            "extractor": extractor.name,
-            "reference": described,
+            **identity,
             "weights": getattr(extractor, "weights", None),
             "labels": labels,
             "input": {
@@ -324,7 +353,7 @@ class Evaluator:
                 "mean_colour": collected.mean_colour.tolist(),
                 **more.pop("input", {}),
             },
-            "precision_mode": {"conv": "tf32" if self.tf32 else "ieee-fp32", "tf32": self.tf32, "moments": "fp64"},
+            "precision_mode": {"conv": "tf32" if tf32 else "ieee-fp32", "tf32": tf32, "moments": "fp64"},
             "groups": self.groups,
             "world_size": rank_and_size(self.process_group)[1],
             "batch_size": self.batch_size,
@@ -336,19 +365,20 @@ class Evaluator:
         }
 
 
-def open_reference(ref: Any, label: str = "FID") -> Reference | Images | None:
-    """What `ref` names; images are opened and counted, but not read yet."""
+def open_reference(ref: Any, label: str = "FID", **choices: bool) -> Reference | Images | None:
+    """What `ref` names; images are opened and counted, but not read yet. `choices` are those of `Images`."""
     if ref is None or isinstance(ref, Reference | Images):
         return ref
     if isinstance(ref, Tensor | np.ndarray):
         return Images(ref)
     if not Path(ref).exists():
         raise FileNotFoundError(f"the reference '{ref}' does not exist.")
-    return load_reference(ref, label) if holds_statistics(ref) else Images(ref)
+    return load_reference(ref, label) if holds_statistics(ref) else Images(ref, **choices)
 
 
-def as_nchw(images: Tensor) -> Tensor:
+def as_nchw(images: Tensor | np.ndarray) -> Tensor:
     """(B, 3, H, W), of that or of (B, H, W, 3)."""
+    images = torch.as_tensor(images)
     if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
         return images.permute(0, 3, 1, 2)
     return images

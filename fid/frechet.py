@@ -30,8 +30,16 @@ def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: 
 
 
 def factor(cov: np.ndarray) -> np.ndarray:
-    """H (D, D) with H H^T = cov and orthogonal columns, by an eigensolve: H = V diag(w)^(1/2)."""
+    """H (D, D) with H H^T = cov and orthogonal columns, by an eigensolve: H = V diag(w)^(1/2).
+
+    Raises:
+        ValueError: An eigenvalue below 0 by more than rounding: no covariance.
+    """
     w, V = np.linalg.eigh(cov)
+    if w[0] < -1e-6 * max(w[-1], 0):
+        raise ValueError(
+            f"a covariance has the eigenvalue {w[0]:.3g} below 0 (the largest is {w[-1]:.3g}); it is damaged."
+        )
     return V * np.sqrt(w.clip(min=0))  # rounding leaves eigenvalues of about -1e-16 where there should be 0
 
 

@@ -1,5 +1,6 @@
 """Images as uint8, read in order from a folder, a zip, an .npz, an .npy or a tensor; never as a whole."""
 
+import copy
 import io
 import math
 import zipfile
@@ -59,11 +60,9 @@ class Images:
         self._reader = _reader(source, drop_alpha)
         self.kind = self._reader.kind
         self.source = "a tensor" if self.kind == "tensor" else str(source)
-        self.num = len(self._reader) if num is None else num
-        if not 0 < self.num <= len(self._reader):
-            raise ValueError(f"cannot take {self.num} images of {self.source}, which holds {len(self._reader)}.")
-        labels = self._reader.labels
-        self.labels = None if labels is None else labels[: self.num]
+        self.num, self.labels = len(self._reader), self._reader.labels
+        chosen = self.first(self.num if num is None else num)
+        self.num, self.labels = chosen.num, chosen.labels
         self.lossy = any(name.suffix[1:].lower() in LOSSY for name in self._reader.names[: self.num])
 
     def batches(
@@ -97,6 +96,14 @@ class Images:
                 batch.append(torch.from_numpy(image).permute(2, 0, 1))
             yield torch.tensor(chosen), batch if self.mixed_sizes else torch.stack(batch).contiguous()
 
+    def first(self, num: int) -> "Images":
+        """The first `num` of these images."""
+        if not 0 < num <= self.num:
+            raise ValueError(f"cannot take {num} images of {self.source}, which holds {self.num}.")
+        part = copy.copy(self)
+        part.num, part.labels = num, None if self.labels is None else self.labels[:num]
+        return part
+
     def take(self, indices: Sequence[int]) -> list[Tensor]:
         """The images (3, H, W) with these indices, in rising order."""
         return [torch.from_numpy(image).permute(2, 0, 1) for image in self._read(list(indices), AHEAD * 16)]
@@ -123,7 +130,7 @@ class Images:
 def check_uint8(images: Tensor) -> None:
     """Refuses, with a ValueError that says what it is, anything but uint8 (B, 3, H, W)."""
     if images.dtype != torch.uint8:
-        span = f" in [{images.min():.2f}, {images.max():.2f}]" if images.numel() else ""
+        span = f" in [{images.double().min():.2f}, {images.double().max():.2f}]" if images.numel() else ""
         got = str(images.dtype).removeprefix("torch.")
         raise ValueError(
             f"expected uint8 images in [0,255]; got {got}{span}. Convert with fid.quantize(x) (DiT rounding)."
@@ -224,7 +231,7 @@ class _Files:
         self.path, self.drop_alpha = path, drop_alpha
         everything = self.listing()
         self.names = [name for name in everything if name.suffix[1:].lower() in SUFFIXES]
-        self.grey: set[int] = set()
+        self.grey = False
         if not self.names:
             suffixes = Counter(name.suffix for name in everything).most_common(5)
             found = ", ".join(f"{n} *{suffix}" for suffix, n in suffixes)
@@ -273,12 +280,12 @@ class _Files:
         if mode not in (*MODES, *ALPHA):
             raise ValueError(f"{self.name(i)} has mode {mode}; convert it to 8-bit RGB or grey first.")
         if mode in ("1", "L", "LA"):
-            self.grey.add(i)
+            self.grey = True
         return pixels
 
     def warnings(self) -> list[str]:
         """What changed while it was read, and what is grey."""
-        found = [f"{len(self.grey)} images of '{self.path}' are grey; they were taken as RGB."] if self.grey else []
+        found = [f"images of '{self.path}' are grey; they were taken as RGB."] if self.grey else []
         now = {name for name in self.listing() if name.suffix[1:].lower() in SUFFIXES}
         added, removed = len(now - set(self.names)), len(set(self.names) - now)
         if added or removed:
@@ -290,8 +297,8 @@ class _Folder(_Files):
     kind = "folder"
 
     def listing(self) -> list[PurePosixPath]:
-        files = (file for file in self.path.rglob("*") if not file.name.startswith(".") and file.is_file())
-        return sorted(PurePosixPath(file.relative_to(self.path).as_posix()) for file in files)
+        files = (file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file())
+        return sorted(name for name in map(PurePosixPath, files) if not _hidden(name))
 
     def open(self, name: PurePosixPath) -> IO[bytes]:
         return (self.path / name).open("rb")
@@ -309,10 +316,15 @@ class _Zip(_Files):
 
     def listing(self) -> list[PurePosixPath]:
         names = (PurePosixPath(name) for name in self.archive.namelist() if not name.endswith("/"))
-        return sorted(name for name in names if not name.name.startswith(".") and "__MACOSX" not in name.parts)
+        return sorted(name for name in names if not _hidden(name))
 
     def open(self, name: PurePosixPath) -> IO[bytes]:
         return io.BytesIO(self.archive.read(str(name)))  # one lock inside; the decoding runs in threads
+
+
+def _hidden(name: PurePosixPath) -> bool:
+    """Of a hidden file or folder, or of what macOS puts into archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
 
 
 class _Array:

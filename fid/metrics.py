@@ -64,6 +64,8 @@ def _frechet(name: str, output: str, error_bar: bool = True) -> Callable[[Side, 
         if left_out:
             found[f"{name}_se"], found[f"{name}_inf"] = jackknife(value, left_out)
         floor = noise_floor(side.factor, given.num) if given.num else None
+        if floor is not None and side.num:  # the reference is a sample, too
+            floor += noise_floor(side.factor, side.num)
         return {**found, f"{name}_noise_floor": floor, f"{name}_mean_term": mean_term, f"{name}_cov_term": cov_term}
 
     return compute

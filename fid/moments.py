@@ -84,7 +84,7 @@ class Moments:
             self._buffers[k].append(rows[group == k])
             if sum(map(len, self._buffers[k])) >= ROWS:
                 self._flush(k)
-        self.counts += group.bincount(minlength=self.groups)
+        self.counts = self.counts + group.bincount(minlength=self.groups)
 
     def all_reduce(self, process_group: Any = None) -> None:
         """Adds up what all processes hold; afterwards each of them holds it all."""
@@ -132,7 +132,7 @@ class Moments:
     def state_dict(self) -> dict[str, Tensor | None]:
         """All that was gathered, as tensors."""
         self._flush()
-        return {"counts": self.counts, "shift": self._shift, "sum": self._sum, "outer": self._outer}
+        return {"counts": self.counts, "shift": self._shift, "sum": self._sum.clone(), "outer": self._outer.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
         """Adds what another `Moments` gathered to what is there.

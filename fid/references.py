@@ -61,7 +61,7 @@ def holds_statistics(path: str | Path) -> bool:
     if path.suffix.lower() != ".npz" or not path.is_file():
         return False
     names = set(_names(path))
-    return "arr_0" not in names or not names.isdisjoint({"mu", "sigma", "ref_mu"})
+    return not names.isdisjoint({"mu", "sigma", "ref_mu", "ref_sigma", "reps", "feats"})
 
 
 def load_reference(path: str | Path, label: str = "FID") -> Reference:
@@ -80,12 +80,13 @@ def load_reference(path: str | Path, label: str = "FID") -> Reference:
         raise FileNotFoundError(f"the statistics '{path}' do not exist.")
     read = {".pkl": _read_pickle, ".pt": _read_pt}.get(path.suffix.lower(), _read_npz)
     arrays, kind = read(path, label)
+    num = None if arrays.get("num_images") is None else int(arrays["num_images"])
     statistics = {}
     for output, choices in KEYS.items():
         for mean, cov in choices:
             if mean in arrays and cov in arrays:
                 pair = check_moments(arrays[mean], arrays[cov], f"'{path}'")
-                statistics[output] = Statistics(*pair, arrays.get("num_images"))
+                statistics[output] = Statistics(*pair, num)
     if "features" not in statistics:
         found = sorted(arrays)
         if {"reps", "feats"} & set(found):
@@ -93,8 +94,8 @@ def load_reference(path: str | Path, label: str = "FID") -> Reference:
         hint = " It holds images: run `python -m fid stats` on it first." if "arr_0" in found else ""
         raise ValueError(f"'{path}' has no mu and sigma, but {found}.{hint}")
     images = Images(path) if "arr_0" in arrays else None
-    text = {key: arrays.get(key) for key in ("extractor", "protocol")}
-    return Reference(str(path), kind, statistics, arrays.get("num_images"), images, text["extractor"], text["protocol"])
+    preset = arrays.get("protocol") or ("adm" if kind == "adm" else None)
+    return Reference(str(path), kind, statistics, num, images, arrays.get("extractor"), preset)
 
 
 def save_reference(
@@ -104,6 +105,7 @@ def save_reference(
     extractor: str,
     preset: str | None,
     images: np.ndarray | None = None,
+    crop: int | None = None,
 ) -> None:
     """Writes an .npz with the keys of ADM's files, which other tools read, and ours: whole or not at all.
 
@@ -114,11 +116,13 @@ def save_reference(
         extractor: Name of the network.
         preset: The protocol.
         images: (K, H, W, 3) uint8, real images for metrics that need them.
+        crop: Side of the centre crop that was made, for the record.
 
     Raises:
         OSError: It cannot be written.
     """
     record = {"num_images": num_images, "extractor": extractor, "protocol": preset, "version": VERSION, "arr_0": images}
+    record["crop"] = crop
     for output, ((mean, cov), *_) in KEYS.items():
         if output in statistics:
             record |= {mean: statistics[output].mean, cov: statistics[output].cov}
@@ -139,8 +143,6 @@ def _read_npz(path: Path, label: str) -> tuple[dict[str, Any], str]:
             arrays = {name: archive[name] if name in wanted else None for name in names}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"'{path}' cannot be read: {error}.") from error
-    if "num_images" in arrays:
-        arrays["num_images"] = int(arrays["num_images"])
     for key in {"extractor", "protocol"} & arrays.keys():
         arrays[key] = str(arrays[key])
     kind = "fid" if "protocol" in arrays or "extractor" in arrays else "adm" if "mu_s" in arrays else "npz"

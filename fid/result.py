@@ -78,7 +78,7 @@ class Result:
     def __str__(self) -> str:
         """One line fit for a table."""
         record, values, parts = self.record, self.values, []
-        for name in {"fid", "fd"} & values.keys():
+        for name in [name for name in ("fid", "fd") if name in values]:
             error, floor = values[f"{name}_se"], values[f"{name}_noise_floor"]
             text = f"{record['label']}{_suffix(record)} {_short(values[name])}"
             if error is not None:
@@ -104,14 +104,19 @@ def _suffix(record: dict[str, Any]) -> str:
     num = record["num_samples"]
     if num in (None, 50_000) or record["label"] != "FID":
         return ""
-    return f"-{num // 1000}K" if num % 1000 == 0 else f"-{num}"
+    return f"-{short_count(num)}"
+
+
+def short_count(num: int) -> str:
+    """10000 -> 10K, 1234 -> 1234."""
+    return f"{num // 1000}K" if num % 1000 == 0 else str(num)
 
 
 def doubts(
     collected: Collected,
     values: dict[str, Any],
     extractor: FeatureExtractor,
-    reference_kind: str | None,
+    is_imagenet256: bool,
     reference: Collected | None,
 ) -> list[str]:
     """What looks wrong in the samples or in the numbers, a sentence each.
@@ -120,7 +125,7 @@ def doubts(
         collected: What is known of the samples.
         values: The numbers.
         extractor: The network.
-        reference_kind: Kind of the reference's file, if it is one.
+        is_imagenet256: Whether the reference is ADM's of ImageNet at 256 x 256.
         reference: What is known of the reference's images, if any were read.
     """
     num, found = collected.num, []
@@ -136,7 +141,7 @@ def doubts(
         found.append(f"{collected.num_constant} of {num} samples have one colour everywhere.")
     if collected.labels is not None and num > 1 and len(np.unique(collected.labels)) > 1:
         if (np.diff(collected.labels) >= 0).all():
-            found.append("samples are in the order of their classes: the Inception Score in file order is far too low.")
+            found.append("samples are in the order of their classes: an Inception Score in file order is far too low.")
         counts = np.bincount(collected.labels[collected.labels >= 0])
         counts = counts[counts > 0]
         if counts.max() > 2 * counts.min() + 10:
@@ -149,15 +154,15 @@ def doubts(
             (height, width), (real_height, real_width) = collected.sizes[0], reference.sizes[0]
             found.append(f"samples are {width}x{height}, the reference's images {real_width}x{real_height} pixels.")
         mine, real = collected.mean_colour, reference.mean_colour
-        if np.abs(mine - real).max() > 25:
-            swapped = np.abs(mine[::-1] - real).max() < 0.5 * np.abs(mine - real).max()
+        swapped = np.abs(mine[::-1] - real).max() < 0.5 * np.abs(mine - real).max()
+        if np.abs(mine - real).max() > (5 if swapped else 25):
             why = "red and blue swapped?" if swapped else "a wrong range of values?"
             text = " against ".join(str([round(float(c)) for c in colour]) for colour in (mine, real))
             found.append(f"the mean colour is far from the reference's, {text} ({why}).")
     weights = getattr(extractor, "weights", None)
     if weights and not weights.get("published", True):
         found.append(f"'{weights['path']}' holds other weights than the published ones: compare with nobody else.")
-    if reference_kind == "adm" and values.get("fid", np.inf) < IMAGENET_VALIDATION_FID:
+    if is_imagenet256 and values.get("fid", np.inf) < IMAGENET_VALIDATION_FID:
         found.append("the FID is below that of the real ImageNet-256 validation set, 1.68: it no longer ranks images.")
     return found
 

@@ -180,10 +180,10 @@ class EvaluatorSink:
         if self.file.exists():
             return []
         there: set[int] = set()
-        for k, part in enumerate(sorted(self.partial.glob("rank-*.pt"))):
+        for part in sorted(self.partial.glob("rank-*.pt")):
             state = torch.load(part, map_location="cpu", weights_only=True)
             index = set(state["checks"]["index"].tolist())
-            if k % self.size == self.rank:
+            if int(part.stem.removeprefix("rank-")) % self.size == self.rank:
                 if not index <= self.evaluator.seen:  # it is, if a process was stopped after it had taken it over
                     self.evaluator.load_state_dict(state)
                 self.taken_over.append(part)

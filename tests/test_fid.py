@@ -128,6 +128,7 @@ def test_fewer_images_than_dimensions_against_the_nuclear_norm():
         (([0, 0], [[1]], [0], [[1]]), r"first Gaussian has a mean \(2,\) and a covariance \(1, 1\)"),
         (([0], [[1]], [np.nan], [[1]]), "second Gaussian has NaN"),
         (([0, 0], [[1, 2], [0, 1]], [0, 0], np.eye(2)), "not symmetric"),
+        (([0, 0], [[1, 0], [0, -1]], [0, 0], np.eye(2)), "eigenvalue -1 below 0"),
     ],
 )
 def test_frechet_refuses(arguments, sentence):
@@ -337,6 +338,33 @@ def test_resumed_it_gives_what_one_go_gives():
         fid.Evaluator(real, extractor=Mean()).load_state_dict(states[0])
 
 
+def test_a_state_is_of_the_moment_when_it_was_taken():
+    mine, real = torch.from_numpy(random_images(90, seed=1)), torch.from_numpy(random_images(80, seed=2))
+    ev = fid.Evaluator(real, extractor=Mean()).update(mine[:30])
+    expected, state = ev.compute().fd, ev.state_dict()
+    ev.update(mine[30:])
+    again = fid.Evaluator(real, extractor=Mean())
+    again.load_state_dict(state)
+    assert again.compute(30).fd == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_first_of_many_images():
+    mine, real = torch.from_numpy(random_images(90, seed=1)), torch.from_numpy(random_images(80, seed=2))
+    expected = fid.evaluate(mine[:50], real, Mean()).fd
+    for source in (mine, fid.Images(mine), mine.split(9), mine.numpy(), zip(mine.split(9), [None] * 10, strict=True)):
+        assert fid.evaluate(source, real, Mean(), num=50).fd == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="only 90 of 1000 samples in a tensor. FID-90 is not comparable with FID-1K"):
+        fid.evaluate(fid.Images(mine), real, Mean(), num=1000)
+    assert fid.evaluate(fid.Images(mine), real, Mean(), num=1000, allow_fewer=True).record["num_samples"] == 90
+
+
+def test_all_statistics_can_be_kept_whatever_the_metrics():
+    images = torch.from_numpy(random_images(40))
+    ev = fid.Evaluator(images, extractor=Mean(), metrics=("kid",), keep_statistics=True).update(images)
+    x = features_of(images.numpy())
+    np.testing.assert_allclose(ev.statistics().statistics["features"].cov, np.cov(x, rowvar=False), atol=1e-7)
+
+
 def test_every_batch_is_full_and_in_evaluation_mode():
     spy = Mean()
     images = torch.from_numpy(random_images(10))
@@ -369,6 +397,9 @@ def test_what_is_doubtful_is_said():
     for image, sentence in ((red[..., ::-1], "red and blue swapped"), (red // 4, "a wrong range")):
         ev = fid.Evaluator(torch.from_numpy(red), extractor=Mean())
         assert sentence in " ".join(ev.update(torch.from_numpy(image.copy())).compute().warnings)
+    warm = (random_images(40) // 8 + np.array([120, 110, 100])).astype(np.uint8)  # ImageNet's colours lie this close
+    ev = fid.Evaluator(torch.from_numpy(warm), extractor=Mean())
+    assert "red and blue swapped" in " ".join(ev.update(torch.from_numpy(warm[..., ::-1].copy())).compute().warnings)
     large = torch.from_numpy(random_images(40, size=20, seed=2))
     assert "samples are 16x16, the reference's images 20x20" in " ".join(
         fid.evaluate(torch.from_numpy(mine), large, Mean()).warnings
@@ -426,6 +457,9 @@ def test_a_reference_of_another_protocol_is_refused(tmp_path):
     with pytest.raises(ValueError, match="FID would mix the two"):
         fid.compare(path, tmp_path / "y.npz")
     assert fid.compare(path, tmp_path / "y.npz", force=True).fd < 1e-8
+    np.savez(tmp_path / "adm.npz", mu=mean, sigma=cov, mu_s=mean, sigma_s=cov)
+    with pytest.raises(ValueError, match="made with preset pytorch-fid, .*adm.npz' with adm; FID would mix the two"):
+        fid.compare(tmp_path / "y.npz", tmp_path / "adm.npz")
     np.savez(path, mu=mean, sigma=cov)
     assert "does not say by which protocol" in fid.Evaluator(path, extractor=other)._warnings[0]
 
@@ -604,8 +638,8 @@ def test_curve(tmp_path, capsys):
         (["eval", "a", "--ref", "a.npz", "--weights", "nowhere"], "'nowhere' do not exist", 3),
         (["eval", "a", "--ref", "a.npz", "--json", "nowhere/x.json"], "cannot write", 2),
         (["eval", "a", "--ref", "a.npz", "--num", "120"], "only 100 of 120 samples in a. FID-100 is not comparable", 2),
-        (["eval", "a.npz", "--ref", "a.npz", "--num", "5"], "cannot take the first 5", 2),
-        (["eval", "a.npz", "--ref", "a"], "the reference must be statistics, too", 2),
+        (["eval", "a.npz", "--ref", "a.npz", "--num", "5"], "'a.npz' holds statistics, not images", 2),
+        (["eval", "a.npz", "--ref", "a.npz", "--metrics", "kid"], "'a.npz' holds statistics, not images", 2),
         (["eval", "a", "--ref", "a.npz", "--metrics", "fid,pr"], "cannot compute fid: it is defined by Inception", 2),
         (["eval", "a", "--ref", "a.npz", "--neighbours", "3"], "'a.npz' has none (arr_0)", 2),
         (["eval", "a"], "there is no reference", 2),

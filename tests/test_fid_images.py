@@ -96,6 +96,8 @@ def test_every_suffix_in_any_letter_case(suffix, tmp_path):
     Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / f"x.{suffix}")
     (tmp_path / "notes.txt").touch()
     (tmp_path / "._x.png").touch()  # what some archives leave behind
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "y.png").touch()
     assert np.abs(read_all(tmp_path).astype(int) - 200).max() <= 2
     images = fid.Images(tmp_path)
     assert images.lossy == (suffix.lower() in ("jpg", "jpeg", "webp"))

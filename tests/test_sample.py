@@ -429,6 +429,11 @@ def test_mistakes_in_measuring(draw, sentence, measure, tmp_path):
     assert "no reference; name it with --fid" in sentence("--num", 4, "--fid_preset", "adm")
     assert "name the reference with --fid" in sentence("--num", 4, "--out", tmp_path / "r.json")
     draw("--num", 12, "--out", tmp_path / "r.json", *measure)
+    other = [*measure[:-1], "[fd]"]
+    assert "was measured with other metrics" in sentence("--num", 12, "--out", tmp_path / "r.json", *other)
+    np.savez(tmp_path / "other.npz", np.zeros((30, 8, 8, 3), np.uint8))
+    other = ["--fid", tmp_path / "other.npz", *measure[2:]]
+    assert "was measured with other reference" in sentence("--num", 12, "--out", tmp_path / "r.json", *other)
     assert "holds images made with cfg_scale 1.0 (now 2.0)" in sentence(
         "--num", 12, "--out", tmp_path / "r.json", "--cfg_scale", 2, *measure
     )
