@@ -179,14 +179,14 @@ def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, record: dict[s
     Every process calls it. Kept images are read again, so that those of an earlier, interrupted command count, too.
     """
     file = out if out.suffix == ".json" else out.with_name(out.name + ".fid.json")
+    record = {"labels_mode": args.labels, "quantize": "dit", **record}
     if file == out and out.exists():
         result = fid.Result.from_json(out)
         if different := evaluator.differences(result.record):
             raise ValueError(f"{str(out)!r} was measured with other {' and '.join(different)}; choose another --out.")
     elif file == out:
-        result = evaluator.compute(args.num, labels_mode=args.labels, **record)
+        result = evaluator.compute(args.num, **record)
     else:
-        record = {"labels_mode": args.labels, **record}
         result = fid.evaluate(str(out), num=args.num, evaluator=evaluator, record=record)
     if PartialState().is_main_process:
         result.to_json(file)

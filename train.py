@@ -162,7 +162,7 @@ class Run:
             images = generate(self.ema.model, self.sampler, self.codec.decode, labels, index, **options)
             self.evaluator.update(torch.from_numpy(images), index, labels)
         record = {"step": self.step, "sample": {**options, "sampler": sample.sampler, "weights": "ema", "num": num}}
-        result = self.evaluator.compute(num, labels_mode="random", **record)
+        result = self.evaluator.compute(num, labels_mode="random", quantize="dit", **record)
         if self.log:
             file = self.folder / "fid.jsonl"
             records = [r for r in read_metrics(file) if r["step"] < self.step] + [result.to_dict()]

@@ -6,16 +6,17 @@ Imports nothing of the other packages and is usable alone, also as `python -m fi
 
 from fid.dinov2 import DINOv2
 from fid.evaluate import compare, evaluate, statistics
-from fid.evaluator import Evaluator, open_reference
+from fid.evaluator import Evaluator
 from fid.extractors import EXTRACTORS, LABELS, build_extractor
 from fid.features import Classifier, FeatureExtractor
 from fid.frechet import frechet_distance
-from fid.images import Images, quantize
+from fid.images import Images
 from fid.inception import PRESETS, Inception
 from fid.metrics import METRICS
 from fid.moments import Moments, Statistics
 from fid.pictures import curve, neighbours
-from fid.references import Reference, load_reference, save_reference
+from fid.pixels import quantize
+from fid.references import Reference, load_ref, open_reference, save_reference
 from fid.result import Result
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
     "curve",
     "evaluate",
     "frechet_distance",
-    "load_reference",
+    "load_ref",
     "neighbours",
     "open_reference",
     "quantize",

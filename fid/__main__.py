@@ -27,14 +27,14 @@ import torch.distributed as dist
 
 from fid.collective import rank_and_size
 from fid.evaluate import compare, evaluate, statistics
-from fid.evaluator import Evaluator, open_reference
+from fid.evaluator import Evaluator
 from fid.extractors import EXTRACTORS, LABELS, build_extractor
 from fid.files import written_aside
 from fid.images import Images
 from fid.inception import PRESETS, Inception
 from fid.metrics import METRICS
 from fid.pictures import curve, neighbours, read_records
-from fid.references import holds_statistics, load_reference, save_reference
+from fid.references import holds_statistics, load_ref, open_reference, save_reference
 from fid.resize import tf1_bilinear
 from fid.result import Result, versions
 
@@ -61,7 +61,7 @@ def _eval(args: argparse.Namespace) -> None:
     _check_output(args.save_features, ".npy")
     _check_output(args.picture if args.neighbours else None, ".png")
     choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
-    samples = load_reference(args.samples) if holds_statistics(args.samples) else None
+    samples = load_ref(args.samples) if holds_statistics(args.samples) else None
     if samples is not None and samples.images is None:
         if args.num or args.metrics or args.save_stats or args.save_features or args.neighbours:
             raise ValueError(f"'{args.samples}' holds statistics, not images: they give a distance, and nothing else.")

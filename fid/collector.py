@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fid.collective import all_gather, rank_and_size
 from fid.features import FeatureExtractor
-from fid.images import check_uint8
 from fid.metrics import Side
 from fid.moments import Moments
+from fid.pixels import check_uint8
 
 CHECKS = {  # a column each of what is kept of every image
     "index": torch.int64,
@@ -113,7 +113,7 @@ class Collector:
         self._look_at(images, index, labels)
 
     def _look_at(self, images: Tensor | list[Tensor], index: Tensor, labels: Tensor) -> None:
-        images = [image.cpu() for image in images]
+        images = images.cpu() if isinstance(images, Tensor) else [image.cpu() for image in images]
         self.checks["index"].append(index)
         self.checks["label"].append(labels)
         digests = [hashlib.blake2b(image.contiguous().numpy(), digest_size=8).digest() for image in images]
@@ -196,6 +196,11 @@ class Collected:
         self.num_constant = int(columns["constant"].sum())
         self.sizes = np.unique(np.stack([columns["height"], columns["width"]], axis=1), axis=0).tolist()
         self.labels = columns["label"] if (columns["label"] >= 0).any() else None
+
+    @property
+    def class_counts(self) -> np.ndarray | None:
+        """Images of each class that has any; None without labels."""
+        return None if self.labels is None else np.unique(self.labels[self.labels >= 0], return_counts=True)[1]
 
     @cached_property
     def side(self) -> Side:

@@ -7,11 +7,11 @@ import numpy as np
 from torch import Tensor
 
 from fid.collective import gather_objects
-from fid.evaluator import Evaluator, open_reference
+from fid.evaluator import Evaluator
 from fid.features import FeatureExtractor
 from fid.images import Images
 from fid.metrics import METRICS, Options, Side
-from fid.references import Reference, holds_statistics, load_reference
+from fid.references import Reference, check_protocol, holds_statistics, load_ref, open_reference
 from fid.result import Result, short_count, versions
 
 
@@ -48,7 +48,7 @@ def evaluate(
         ValueError: What `Images` or `Evaluator` refuse, or fewer samples than `num`.
     """
     if isinstance(samples, str | Path) and holds_statistics(samples):
-        loaded = load_reference(samples)
+        loaded = load_ref(samples)
         if loaded.images is None:
             if num is not None:
                 raise ValueError(f"'{samples}' holds statistics, of which one cannot take the first {num} images.")
@@ -94,22 +94,11 @@ def compare(a: str | Path | Reference, b: str | Path | Reference, force: bool = 
         FileNotFoundError: No such file.
         ValueError: Not statistics, or of different extractors.
     """
-    a, b = (side if isinstance(side, Reference) else load_reference(side) for side in (a, b))
-    warnings = []
-    one, two = a.statistics["features"], b.statistics["features"]
-    if one.dim != two.dim:
-        raise ValueError(f"'{a.source}' is {one.dim}-d, '{b.source}' is {two.dim}-d; use the same extractor for both.")
-    for what in ("preset", "extractor"):
-        pair = getattr(a, what), getattr(b, what)
-        if all(pair) and pair[0] != pair[1]:
-            text = f"'{a.source}' was made with {what} {pair[0]}, '{b.source}' with {pair[1]}; FID would mix the two."
-            if not force:
-                raise ValueError(f"{text} Use the same for both, or pass --force.")
-            warnings.append(text)
-            break
-    for side in (a, b):
-        if side.preset is None and side.extractor is None:
-            warnings.append(f"'{side.source}' does not say by which protocol it was made.")
+    a, b = (side if isinstance(side, Reference) else load_ref(side) for side in (a, b))
+    one = a.statistics["features"]
+    warnings = check_protocol(b, one.dim, a.preset, a.extractor, force)
+    if a.preset is None and a.extractor is None:
+        warnings.append(f"'{a.source}' does not say by which protocol it was made.")
     inception = one.dim == 2048 and (a.extractor or b.extractor or "inception").startswith("inception")
     names = [("fid" if inception else "fd", "features")]
     names += [("sfid", "spatial")] * ("spatial" in a.statistics and "spatial" in b.statistics)

@@ -15,8 +15,9 @@ from fid.collector import Collected, Collector
 from fid.features import FeatureExtractor
 from fid.images import Images
 from fid.inception import Inception
-from fid.metrics import METRICS, Options, Side
-from fid.references import Reference, holds_statistics, load_reference
+from fid.metrics import METRICS, Options, Side, choose_metrics
+from fid.pixels import as_nchw
+from fid.references import Reference, check_protocol, open_reference
 from fid.result import Result, device_name, doubts, versions
 
 MAX_REFERENCE_ROWS = 10_000  # as many as ADM's reference holds images
@@ -87,8 +88,10 @@ class Evaluator:
         self.extractor = extractor.to(device).eval()
         self.options = Options(pr_compat, device)
         self._warnings: list[str] = []
-        self._check_reference(force)
-        self.metrics = self._choose(metrics)
+        if isinstance(self.reference, Reference):
+            self._warnings += check_protocol(self.reference, extractor.dim, extractor.preset, extractor.name, force)
+        self.metrics, left_out = choose_metrics(metrics, self.extractor, self.reference)
+        self._warnings += left_out
         self.reference_images = self.reference.images if isinstance(self.reference, Reference) else self.reference
         self._reference_side: Side | None = None
         self._reference_collected: Collected | None = None  # of its images, if any were read
@@ -153,7 +156,8 @@ class Evaluator:
 
         Args:
             num: How many samples there should be.
-            record: More for the record, of JSON's types: `labels_mode`, `step`, `sampler`, ...
+            record: More for the record, of JSON's types: `labels_mode` (random, balanced), `quantize` (how pixels were
+                rounded: `dit` means as `fid.quantize`), `step`, `sampler`, ...
 
         Raises:
             ValueError: Fewer than two samples, or other than `num`.
@@ -233,60 +237,6 @@ class Evaluator:
         outputs = {m.output for m in chosen if getattr(m, side) == "rows"}
         return sorted(outputs | ({"features"} if self.keep_features else set()))
 
-    def _choose(self, names: Sequence[str] | None) -> tuple[str, ...]:
-        """The metrics to compute: checked, and those that cannot be had refused or left out."""
-        unknown = [name for name in names or () if name not in METRICS]
-        if unknown:
-            raise ValueError(f"no metric is called {unknown[0]!r}; choose from {', '.join(METRICS)}.")
-        chosen = tuple(self.extractor.metrics if names is None else names)
-        impossible = {}
-        for name in chosen:
-            metric = METRICS[name]
-            if metric.output not in self.extractor.dims:
-                impossible[name] = f"{self.extractor.name} has no output {metric.output!r}"
-            elif name == "fid" and self.extractor.label != "FID":
-                impossible[name] = f"it is defined by Inception; with {self.extractor.name} choose fd"
-            elif metric.reference and self.reference is None:
-                impossible[name] = "there is no reference"
-            elif isinstance(self.reference, Reference):
-                if metric.reference == "statistics" and metric.output not in self.reference.statistics:
-                    impossible[name] = f"'{self.reference.source}' has no statistics of {metric.output}"
-                if metric.reference == "rows" and self.reference.images is None:
-                    impossible[name] = f"'{self.reference.source}' has no images (arr_0)"
-        possible = tuple(name for name in chosen if name not in impossible)
-        if impossible:
-            what = "; ".join(f"{name}: {why}" for name, why in impossible.items())
-            hint = ""
-            if isinstance(self.reference, Reference) and self.extractor.label == "FID":
-                hint = " sFID needs mu_s, sigma_s and P/R needs arr_0 (use VIRTUAL_imagenet256_labeled.npz)."
-            if names is not None or not possible:
-                raise ValueError(f"cannot compute {what}.{hint}")
-            self._warnings.append(f"left out {what}.{hint} Continuing with {', '.join(possible)}.")
-        return possible
-
-    def _check_reference(self, force: bool) -> None:
-        reference, extractor = self.reference, self.extractor
-        if not isinstance(reference, Reference):
-            return
-        given = reference.statistics.get("features")
-        if given is not None and given.dim != extractor.dim:
-            guess = {1024: " (DINOv2?)", 2048: " (Inception?)"}.get(given.dim, "")
-            raise ValueError(f"reference is {given.dim}-d{guess}, the extractor gives {extractor.dim}-d.")
-        problem = None
-        if reference.preset and extractor.preset and reference.preset != extractor.preset:
-            problem = f"reference was made with preset '{reference.preset}', samples with '{extractor.preset}'; "
-            problem += "FID would mix two resizes."
-        elif reference.extractor and reference.extractor != extractor.name:
-            problem = f"reference was made with {reference.extractor}, samples with {extractor.name}."
-        if problem and not force:
-            raise ValueError(f"{problem} Choose the same, or pass --force.")
-        if problem:
-            self._warnings.append(problem)
-        elif reference.preset is None and reference.extractor is None:
-            self._warnings.append(
-                f"'{reference.source}' does not say by which protocol it was made; it is taken to be that of the samples."
-            )
-
     def differences(self, record: dict[str, Any]) -> list[str]:
         """What of `identity` a record was made with another one of; the same file of a reference may lie elsewhere."""
 
@@ -325,18 +275,19 @@ class Evaluator:
 
     def _record(self, collected: Collected, values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         extractor, identity = self.extractor, self.identity
-        mode = more.pop("labels_mode", None)
         reference = identity["reference"] or {"kind": None}
         imagenet = reference["kind"] == "adm" and "imagenet256" in reference["path"].lower()
         found = doubts(collected, values, extractor, imagenet, self._reference_collected)
         warnings = [*self._warnings, *more.pop("warnings", []), *found]
-        labels, tf32 = None, getattr(extractor, "tf32", False)
-        if collected.labels is not None:
-            counts = np.bincount(collected.labels[collected.labels >= 0])
-            counts = counts[counts > 0]
-            labels = {"mode": mode, "min": int(counts.min()), "max": int(counts.max()), "classes": len(counts)}
-        elif mode is not None:
-            labels = {"mode": mode}
+        labels, counts, tf32 = (
+            {"mode": more.pop("labels_mode", None)},
+            collected.class_counts,
+            getattr(extractor, "tf32", False),
+        )
+        if counts is not None:
+            if labels["mode"] is None and counts.min() == counts.max() > 1:  # no draw is that even
+                labels["mode"] = "balanced"
+            labels |= {"min": int(counts.min()), "max": int(counts.max()), "classes": len(counts)}
         return {
             "label": extractor.label,
             "num_samples": collected.num,
@@ -344,6 +295,7 @@ class Evaluator:
             **identity,
             "weights": getattr(extractor, "weights", None),
             "labels": labels,
+            "quantize": more.pop("quantize", None),
             "input": {
                 "kind": "tensor",
                 "sizes": collected.sizes[:10],
@@ -363,22 +315,3 @@ class Evaluator:
             **more,
             "warnings": warnings,
         }
-
-
-def open_reference(ref: Any, label: str = "FID", **choices: bool) -> Reference | Images | None:
-    """What `ref` names; images are opened and counted, but not read yet. `choices` are those of `Images`."""
-    if ref is None or isinstance(ref, Reference | Images):
-        return ref
-    if isinstance(ref, Tensor | np.ndarray):
-        return Images(ref)
-    if not Path(ref).exists():
-        raise FileNotFoundError(f"the reference '{ref}' does not exist.")
-    return load_reference(ref, label) if holds_statistics(ref) else Images(ref, **choices)
-
-
-def as_nchw(images: Tensor | np.ndarray) -> Tensor:
-    """(B, 3, H, W), of that or of (B, H, W, 3)."""
-    images = torch.as_tensor(images)
-    if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
-        return images.permute(0, 3, 1, 2)
-    return images

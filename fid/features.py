@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fid.files import written_aside
-from fid.images import check_uint8
+from fid.pixels import check_uint8
 
 
 class FeatureExtractor(Protocol):

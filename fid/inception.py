@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from filelock import FileLock
 from pytorch_fid import inception as blocks
 from torch import Tensor, nn
 from torchvision.models import Inception3
 
 from fid.features import fingerprint, ieee_float32
-from fid.images import check_uint8
+from fid.pixels import check_uint8
 from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 
 WEIGHTS_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
@@ -148,7 +149,7 @@ def inception_network() -> Inception3:
 
 
 def _find_weights(given: str | Path | None) -> Path:
-    """The file of weights, downloaded if there is none."""
+    """The file of weights, downloaded if there is none: by one process, while the others wait for it."""
     given = given or os.environ.get("FID_INCEPTION_WEIGHTS")
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     tried = [Path(given)] if given else [cache / name for name in WEIGHTS_FILES]
@@ -159,7 +160,9 @@ def _find_weights(given: str | Path | None) -> Path:
         if given:
             raise FileNotFoundError("no such file")
         cache.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(blocks.FID_WEIGHTS_URL, str(tried[0]), hash_prefix=PUBLISHED)
+        with FileLock(f"{tried[0]}.lock"):
+            if not tried[0].is_file():  # another process may have had the lock before
+                torch.hub.download_url_to_file(blocks.FID_WEIGHTS_URL, str(tried[0]), hash_prefix=PUBLISHED)
     except (OSError, RuntimeError) as error:  # offline, or a download of another hash
         raise FileNotFoundError(
             f"FID Inception weights not found ({error}). Tried: {', '.join(map(str, tried))}. Get {WEIGHTS_FILES[0]} "

@@ -1,14 +1,17 @@
 """The metrics by name: what each one needs of the samples and of the reference, and the numbers it gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from fid import scores
+from fid.features import FeatureExtractor
 from fid.frechet import frechet_terms, jackknife, noise_floor
+from fid.images import Images
 from fid.moments import Moments, Statistics
+from fid.references import Reference
 
 
 @dataclass
@@ -118,3 +121,52 @@ METRICS = {
     "kid": Metric(_kid, "features", "rows", "rows"),
     "mind": Metric(_mind, "features", "rows", "rows"),
 }
+
+
+def choose_metrics(
+    names: Sequence[str] | None, extractor: FeatureExtractor, reference: Reference | Images | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """The metrics that can be had.
+
+    Args:
+        names: In `METRICS`. Not given means those of the extractor, less what the reference cannot give.
+        extractor: The network.
+        reference: What samples are to be compared with.
+
+    Returns:
+        Their names, and a warning of what was left out.
+
+    Raises:
+        ValueError: An unknown name, one that was given and cannot be had, or none that can.
+    """
+    unknown = [name for name in names or () if name not in METRICS]
+    if unknown:
+        raise ValueError(f"no metric is called {unknown[0]!r}; choose from {', '.join(METRICS)}.")
+    chosen = tuple(extractor.metrics if names is None else names)
+    impossible = {name: why for name in chosen if (why := _why_not(name, extractor, reference))}
+    if not impossible:
+        return chosen, []
+    possible = tuple(name for name in chosen if name not in impossible)
+    what, hint = "; ".join(f"{name}: {why}" for name, why in impossible.items()), ""
+    if isinstance(reference, Reference) and extractor.label == "FID":
+        hint = " sFID needs mu_s, sigma_s and P/R needs arr_0 (use VIRTUAL_imagenet256_labeled.npz)."
+    if names is not None or not possible:
+        raise ValueError(f"cannot compute {what}.{hint}")
+    return possible, [f"left out {what}.{hint} Continuing with {', '.join(possible)}."]
+
+
+def _why_not(name: str, extractor: FeatureExtractor, reference: Reference | Images | None) -> str | None:
+    """Why a metric cannot be had; None if it can."""
+    metric = METRICS[name]
+    if metric.output not in extractor.dims:
+        return f"{extractor.name} has no output {metric.output!r}"
+    if name == "fid" and extractor.label != "FID":
+        return f"it is defined by Inception; with {extractor.name} choose fd"
+    if metric.reference and reference is None:
+        return "there is no reference"
+    if isinstance(reference, Reference):
+        if metric.reference == "statistics" and metric.output not in reference.statistics:
+            return f"'{reference.source}' has no statistics of {metric.output}"
+        if metric.reference == "rows" and reference.images is None:
+            return f"'{reference.source}' has no images (arr_0)"
+    return None

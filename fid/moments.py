@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fid.collective import all_gather, all_reduce
+from fid.files import written_aside
 from fid.frechet import factor
 
 ROWS = 512  # one product of 512 rows costs less than half of eight products of 64
@@ -128,6 +130,15 @@ class Moments:
     def cov(self) -> np.ndarray:
         """(D, D), with N - 1 in the denominator, as `numpy.cov`."""
         return self.statistics().cov
+
+    def save(self, path: str | Path) -> None:
+        """Writes `mu`, `sigma` and `num_images` to an .npz, which pytorch-fid and `load_ref` read.
+
+        It says nothing of a protocol; `save_reference` writes that, too.
+        """
+        statistics = self.statistics()
+        with written_aside(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mu=statistics.mean, sigma=statistics.cov, num_images=statistics.num)
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """All that was gathered, as tensors."""

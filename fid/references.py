@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fid.files import written_aside
 from fid.frechet import check_moments
@@ -64,7 +65,7 @@ def holds_statistics(path: str | Path) -> bool:
     return not names.isdisjoint({"mu", "sigma", "ref_mu", "ref_sigma", "reps", "feats"})
 
 
-def load_reference(path: str | Path, label: str = "FID") -> Reference:
+def load_ref(path: str | Path, label: str = "FID") -> Reference:
     """Reads a file of statistics.
 
     Args:
@@ -96,6 +97,55 @@ def load_reference(path: str | Path, label: str = "FID") -> Reference:
     images = Images(path) if "arr_0" in arrays else None
     preset = arrays.get("protocol") or ("adm" if kind == "adm" else None)
     return Reference(str(path), kind, statistics, num, images, arrays.get("extractor"), preset)
+
+
+def open_reference(ref: Any, label: str = "FID", **choices: bool) -> Reference | Images | None:
+    """What `ref` names; images are opened and counted, but not read yet. `choices` are those of `Images`."""
+    if ref is None or isinstance(ref, Reference | Images):
+        return ref
+    if isinstance(ref, Tensor | np.ndarray):
+        return Images(ref)
+    if not Path(ref).exists():
+        raise FileNotFoundError(f"the reference '{ref}' does not exist.")
+    return load_ref(ref, label) if holds_statistics(ref) else Images(ref, **choices)
+
+
+def check_protocol(
+    reference: Reference, dim: int, preset: str | None, extractor: str | None, force: bool = False
+) -> list[str]:
+    """Whether a reference was made as samples are: by features of the same network, of images prepared in the same way.
+
+    Args:
+        reference: Statistics.
+        dim: Of the samples' features.
+        preset: Protocol of the samples; None where nobody says.
+        extractor: Name of their network, likewise.
+        force: Warn of a difference in place of refusing it.
+
+    Returns:
+        Warnings.
+
+    Raises:
+        ValueError: They differ.
+    """
+    given = reference.statistics["features"].dim
+    if given != dim:
+        guess = {1024: " (DINOv2?)", 2048: " (Inception?)"}.get(given, "")
+        raise ValueError(f"reference is {given}-d{guess}, the extractor gives {dim}-d.")
+    found = None
+    if reference.preset and preset and reference.preset != preset:
+        found = (
+            f"reference was made with preset '{reference.preset}', samples with '{preset}'; FID would mix two resizes."
+        )
+    elif reference.extractor and extractor and reference.extractor != extractor:
+        found = f"reference was made with {reference.extractor}, samples with {extractor}."
+    if found and not force:
+        raise ValueError(f"{found} Choose the same, or pass --force.")
+    if not found and reference.preset is None and reference.extractor is None:
+        found = (
+            f"'{reference.source}' does not say by which protocol it was made; it is taken to be that of the samples."
+        )
+    return [found] if found else []
 
 
 def save_reference(

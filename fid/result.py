@@ -142,8 +142,7 @@ def doubts(
     if collected.labels is not None and num > 1 and len(np.unique(collected.labels)) > 1:
         if (np.diff(collected.labels) >= 0).all():
             found.append("samples are in the order of their classes: an Inception Score in file order is far too low.")
-        counts = np.bincount(collected.labels[collected.labels >= 0])
-        counts = counts[counts > 0]
+        counts = collected.class_counts
         if counts.max() > 2 * counts.min() + 10:
             found.append(f"labels are unbalanced: {counts.min()} to {counts.max()} samples a class.")
     ordered, shuffled = values.get("inception_score"), values.get("inception_score_shuffled")

@@ -121,6 +121,20 @@ def test_fewer_images_than_dimensions_against_the_nuclear_norm():
     assert fid.frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, rel=1e-7)
 
 
+def test_more_images_than_dimensions_against_both_other_tools(monkeypatch):
+    from pytorch_fid.fid_score import calculate_frechet_distance
+    from scipy import linalg
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    sqrtm = linalg.sqrtm
+    monkeypatch.setattr(linalg, "sqrtm", lambda product, disp=True: (sqrtm(product), 0.0))  # scipy 1.18 has no `disp`
+    (m1, c1, _), (m2, c2, _) = gaussian(64, 400), gaussian(64, 300, seed=1)
+    found = fid.frechet_distance(m1, c1, m2, c2)
+    assert found == pytest.approx(calculate_frechet_distance(m1, c1, m2, c2), rel=1e-8)
+    sides = {"mu": m1, "sigma": c1}, {"mu": m2, "sigma": c2}
+    assert found == pytest.approx(fid_statistics_to_metric(*sides, False)["frechet_inception_distance"], rel=1e-8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -405,8 +419,11 @@ def test_what_is_doubtful_is_said():
         fid.evaluate(torch.from_numpy(mine), large, Mean()).warnings
     )
     ev = fid.Evaluator(torch.from_numpy(red), extractor=Mean()).update(torch.from_numpy(red), labels=[0] * 39 + [1])
-    result = ev.compute(labels_mode="random")
+    result = ev.compute(labels_mode="random", quantize="dit")
+    assert result.record["quantize"] == "dit"
     assert result.record["labels"] == {"mode": "random", "min": 1, "max": 39, "classes": 2}
+    ev = fid.Evaluator(torch.from_numpy(red), extractor=Mean()).update(torch.from_numpy(red), labels=[0, 1] * 20)
+    assert ev.compute().record["labels"] == {"mode": "balanced", "min": 20, "max": 20, "classes": 2}
     assert "in the order of their classes" in " ".join(result.warnings)
     assert "unbalanced: 1 to 39" in " ".join(result.warnings)
 
@@ -454,14 +471,19 @@ def test_a_reference_of_another_protocol_is_refused(tmp_path):
     with pytest.raises(ValueError, match="made with inception-adm-1, samples with inception-adm-0"):
         fid.Evaluator(path, extractor=other)
     fid.save_reference(tmp_path / "y.npz", one, 20, "inception-pytorch-fid-0", "pytorch-fid")
-    with pytest.raises(ValueError, match="FID would mix the two"):
+    with pytest.raises(ValueError, match="preset 'pytorch-fid', samples with 'adm'; FID would mix two resizes"):
         fid.compare(path, tmp_path / "y.npz")
     assert fid.compare(path, tmp_path / "y.npz", force=True).fd < 1e-8
     np.savez(tmp_path / "adm.npz", mu=mean, sigma=cov, mu_s=mean, sigma_s=cov)
-    with pytest.raises(ValueError, match="made with preset pytorch-fid, .*adm.npz' with adm; FID would mix the two"):
+    with pytest.raises(ValueError, match="preset 'adm', samples with 'pytorch-fid'; FID would mix two resizes"):
         fid.compare(tmp_path / "y.npz", tmp_path / "adm.npz")
     np.savez(path, mu=mean, sigma=cov)
     assert "does not say by which protocol" in fid.Evaluator(path, extractor=other)._warnings[0]
+    moments = fid.Moments(6)
+    moments.update(torch.from_numpy(gaussian(6, 20)[2]))
+    moments.save(tmp_path / "z.npz")
+    assert fid.load_ref(tmp_path / "z.npz").num_images == 20
+    assert fid.compare(tmp_path / "z.npz", path).fd < 1e-8
 
 
 def test_what_the_reference_lacks(tmp_path):
@@ -545,7 +567,7 @@ def test_saved_statistics_and_features(files, tmp_path):
     main(["eval", str(files / "b"), "--ref", str(files / "a.npz"), *judge(files), *more])
     rows = np.load(features)
     assert rows.shape == (70, 64)
-    found = fid.load_reference(stats).statistics["features"]
+    found = fid.load_ref(stats).statistics["features"]
     np.testing.assert_allclose(found.cov, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import fid
-from fid.images import SUFFIXES, centre_crop, check_uint8
+from fid.pixels import centre_crop, check_uint8
+from fid.readers import SUFFIXES
 from fid.references import holds_statistics
 
 
@@ -49,6 +50,10 @@ def test_every_input_holds_the_same_images(tmp_path):
     write_pngs(tmp_path / "folder" / "a", images[:5])
     zipped = zip_of(tmp_path / "folder", tmp_path / "x.zip")
     sources = [tmp_path / "x.npy", tmp_path / "x.npz", str(tmp_path / "y.npz"), tmp_path / "folder", zipped]
+    (tmp_path / "links").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / "folder" / name)
+    sources.append(tmp_path / "links")
     sources += [images, torch.from_numpy(images), torch.from_numpy(images).permute(0, 3, 1, 2)]
     for source in sources:
         assert np.array_equal(read_all(source), images)
@@ -56,7 +61,7 @@ def test_every_input_holds_the_same_images(tmp_path):
         again = fid.Images(source)
         assert np.array_equal(torch.stack(again.take([3, 8])).permute(0, 2, 3, 1).numpy(), images[[3, 8]])
         assert np.array_equal(torch.stack(again.take([0])).permute(0, 2, 3, 1).numpy(), images[:1])
-    kinds = ["npy", "npz", "npz", "folder", "zip", "tensor", "tensor", "tensor"]
+    kinds = ["npy", "npz", "npz", "folder", "zip", "folder", "tensor", "tensor", "tensor"]
     assert [fid.Images(source).kind for source in sources] == kinds
     assert [len(batch) for _, batch in fid.Images(images).batches(4)] == [4, 4, 2]
 
@@ -260,7 +265,7 @@ def test_our_own_file(tmp_path):
     (mean, cov), (mean_s, cov_s) = moments(), moments(7, seed=1)
     parts = {"features": fid.Statistics(mean, cov, 20), "spatial": fid.Statistics(mean_s, cov_s, 20)}
     fid.save_reference(tmp_path / "x.npz", parts, 20, "judge-12345678", "adm", random_images(3))
-    found = fid.load_reference(tmp_path / "x.npz")
+    found = fid.load_ref(tmp_path / "x.npz")
     assert np.array_equal(found.statistics["features"].cov, cov)
     assert np.array_equal(found.statistics["spatial"].mean, mean_s)
     assert (found.kind, found.num_images, found.extractor, found.preset) == ("fid", 20, "judge-12345678", "adm")
@@ -296,17 +301,17 @@ def test_files_of_other_tools(tmp_path):
     kinds = {"pytorch_fid.npz": "npz", "meanflow.npz": "npz", "adm.npz": "adm", "torch_fidelity.pt": "torch-fidelity"}
     for name, kind in {**kinds, "edm2.pkl": "edm2"}.items():
         assert holds_statistics(tmp_path / name)
-        found = fid.load_reference(tmp_path / name)
+        found = fid.load_ref(tmp_path / name)
         np.testing.assert_allclose(found.statistics["features"].mean, mean, rtol=1e-6)
         assert found.statistics["features"].cov.dtype == np.float64
         assert (found.kind, found.extractor, found.num_images) == (kind, None, 9 if kind == "edm2" else None)
-    assert fid.load_reference(tmp_path / "adm.npz").images.num == 4
-    assert "spatial" in fid.load_reference(tmp_path / "adm.npz").statistics
-    other = fid.load_reference(tmp_path / "edm2.pkl", "FD-DINOv2").statistics["features"]
+    assert fid.load_ref(tmp_path / "adm.npz").images.num == 4
+    assert "spatial" in fid.load_ref(tmp_path / "adm.npz").statistics
+    other = fid.load_ref(tmp_path / "edm2.pkl", "FD-DINOv2").statistics["features"]
     np.testing.assert_allclose(other.mean, mean + 1)
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "edm2.pkl").write_bytes(pickle.dumps(edm2, protocol))
-        assert fid.load_reference(tmp_path / "edm2.pkl").num_images == 9
+        assert fid.load_ref(tmp_path / "edm2.pkl").num_images == 9
 
 
 class Malicious:
@@ -326,7 +331,7 @@ def test_no_code_in_a_file_is_run(tmp_path):
         ("x.npz", "be read"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            fid.load_reference(tmp_path / name)
+            fid.load_ref(tmp_path / name)
     assert not (tmp_path / "harm").exists()
 
 
@@ -341,19 +346,19 @@ def test_no_code_in_a_file_is_run(tmp_path):
         ({"mu": np.zeros(2), "sigma": np.array([[1, 1], [0, 1]])}, "not symmetric"),
     ],
 )
-def test_load_reference_refuses(arrays, sentence, tmp_path):
+def test_load_ref_refuses(arrays, sentence, tmp_path):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(ValueError, match=sentence):
-        fid.load_reference(tmp_path / "x.npz")
+        fid.load_ref(tmp_path / "x.npz")
 
 
-def test_load_reference_refuses_what_is_no_statistics(tmp_path):
+def test_load_ref_refuses_what_is_no_statistics(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.npz' do not exist"):
-        fid.load_reference(tmp_path / "x.npz")
+        fid.load_ref(tmp_path / "x.npz")
     for name, sentence in (("x.npz", "is not an .npz"), ("x.pkl", "not a pickle of"), ("x.pt", "not a PyTorch file")):
         (tmp_path / name).write_bytes(b"nonsense")
         with pytest.raises(ValueError, match=sentence):
-            fid.load_reference(tmp_path / name)
+            fid.load_ref(tmp_path / name)
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"fd_dinov2": {}}))
     with pytest.raises(ValueError, match="has no 'fid', but"):
-        fid.load_reference(tmp_path / "x.pkl")
+        fid.load_ref(tmp_path / "x.pkl")

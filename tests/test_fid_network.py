@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import sys
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -293,6 +294,9 @@ def test_what_is_in_no_cache_is_downloaded_once(inception_weights, tmp_path, mon
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     monkeypatch.setattr(inception, "PUBLISHED", hashlib.sha256(inception_weights.read_bytes()).hexdigest()[:8])
+    with ThreadPoolExecutor(4) as pool:  # as the processes of a node do
+        found = set(pool.map(inception._find_weights, [None] * 4))
+    assert len(found) == 1
     assert fid.Inception().weights == fid.Inception().weights
     assert asked == [str(tmp_path / "hub" / "checkpoints" / WEIGHTS_FILES[0])]
 

@@ -1,0 +1,285 @@
+"""Where images come from: files in a folder or in a zip, an array in an .npz or an .npy, memory."""
+
+import io
+import math
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Protocol
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from fid.pixels import as_nchw, check_uint8
+
+SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
+LOSSY = ("jpg", "jpeg", "webp")  # a webp may be lossless, which its name does not say
+MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of Pillow, with 8 bits and no alpha
+ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+
+
+class Reader(Protocol):
+    """N images in a fixed order."""
+
+    kind: str  # folder, zip, npz, npy or tensor
+    names: Sequence[PurePosixPath]  # of the files, where each image has one
+    labels: np.ndarray | None  # (N,) int64
+
+    def __len__(self) -> int:
+        """N."""
+
+    def name(self, i: int) -> str:
+        """What a message calls image `i`."""
+
+    def read(self, i: int) -> np.ndarray:
+        """Image `i`, (H, W, 3) uint8; a ValueError that names it if it cannot be read."""
+
+    def warnings(self) -> list[str]:
+        """What was seen of the files, a sentence each; complete once all have been read."""
+
+
+def open_reader(source: Any, drop_alpha: bool) -> Reader:
+    """The reader for what `source` is, by its content; see `fid.Images`.
+
+    Raises:
+        FileNotFoundError: There is no such path.
+        ValueError: It holds no images, or none of uint8.
+    """
+    if isinstance(source, Tensor | np.ndarray):
+        return Memory(source)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"'{path}' does not exist.")
+    if path.is_dir():
+        return Folder(path, drop_alpha)
+    if path.suffix.lower() == ".zip":
+        return Zip(path, drop_alpha)
+    if path.suffix.lower() in (".npz", ".npy"):
+        return Array(path)
+    raise ValueError(f"'{path}' is neither a folder or .zip of images nor an .npz or .npy file.")
+
+
+class Memory:
+    """Images in memory."""
+
+    kind, names, labels = "tensor", (), None
+
+    def __init__(self, images: Tensor | np.ndarray) -> None:
+        self.images = as_nchw(images)
+        check_uint8(self.images)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, i: int) -> str:
+        """See `Reader`."""
+        return f"image {i}"
+
+    def read(self, i: int) -> np.ndarray:
+        """See `Reader`."""
+        return self.images[i].permute(1, 2, 0).cpu().numpy()
+
+    def warnings(self) -> list[str]:
+        """See `Reader`."""
+        return []
+
+
+class Files:
+    """Image files: their names in order, from `listing`, each opened by `open`."""
+
+    kind: str
+
+    def __init__(self, path: Path, drop_alpha: bool) -> None:
+        self.path, self.drop_alpha = path, drop_alpha
+        everything = self.listing()
+        self.names = [name for name in everything if name.suffix[1:].lower() in SUFFIXES]
+        self.grey = False
+        if not self.names:
+            suffixes = Counter(name.suffix for name in everything).most_common(5)
+            found = ", ".join(f"{n} *{suffix}" for suffix, n in suffixes)
+            hint = (
+                " Did you mean an .npz with arr_0?" if any(suffix in (".npy", ".npz") for suffix, _ in suffixes) else ""
+            )
+            raise ValueError(
+                f"no images in '{path}' (looked for {', '.join(SUFFIXES)} in any letter case, recursively); "
+                f"found {found or 'no files'}.{hint}"
+            )
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """See `Reader`."""
+        parents = [name.parent for name in self.names]
+        if all(len(parent.parts) == 1 for parent in parents) and len(set(parents)) > 1:
+            return np.unique([parent.name for parent in parents], return_inverse=True)[1].astype(np.int64)
+        return None
+
+    def listing(self) -> list[PurePosixPath]:
+        """All files, as paths inside `path`, in order; without hidden ones."""
+        raise NotImplementedError
+
+    def open(self, name: PurePosixPath) -> IO[bytes]:
+        """A file."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        """See `Reader`."""
+        return f"'{self.path / self.names[i]}'"
+
+    def read(self, i: int) -> np.ndarray:
+        """See `Reader`."""
+        try:
+            with self.open(self.names[i]) as file, Image.open(file) as image:
+                mode, pixels = image.mode, np.array(image.convert("RGB"))
+                alpha = mode in ALPHA or "transparency" in image.info
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{self.name(i)} disappeared while '{self.path}' was read; nothing may change it."
+            ) from error
+        except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # Pillow's, zip's
+            raise ValueError(f"{self.name(i)} is not a readable image: {error}.") from error
+        if alpha and not self.drop_alpha:
+            raise ValueError(f"{self.name(i)} has mode {mode}; convert to RGB first or pass --drop-alpha.")
+        if mode not in (*MODES, *ALPHA):
+            raise ValueError(f"{self.name(i)} has mode {mode}; convert it to 8-bit RGB or grey first.")
+        if mode in ("1", "L", "LA"):
+            self.grey = True
+        return pixels
+
+    def warnings(self) -> list[str]:
+        """See `Reader`: what changed while it was read, and what is grey."""
+        found = [f"some images of '{self.path}' are grey; they were taken as RGB."] if self.grey else []
+        now = {name for name in self.listing() if name.suffix[1:].lower() in SUFFIXES}
+        added, removed = len(now - set(self.names)), len(set(self.names) - now)
+        if added or removed:
+            found.append(f"'{self.path}' changed while it was read: {added} images came and {removed} went.")
+        return found
+
+
+class Folder(Files):
+    """Image files in a folder and all folders below."""
+
+    kind = "folder"
+
+    def listing(self) -> list[PurePosixPath]:
+        """See `Files`; links to folders are followed."""
+        names: list[PurePosixPath] = []
+        for folder, _, files in os.walk(self.path, followlinks=True):
+            inside = PurePosixPath(Path(folder).relative_to(self.path).as_posix())
+            names += [inside / file for file in files]
+        return sorted(name for name in names if not _hidden(name))
+
+    def open(self, name: PurePosixPath) -> IO[bytes]:
+        """See `Files`."""
+        return (self.path / name).open("rb")
+
+
+class Zip(Files):
+    """Image files in a .zip."""
+
+    kind = "zip"
+
+    def __init__(self, path: Path, drop_alpha: bool) -> None:
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"'{path}' is not a .zip file, or is cut short.") from error
+        super().__init__(path, drop_alpha)
+
+    def listing(self) -> list[PurePosixPath]:
+        """See `Files`."""
+        names = (PurePosixPath(name) for name in self.archive.namelist() if not name.endswith("/"))
+        return sorted(name for name in names if not _hidden(name))
+
+    def open(self, name: PurePosixPath) -> IO[bytes]:
+        """See `Files`."""
+        return io.BytesIO(self.archive.read(str(name)))  # one lock inside; the decoding runs in threads
+
+
+def _hidden(name: PurePosixPath) -> bool:
+    """Of a hidden file or folder, or of what macOS puts into archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+
+
+class Array:
+    """Reads the .npy format row by row: inside an .npz it cannot be memory-mapped, and may not fit into memory."""
+
+    names = ()
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.kind = path, path.suffix.lower()[1:]
+        self.file: IO[bytes] | None = None
+        with self._open() as file:
+            self.shape, fortran_order, dtype = self._header(file)
+            self.start = file.tell()
+            if dtype == np.uint8 and len(self.shape) == 4 and self.shape[3] in (1, 3) and not fortran_order:
+                return
+            got = f"{dtype} {self.shape}{' in Fortran order' if fortran_order else ''}"
+            hint = ""
+            if dtype.kind == "f" and math.prod(self.shape):
+                first = np.frombuffer(file.read(math.prod(self.shape[1:]) * dtype.itemsize), dtype)
+                got += f", the first in [{first.min():.2f}, {first.max():.2f}]"
+                hint = " Convert with fid.quantize(x) (DiT rounding)."
+            elif len(self.shape) == 4 and self.shape[1] in (1, 3):
+                hint = " The channels come last: transpose it with array.transpose(0, 2, 3, 1)."
+        raise ValueError(f"expected uint8 images (N, H, W, 3) in [0,255] in '{path}'; got {got}.{hint}")
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """See `Reader`."""
+        if self.kind == "npz":
+            with np.load(self.path, allow_pickle=False) as archive:
+                if "arr_1" in archive.files:
+                    labels = archive["arr_1"]
+                    if labels.shape == self.shape[:1] and labels.dtype.kind in "iu":
+                        return labels.astype(np.int64)
+        return None
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def name(self, i: int) -> str:
+        """See `Reader`."""
+        return f"image {i} of '{self.path}'"
+
+    def read(self, i: int) -> np.ndarray:
+        """See `Reader`."""
+        if self.file is None:
+            self.file = self._open()
+        height, width, channels = self.shape[1:]
+        size = height * width * channels
+        try:
+            self.file.seek(self.start + i * size)  # a compressed file is read forward to there
+            image = np.frombuffer(self.file.read(size), np.uint8).reshape(height, width, channels)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"'{self.path}' is damaged at image {i} of {len(self)}.") from error
+        return np.repeat(image, 3, axis=2) if channels == 1 else image.copy()
+
+    def warnings(self) -> list[str]:
+        """See `Reader`."""
+        return [f"images of '{self.path}' are grey; they were taken as RGB."] if self.shape[3] == 1 else []
+
+    def _open(self) -> IO[bytes]:
+        if self.kind == "npy":
+            return self.path.open("rb")
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(f"'{self.path}' is not an .npz file, or is cut short.")
+        with zipfile.ZipFile(self.path) as archive:  # the file below stays open until the member is closed
+            if "arr_0.npy" not in archive.namelist():
+                found = sorted(name.removesuffix(".npy") for name in archive.namelist())
+                raise ValueError(f"'{self.path}' has no arr_0, where images are looked for, but {found}.")
+            return archive.open("arr_0.npy")
+
+    def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            return read(file)
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"'{self.path}' is not in numpy's format: {error}.") from error
