@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--preset", choices=PRESETS, default="adm", help="protocol of Inception (default: %(default)s)")
     add("--batch", type=int, default=64, metavar="B", help="images in a forward pass (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="where the network runs (default: cuda if there is one)")
-    add("--tf32", action="store_true", help="faster on a GPU, and 0.7 %% off in the features")
+    add("--tf32", action="store_true", help="faster on a GPU, and some 0.1 %% off in the features")
     add("--num", type=int, metavar="N", help="take the first N images; with fewer the command fails")
     add("--mixed-sizes", action="store_true", help="take images of different sizes, each resized on its own")
     add("--drop-alpha", action="store_true", help="take images with transparency, and leave it out")
@@ -304,7 +304,7 @@ def _warn(warnings: Sequence[str]) -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    if os.environ.get("RANK", "0") == "0":  # the process group is gone by now
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node; the process group is gone by now
         print(error, file=sys.stderr)
     sys.exit(code)
 

@@ -1,8 +1,7 @@
 """One pass over images: features of a network, and whatever in the images themselves would make a number wrong."""
 
-import hashlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,14 @@ from torch import Tensor
 from fid.collective import all_gather, rank_and_size
 from fid.features import FeatureExtractor
 from fid.metrics import Side
-from fid.moments import Moments
+from fid.moments import Moments, splitmix64
 from fid.pixels import check_uint8
 
 CHECKS = {  # a column each of what is kept of every image
     "index": torch.int64,
     "label": torch.int64,  # -1 if not given
     "digest": torch.int64,  # of its pixels
-    "constant": torch.int64,  # 1 if all its pixels are the same
+    "constant": torch.int64,  # 1 if it has one colour everywhere
     "height": torch.int64,
     "width": torch.int64,
 }
@@ -91,12 +90,18 @@ class Collector:
         missing = self.batch_size - len(images)
         if isinstance(images, Tensor):
             check_uint8(images)
-            found = self.extractor(F.pad(images.to(self.device).contiguous(), (0, 0, 0, 0, 0, 0, 0, missing)))
+            images = images.to(self.device).contiguous()
+            found = self.extractor(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))
         else:
             for image in images:
                 check_uint8(image[None])
-            found = self.extractor([image.to(self.device) for image in [*images, *[images[-1]] * missing]])
-        found = {output: rows[: len(images)] for output, rows in found.items()}
+            images = [image.to(self.device) for image in images]
+            found = self.extractor([*images, *[images[-1]] * missing])
+        found = {output: found[output][: len(images)] for output in {*self.moments, *self.rows}}
+        for rows in found.values():
+            if not (finite := rows.isfinite().all(dim=1).cpu()).all():
+                rank = rank_and_size(self.process_group)[0]
+                raise ValueError(f"non-finite features for sample index {int(index[~finite][0])} (rank {rank}).")
         for output, moments in self.moments.items():
             moments.update(found[output], index)
         keep = torch.ones(len(index), dtype=torch.bool)
@@ -105,23 +110,21 @@ class Collector:
         if self.rows and keep.any():
             self.row_index.append(index[keep])
             for output, kept in self.rows.items():
-                rows = found[output].float().cpu()
-                bad = (~rows.isfinite().all(dim=1)).nonzero()
-                if len(bad):
-                    raise ValueError(f"non-finite features for sample index {int(index[bad[0]])}.")
-                kept.append(rows[keep])
+                kept.append(found[output].float().cpu()[keep])
         self._look_at(images, index, labels)
 
     def _look_at(self, images: Tensor | list[Tensor], index: Tensor, labels: Tensor) -> None:
-        images = images.cpu() if isinstance(images, Tensor) else [image.cpu() for image in images]
-        self.checks["index"].append(index)
-        self.checks["label"].append(labels)
-        digests = [hashlib.blake2b(image.contiguous().numpy(), digest_size=8).digest() for image in images]
-        self.checks["digest"].append(torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests]))
-        self.checks["constant"].append(torch.tensor([int(image.min() == image.max()) for image in images]))
-        for axis, name in ((1, "height"), (2, "width")):
-            self.checks[name].append(torch.tensor([image.shape[axis] for image in images]))
-        self.pixel_sum += torch.stack([image.double().mean(dim=(1, 2)) for image in images]).sum(dim=0)
+        columns = {
+            "index": index,
+            "label": labels,
+            "digest": torch.stack([digest(image) for image in images]),
+            "constant": torch.stack([(image.amin((1, 2)) == image.amax((1, 2))).all() for image in images]).long(),
+            "height": torch.tensor([image.shape[1] for image in images]),
+            "width": torch.tensor([image.shape[2] for image in images]),
+        }
+        for name, column in columns.items():
+            self.checks[name].append(column.cpu())
+        self.pixel_sum += torch.stack([image.double().mean(dim=(1, 2)) for image in images]).sum(dim=0).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """All that this process gathered, as tensors, to go on from with `load_state_dict`."""
@@ -206,6 +209,19 @@ class Collected:
     def side(self) -> Side:
         """For the metrics."""
         return Side({output: m.statistics() for output, m in self.moments.items()}, self.moments, self.rows)
+
+
+def digest(image: Tensor) -> Tensor:
+    """A hash of pixels, uint8 (3, H, W) -> () int64: their sum, weighted by random numbers, modulo 2^64.
+
+    In integers, so it is the same on any device. Two different images have the same with a probability below 1e-15.
+    """
+    return (image.flatten().long() * _weights(image.numel(), image.device)).sum()
+
+
+@lru_cache(maxsize=8)
+def _weights(num: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(splitmix64(np.arange(num)).view(np.int64)).to(device)
 
 
 def _cat(parts: list[Tensor], dim: int | None = None) -> Tensor:

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fid.features import fingerprint, ieee_float32
+from fid.features import FeatureExtractor, ieee_float32
 from fid.pixels import check_uint8
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
-class DINOv2(nn.Module):
+class DINOv2(FeatureExtractor):
     """The class token of DINOv2's ViT-L/14, 1024 features, of images at 224 x 224 pixels, as EDM2 computes it.
 
     Images are resized in floating point (bicubic, antialiased, neither rounded nor clipped) and normalised by ImageNet's
@@ -34,7 +34,7 @@ class DINOv2(nn.Module):
     Source: Oquab et al., arXiv:2304.07193; as a distance, Stein et al., arXiv:2306.04675; Karras et al., arXiv:2312.02696.
     """
 
-    label, preset, metrics = "FD-DINOv2", None, ("fd",)
+    label = "FD-DINOv2"
 
     def __init__(self, weights: str | Path | None = None, model_name: str = "vit_large_patch14_dinov2.lvd142m") -> None:
         super().__init__()
@@ -60,11 +60,9 @@ class DINOv2(nn.Module):
         position = self.network.pos_embed
         self.network.set_input_size(img_size=(SIZE, SIZE))
         self.network.pos_embed = nn.Parameter(_resize_positions(position, self.network.patch_embed.grid_size[0]))
-        self.dim = self.network.num_features
-        self.dims = {"features": self.dim}
+        self.dims = {"features": self.network.num_features}
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
-        self.name = f"dinov2-{fingerprint(self)}"
         self.requires_grad_(False).eval()
 
     @ieee_float32()

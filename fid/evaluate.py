@@ -79,6 +79,8 @@ def evaluate(
     evaluator.feed(samples)
     described = {"kind": samples.kind, "path": samples.source, "lossy": samples.lossy}
     said = [text for part in gather_objects(samples.warnings(), evaluator.process_group) for text in part]
+    if samples.lossy:
+        said.append(f"images of '{samples.source}' are in a lossy format, which moves every distance.")
     return evaluator.compute(samples.num, input=described, warnings=list(dict.fromkeys(said)), **(record or {}))
 
 

@@ -41,7 +41,7 @@ class Evaluator:
         device: Where the network runs; not given means the GPU if there is one.
         batch_size: Images in a forward pass, of each process.
         groups: Number of groups for the error bar; each takes 34 MB. 0 leaves it out.
-        tf32: Let Inception run in TF32, which moves its features by 0.7 %.
+        tf32: Let Inception run in TF32, which moves its features by some 0.1 %.
         channels_last: Memory format of Inception; the numbers are the same to rounding.
         pr_compat: Arithmetic of precision and recall: `adm-fp16`, as the published numbers, or `fp32`.
         keep_features: Keep the features of all samples, and of the reference's images, even if no metric needs them.
@@ -85,6 +85,10 @@ class Evaluator:
         self.reference = open_reference(ref, label)  # before the network: it fails sooner
         if extractor is None:
             extractor = Inception(weights, preset, channels_last=channels_last, tf32=tf32)
+        if lacking := [a for a in ("dims", "dim", "name", "label", "preset", "metrics") if not hasattr(extractor, a)]:
+            raise ValueError(
+                f"the extractor {type(extractor).__name__} has no {lacking[0]}; derive it from fid.FeatureExtractor."
+            )
         self.extractor = extractor.to(device).eval()
         self.options = Options(pr_compat, device)
         self._warnings: list[str] = []

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,29 +15,42 @@ from fid.files import written_aside
 from fid.pixels import check_uint8
 
 
-class FeatureExtractor(Protocol):
-    """What images are looked at with: an `nn.Module` with these attributes and this call.
+class FeatureExtractor(nn.Module):
+    """What images are looked at with; your own is a subclass with `dims` and `forward`.
 
-    `name` holds a `fingerprint` of the weights, so that statistics of different networks are never compared. To compute
-    the same numbers under autocast or TF32, decorate `forward` with `@ieee_float32()`.
+        class Colours(fid.FeatureExtractor):
+            dims = {"features": 3}
+
+            def forward(self, images):                                  # uint8 (B, 3, H, W)
+                return {"features": images.float().mean(dim=(2, 3))}    # (B, 3)
+
+        fid.evaluate("samples", "real_images", Colours())
+
+    To take images of different sizes it has to accept a list of (3, H, W), too. To compute the same numbers under autocast
+    or TF32, decorate `forward` with `@ieee_float32()`.
     """
 
-    name: str
-    label: str  # what its Frechet distance is called, as in a table
-    preset: str | None  # the protocol, if there are several for this network
-    metrics: tuple[str, ...]  # what is computed unless something else is asked for
-    dim: int  # width of `features`
     dims: dict[str, int]  # width of each output, `features` among them
+    label = "Frechet distance"  # what the distance is called, as in a table
+    preset: str | None = None  # the protocol, if there are several for this network
+    metrics: tuple[str, ...] = ("fd",)  # what is computed unless something else is asked for
 
-    def __call__(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
-        """Images uint8 (B, 3, H, W), or a list of (3, H, W) of different sizes, -> {"features": (B, D), ...}."""
+    @property
+    def dim(self) -> int:
+        """Width D of `features`."""
+        return self.dims["features"]
+
+    @property
+    def name(self) -> str:
+        """Of the class, with the `fingerprint` of the weights, so that statistics of different networks never meet."""
+        return f"{type(self).__name__.lower()}-{fingerprint(self)}"
 
 
 @contextmanager
 def ieee_float32(tf32: bool = False) -> Iterator[None]:
     """Float32 as IEEE defines it: no TF32, no autocast, no timing of kernels; what was set before comes back after.
 
-    TF32 alone moves Inception's features by 0.7 %; `tf32` lets GPUs use it all the same. A decorator, too.
+    TF32 alone moves Inception's features by some 0.1 % (docs/fid.md); `tf32` lets GPUs use it still. A decorator, too.
     """
     cudnn, cuda, cpu = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
     if hasattr(cudnn, "conv"):  # torch >= 2.9; mixing the two ways to say it is an error there
@@ -67,7 +80,7 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:8]
 
 
-class Classifier(nn.Module):
+class Classifier(FeatureExtractor):
     """A small convolutional network for small grey images, trained by whoever needs it: 64 features and the logits.
 
         x = mean over RGB / 127.5 - 1
@@ -86,7 +99,6 @@ class Classifier(nn.Module):
     """
 
     dim = 64
-    label, preset, metrics = "Frechet distance", None, ("fd",)
 
     def __init__(self, num_classes: int = 10, image_size: int = 28, accuracy: float | None = None) -> None:
         super().__init__()
@@ -111,11 +123,6 @@ class Classifier(nn.Module):
     def dims(self) -> dict[str, int]:
         """Width of each output."""
         return {"features": self.dim, "logits": self.num_classes}
-
-    @property
-    def name(self) -> str:
-        """`classifier-` and the fingerprint of the weights as they are now."""
-        return f"classifier-{fingerprint(self)}"
 
     @ieee_float32()
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:

@@ -87,8 +87,11 @@ class Images:
                         f"images differ in size: {first} is {size[1]}x{size[0]}, {self._reader.name(i)} is "
                         f"{image.shape[1]}x{image.shape[0]}. Pass --mixed-sizes to resize each one on its own."
                     )
-                batch.append(torch.from_numpy(image).permute(2, 0, 1))
-            yield torch.tensor(chosen), batch if self.mixed_sizes else torch.stack(batch).contiguous()
+                batch.append(torch.from_numpy(image))
+            if self.mixed_sizes:
+                yield torch.tensor(chosen), [image.permute(2, 0, 1) for image in batch]
+            else:
+                yield torch.tensor(chosen), torch.stack(batch).permute(0, 3, 1, 2)
 
     def first(self, num: int) -> "Images":
         """The first `num` of these images."""
@@ -105,8 +108,12 @@ class Images:
     def warnings(self) -> list[str]:
         """What was seen of the files, a sentence each; complete once all images have been read."""
         found = self._reader.warnings()
-        if self.lossy:
-            found.insert(0, f"images of '{self.source}' are in a lossy format, which moves every distance.")
+        if self.labels is not None:
+            some, all_of = (len(np.unique(labels)) for labels in (self.labels, self._reader.labels))
+            if some < all_of:
+                found.append(
+                    f"the first {self.num} images of '{self.source}' are of {some} of its {all_of} classes only."
+                )
         return found
 
     def _read(self, index: list[int], ahead: int) -> Iterator[np.ndarray]:

@@ -4,16 +4,17 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 import torch
 from filelock import FileLock
 from pytorch_fid import inception as blocks
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import Inception3
 
-from fid.features import fingerprint, ieee_float32
+from fid.features import FeatureExtractor, fingerprint, ieee_float32
 from fid.pixels import check_uint8
 from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 
@@ -42,7 +43,7 @@ PRESETS = {
 }
 
 
-class Inception(nn.Module):
+class Inception(FeatureExtractor):
     """Features of the Inception-v3 of 2015, its weights converted by pytorch-fid.
 
     It is always in evaluation mode, its weights need no gradient, and it computes in IEEE float32, whatever autocast or
@@ -55,7 +56,7 @@ class Inception(nn.Module):
         preset: `adm`: TensorFlow's resize, (x - 128) / 128. `pytorch-fid`: half-pixel resize, 2 x / 255 - 1. `clean`:
             Pillow's bicubic resize, (x - 128) / 128.
         channels_last: Memory format of the network; on a CPU 1.5 times as fast, and equal to rounding.
-        tf32: Let a GPU compute in TF32, which moves the features by 0.7 %.
+        tf32: Let a GPU compute in TF32, which moves the features by some 0.1 %.
         size: Side of the network's input, in pixels. Other than 299 the features are no FID's; for tests of other code.
 
     Raises:
@@ -65,7 +66,6 @@ class Inception(nn.Module):
     Source: Szegedy et al., arXiv:1512.00567; Heusel et al., arXiv:1706.08500; https://github.com/mseitzer/pytorch-fid.
     """
 
-    dim = 2048
     label = "FID"
 
     def __init__(
@@ -86,10 +86,14 @@ class Inception(nn.Module):
         self.weights = {"path": str(path), "sha256": digest, "published": digest.startswith(PUBLISHED)}
         self.classifier = self.network.fc.weight  # (1008, 2048); the bias is left out, as ADM does
         del self.network.fc
-        self.name = f"inception-{preset}-{fingerprint(self)}"
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
+
+    @cached_property
+    def name(self) -> str:
+        """`inception`, the preset, and the fingerprint of the weights."""
+        return f"inception-{self.preset}-{fingerprint(self)}"
 
     @property
     def metrics(self) -> tuple[str, ...]:

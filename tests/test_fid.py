@@ -13,6 +13,7 @@ from torch import nn
 
 import fid
 from fid.__main__ import main
+from fid.collector import digest
 from fid.frechet import factor, frechet_terms, jackknife, noise_floor
 from fid.moments import splitmix64
 
@@ -328,6 +329,14 @@ def test_evaluator_against_numpy(tmp_path):
         _ = result.sfid
 
 
+def test_the_digest_of_an_image_is_a_sum_modulo_2_to_the_64():
+    image = torch.from_numpy(random_images(1)[0]).permute(2, 0, 1)
+    weights = [int(w) for w in splitmix64(np.arange(image.numel()))]
+    slow = sum(p * w for p, w in zip(image.flatten().tolist(), weights, strict=True)) % 2**64
+    assert int(digest(image)) % 2**64 == slow
+    assert len({int(digest(other)) for other in (image, image.flip(0), image.flip(1), image.flip(2), image // 2)}) == 5
+
+
 def test_the_same_images_have_distance_zero():
     images = torch.from_numpy(random_images(400))
     assert fid.evaluate(images, images, Mean()).fd < 1e-12
@@ -402,7 +411,7 @@ def test_an_iterator_of_batches():
 
 def test_what_is_doubtful_is_said():
     mine = random_images(40, seed=1)
-    mine[7], mine[9] = mine[3], 128
+    mine[7], mine[9] = mine[3], (128, 0, 255)
     text = " ".join(fid.evaluate(torch.from_numpy(mine), torch.from_numpy(random_images(40)), Mean()).warnings)
     assert "1 of 40 samples are exact duplicates" in text
     assert "1 of 40 samples have one colour" in text
@@ -426,6 +435,27 @@ def test_what_is_doubtful_is_said():
     assert ev.compute().record["labels"] == {"mode": "balanced", "min": 20, "max": 20, "classes": 2}
     assert "in the order of their classes" in " ".join(result.warnings)
     assert "unbalanced: 1 to 39" in " ".join(result.warnings)
+
+
+def test_an_extractor_of_ones_own():
+    class Colours(fid.FeatureExtractor):
+        dims = {"features": 3}
+
+        def forward(self, images):
+            return {"features": images.float().mean(dim=(2, 3))}
+
+    class Unsaid(nn.Module):
+        pass
+
+    mine, real = random_images(50, seed=1), random_images(60, seed=2) // 2
+    x, y = (images.mean(axis=(1, 2)) for images in (mine, real))
+    expected = fid.frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False))
+    result = fid.evaluate(mine, real, Colours())
+    assert result.fd == pytest.approx(expected, rel=1e-6)
+    assert result.record["extractor"] == "colours-e3b0c442"  # it has no weights: of nothing
+    for extractor in (Unsaid(), fid.FeatureExtractor()):
+        with pytest.raises(ValueError, match="has no dims; derive it from fid.FeatureExtractor"):
+            fid.Evaluator(None, extractor=extractor)
 
 
 def test_evaluator_refuses(files):
@@ -453,7 +483,7 @@ def test_evaluator_refuses(files):
         fid.Evaluator(files / "a.npz", extractor=Mean())
     bad = Mean()
     bad.weight.data[:] = torch.nan
-    with pytest.raises(ValueError, match="non-finite features for sample index 40"):
+    with pytest.raises(ValueError, match=r"non-finite features for sample index 40 \(rank 0\)"):
         fid.Evaluator(images, extractor=bad).update(images, range(40, 60))
 
 
