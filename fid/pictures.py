@@ -33,7 +33,7 @@ def curve(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") 
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     if not records:
         raise ValueError("no records to draw; name the JSON files of `python -m fid eval --json`.")
@@ -73,8 +73,9 @@ def curve(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") 
     )
     if max(values) > 5 * min(values) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
         axes.set_ylim(0, 1.1 * max(v + e for v, e in zip(values, errors, strict=True)))
     axes.set_xlabel("training step")
