@@ -10,11 +10,12 @@ import dit_vca
 import fid
 import sit_vca
 from dit_vca import Diffusion, DiT
+from runtime.codecs import CODECS, draw
 from runtime.config import Config
 from runtime.data import DATASETS, Images
-from runtime.latents import CODECS, CachedLatents, draw
+from runtime.latents import LatentDataset
 from sit_vca import PATHS, SiT, Transport
-from vca import ATTENTIONS, Transformer, build, options_of, parse_size
+from vca import ATTENTIONS, Transformer, build, defaults_of, lookup, options_of, parse_size
 
 PROCESSES = {"diffusion": (Diffusion, DiT), "flow": (Transport, SiT)}
 PUBLISHED_SAMPLER = {"diffusion": "ddpm", "flow": "sde"}
@@ -58,22 +59,23 @@ def build_images(config: Config) -> Images:
     return build(DATASETS, config.data, "data")
 
 
-def build_latents(config: Config) -> CachedLatents:
-    """The cached latents of `config.latents`, checked to be those of the config's data and codec."""
-    return CachedLatents(config.latents, source(config))
+def needed_latents(config: Config, codec: Any) -> dict[str, Any]:
+    """What cached latents have to be made of to be those of the config's data and codec, wherever these lie."""
+    options = {key: value for key, value in config.data.items() if key != "images"}
+    defaults = defaults_of(lookup(DATASETS, config.data["name"], "data.name"))
+    return {"data": {**defaults, **options}, "codec": codec.identity}
 
 
-def source(config: Config) -> dict[str, Any]:
-    """What cached latents are made of."""
-    return {"data": config.data, "codec": config.codec}
+def to_latents(config: Config, codec: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """A batch of the data and its positions in the run -> latents (B, C, h, w); images are encoded first."""
+
+    def latents(x: Tensor, positions: Tensor) -> Tensor:
+        return draw(x if config.latents else codec.moments(x), codec.channels, config.seed, positions)
+
+    return latents
 
 
-def to_latents(config: Config, codec: Any) -> Callable[[Tensor], Tensor]:
-    """A batch of the data -> latents (B, C, h, w): cached moments are drawn from, images are encoded first."""
-    return draw if config.latents else lambda images: draw(codec.moments(images))
-
-
-def shape_of(data: Images | CachedLatents) -> Shape:
+def shape_of(data: Images | LatentDataset) -> Shape:
     """The shape of a dataset."""
     return Shape(data.image_size, data.channels, data.class_names)
 

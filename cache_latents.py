@@ -1,45 +1,130 @@
-"""Encode every image of a config once, so that training reads latents instead of images.
+"""Encode every image once, so that training reads latents instead of images.
 
-    python cache_latents.py --config configs/sit_b2_vca.yaml --data.path DIR --latents /data/latents
+    python cache_latents.py --config configs/sit_b2_vca.yaml --data.images DIR --latents /data/latents
+    torchrun --nproc_per_node 8 cache_latents.py --config ...           the same bytes, by eight processes
+    python cache_latents.py --config ... --check                        read all of it again, and draw check.png
 
-The folder is `latents` of the config; train.py with the same config reads it.
+The folder is `latents` of the config; train.py with the same config reads it. Interrupted, the same command goes on.
 """
 
-import os
+import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from tqdm import tqdm
 
 import build
 from runtime.config import Config, parse, report_errors
-from runtime.latents import CachedLatents, write_cache
+from runtime.data import Images
+from runtime.encode import CacheWriter
+from runtime.images import save_grid, to_uint8
+from runtime.latents import LatentDataset
+
+NUM_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Arguments(Config):
+    """What to encode, and how.
+
+    Args:
+        check: Verify a finished cache instead: checksums, counts, finite numbers; and draw 16 images beside their latents.
+    """
+
+    check: bool = False
 
 
 @report_errors("cache_latents.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    config = parse(Config, argv, prog="cache_latents.py", description=__doc__, epilog=build.options_help())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("cache_latents.py is one process; start it without a launcher.")
-    if config.latents is None:
+    args = parse(Arguments, argv, prog="cache_latents.py", description=__doc__, epilog=build.options_help())
+    if args.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
-    if Path(config.latents).exists():
-        CachedLatents(config.latents, build.source(config))
-        print(f"{config.latents} is there already, made from the same data and codec; nothing to do.")
+    if args.check:
+        check(args)
         return
-    images = build.build_images(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    codec = build.build_codec(config, images.channels).to(device)
-    write_cache(
-        config.latents,
-        images,
-        lambda x: codec.moments(x.to(device)).cpu(),
-        build.source(config),
-        batch_size=64,
-        workers=config.train.num_workers,
+    state = PartialState(cpu=not torch.cuda.is_available())
+    images = build.build_images(args)
+    codec = build.build_codec(args, images.channels).to(state.device)
+    settings = settings_of(args, images, codec)
+    if Path(args.latents).exists():
+        LatentDataset(args.latents).check({k: v for k, v in settings.items() if k not in ("source", "codec_path")})
+        if state.is_main_process:
+            print(f"{args.latents} is there already, made from the same data and codec; nothing to do.")
+        return
+    if images.num_classes == 1 and state.is_main_process:
+        print(f"note: there is one class only, {images.class_names[0]!r}.", file=sys.stderr)
+    options = {"seed": args.seed, "num_workers": args.train.num_workers, "state": state}
+    writer = CacheWriter(args.latents, images, codec, settings, args.cache, **options)
+    missing, started = sum(len(writer.indices(k)) for k in writer.missing), time.perf_counter()
+    manifest = writer.run()
+    if state.is_main_process:
+        rate = missing / (time.perf_counter() - started)
+        size = sum(file.stat().st_size for file in Path(args.latents).iterdir()) / 1e9
+        print(
+            f"wrote {manifest['num_images']:,} latents{' and their mirror images' * images.flip} to {args.latents}: "
+            f"{len(manifest['shards'])} shards, {size:.2g} GB, {rate:.1f} images/s, {len(manifest['skipped'])} skipped"
+        )
+
+
+def settings_of(args: Arguments, images: Images, codec: Any) -> dict[str, Any]:
+    """What the latents are made of, for the manifest."""
+    return {
+        **build.needed_latents(args, codec),
+        "source": args.data.get("images"),
+        "codec_path": args.codec.get("path"),
+        "images": images.fingerprint,
+        "image_size": images.image_size,
+        "channels": images.channels,
+        "flip": images.flip,
+        "crop": "adm",
+        "class_names": images.class_names,
+        "moments": args.cache.moments and codec.posterior,
+        "seed": args.seed if codec.posterior and not args.cache.moments else None,
+        "precision": args.cache.precision,
+        "shard_size": args.cache.shard_size,
+        "on_error": args.cache.on_error,
+    }
+
+
+def check(args: Arguments) -> None:
+    """Read a finished cache and say whether it is whole, and draw check.png into it."""
+    cache = LatentDataset(args.latents)
+    with tqdm(total=len(cache), unit="image", desc="check") as bar:
+        for num in cache.verify():
+            bar.update(num)
+    m = cache.manifest
+    statistics = ", ".join(f"{a:.3g} ± {b:.3g}" for a, b in zip(m["mean"], m["std"], strict=True))
+    print(
+        f"{args.latents}: {len(cache):,} latents of {cache.num_classes:,} classes, {len(m['shards'])} shards, "
+        f"{len(m['skipped'])} images skipped; checksums and counts are right, all numbers are finite.\n"
+        f"channels: {statistics}"
     )
-    print(f"wrote {len(images)} latents{' and their mirror images' * images.flip} to {config.latents}")
+    images = build.build_images(args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    codec = build.build_codec(args, images.channels).to(device)
+    cache.check({**build.needed_latents(args, codec), "images": images.fingerprint})
+    file, error = picture(cache, images, codec, device)
+    print(f"wrote {file}: {NUM_SHOWN} images beside their decoded latents, {error:.1f} grey levels apart on average")
+
+
+def picture(cache: LatentDataset, images: Images, codec: Any, device: str) -> tuple[Path, float]:
+    """A grid of images, each with its decoded latent at its right; gives the mean difference, in grey levels."""
+    kept = np.delete(np.arange(len(images)), [skip["index"] for skip in cache.manifest["skipped"]])
+    chosen = np.linspace(0, len(cache) - 1, NUM_SHOWN).round().astype(int)
+    latents = torch.stack([cache[int(i), False][0][: codec.channels].float() for i in chosen]).to(device)
+    decoded = to_uint8(torch.cat([codec.decode(z) for z in latents.split(4)]))  # (16, H, W, 3)
+    originals = np.stack([np.broadcast_to(images.pixels(int(kept[i])), decoded.shape[1:]) for i in chosen])
+    pairs = np.stack([originals, decoded], axis=1)  # (16, 2, H, W, 3)
+    file = cache.folder / "check.png"
+    save_grid(pairs.reshape(4, -1, *decoded.shape[1:]), ["image", "decoded"] * 4, file, f"{cache.path}")
+    return file, float(np.abs(originals.astype(float) - decoded).mean())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Train a DiT or SiT. Run the same command again to go on where it stopped.
 
     python train.py --config configs/digits_sit.yaml --train.lr 2e-3 --run_dir runs/mine
-    accelerate launch train.py --config configs/sit_b2_vca.yaml --data.path DIR              (all GPUs)
-    torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml --data.path DIR    (the same)
+    accelerate launch train.py --config configs/sit_b2_vca.yaml --data.images DIR              (all GPUs)
+    torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml --data.images DIR    (the same)
 
 Order of the data, times, noise and dropped labels are functions of (seed, step, rank), so a run that was stopped and
 resumed is the run that was not: on a CPU bit for bit, on a GPU up to kernels that are not deterministic.
@@ -29,6 +29,7 @@ from runtime.ema import Ema
 from runtime.files import write_text
 from runtime.generation import check_guidance, check_labels, generate, random_label, spread
 from runtime.images import save_grid
+from runtime.latents import LatentDataset
 from runtime.log import Log, read_metrics
 from runtime.seeds import mix
 from runtime.stop import StopSignal, leave_process_group
@@ -38,9 +39,10 @@ MAY_CHANGE = {  # settings that a resumed run may change, because no step that i
     "run_dir",
     "sample",
     "fid",
-    "data.path",  # moved data, a moved autoencoder or cache; said when it happens
+    "data.images",  # moved data, a moved autoencoder or cache; said when it happens
     "codec.path",
     "latents",
+    "cache",
     "train.num_workers",
     "train.log_every",
     "train.sample_every",
@@ -81,9 +83,11 @@ class Run:
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
         self.config, self.cfg, self.folder = config, config.train, Path(config.run_dir)
         self.accelerator = accelerator
-        self.data = build.build_latents(config) if config.latents else build.build_images(config)
+        self.data = LatentDataset(config.latents) if config.latents else build.build_images(config)
         self.shape = build.shape_of(self.data)
         self.codec = build.build_codec(config, self.shape.channels).to(accelerator.device)
+        if config.latents:
+            self.data.check(build.needed_latents(config, self.codec))
         self.to_latents = build.to_latents(config, self.codec)
         self.process = build.build_process(config)
         self.sampler = build.build_sampler(config, self.process)
@@ -107,7 +111,7 @@ class Run:
             checkpoint.load_weights(newest, "ema", self.ema.model)
             checkpoint.load_optimizer(newest, self.network, optimizer)
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
-        self.loader = self._loader()
+        self.order = self._order()
 
         self.log = None
         if accelerator.is_main_process:
@@ -197,13 +201,13 @@ class Run:
             self.log.add(self.step, loss=loss, lr=lr, images=images, images_per_second=rate)
         return loss
 
-    def _loader(self) -> DataLoader:
-        """Batches from this step on, without end."""
+    def _order(self) -> EndlessBatches:
+        """What each batch of this process holds, from this step on."""
         if self.cfg.batch_size % self.cfg.accumulate:
             raise ValueError(
                 f"train.batch_size {self.cfg.batch_size} is not a multiple of train.accumulate {self.cfg.accumulate}."
             )
-        batches = EndlessBatches(
+        return EndlessBatches(
             len(self.data),
             self.cfg.batch_size // self.cfg.accumulate,
             seed=self.config.seed,
@@ -212,16 +216,15 @@ class Run:
             rank=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
         )
-        pin = self.accelerator.device.type == "cuda"
-        workers = {"num_workers": self.cfg.num_workers, "worker_init_fn": leave_process_group}
-        return DataLoader(self.data, batch_sampler=batches, pin_memory=pin, **workers)
 
 
 def train(run: Run, progress: tqdm) -> None:
     """The loop: from the run's step to its last, or to a stop signal."""
     accelerator, cfg, model, optimizer = run.accelerator, run.cfg, run.model.train(), run.optimizer
     stop = StopSignal(accelerator)
-    batches = iter(run.loader)
+    workers = {"num_workers": cfg.num_workers, "worker_init_fn": leave_process_group}
+    pin = accelerator.device.type == "cuda"
+    batches = iter(DataLoader(run.data, batch_sampler=run.order, pin_memory=pin, **workers))
     losses: list[Tensor] = []
     since, since_step = time.perf_counter(), run.step
     stopped = False
@@ -230,9 +233,10 @@ def train(run: Run, progress: tqdm) -> None:
             group["lr"] = learning_rate(cfg, run.step)
         for part in range(cfg.accumulate):
             x, y = (z.to(accelerator.device) for z in next(batches))
+            x = run.to_latents(x, torch.tensor(run.order.positions(run.step * cfg.accumulate + part)))
             torch.manual_seed(mix(run.config.seed, run.step, part, accelerator.process_index))
             with accelerator.accumulate(model):
-                loss = run.process.loss(model, run.to_latents(x), y).mean()
+                loss = run.process.loss(model, x, y).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and cfg.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm)
@@ -305,7 +309,7 @@ def check_run_dir(config: Config) -> None:
         return
     may_change = MAY_CHANGE | ({"train.num_steps"} if config.train.schedule == "constant" else set())
     changed = differences(old, to_dict(config))
-    for key in sorted(changed.keys() & {"data.path", "codec.path", "latents"}):
+    for key in sorted(changed.keys() & {"data.images", "codec.path", "latents"}):
         print(f"note: {key} was {changed[key][0]!r} in this run, now {changed[key][1]!r}; it must hold the same.")
     changed = {k: v for k, v in changed.items() if k not in may_change and k.split(".")[0] not in may_change}
     if changed:

@@ -20,10 +20,10 @@ import build
 import fid
 from demo.classifier import accuracy, pixels
 from runtime import checkpoint
+from runtime.codecs import draw
 from runtime.config import Config, from_dict, parse, report_errors
 from runtime.files import write_text
 from runtime.images import to_uint8
-from runtime.latents import draw
 from vca import build as build_entry
 
 
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.codec["name"] == "vae":
         codec = build.build_codec(config, train.channels)
         inputs = torch.stack([train[i, False][0] for i in range(num)])  # (num, channels, H, W) in [-1, 1]
-        decoded = [codec.decode(draw(codec.moments(x))) for x in inputs.split(100)]
+        moments = torch.cat([codec.moments(x) for x in inputs.split(100)])
+        latents = draw(moments, codec.channels, config.seed, torch.arange(num))
+        decoded = [codec.decode(z) for z in latents.split(100)]
         rows["real, through the codec"] = (nchw(to_uint8(torch.cat(decoded))), real_labels)
     noise = torch.randint(256, real[:, :1].shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     rows["noise (ceiling)"] = (noise.expand(-1, 3, -1, -1), real_labels)

@@ -180,16 +180,40 @@ class FidConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """How cache_latents.py encodes images.
+
+    Args:
+        moments: Keep mean and standard deviation, from which training draws anew in every epoch; else one draw for ever.
+        precision: Of the codec's arithmetic.
+        batch_size: Images encoded together, on each process.
+        shard_size: Images in a file.
+        on_error: At an image that cannot be read, stop; or skip it, and list it in the manifest.
+    """
+
+    moments: bool = True
+    precision: Literal["no", "bf16"] = "no"
+    batch_size: int = 32
+    shard_size: int = 1024
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "shard_size"):
+            require(getattr(self, key) > 0, f"cache.{key}", getattr(self, key), "choose at least 1")
+
+
+@dataclass(frozen=True)
 class Config:
     """A run: everything that train.py needs, and that sample.py finds again in the checkpoint.
 
     Args:
         run_dir: Folder of the run: checkpoints, previews, metrics. The same command goes on where it stopped.
         process: Process by name with its options: diffusion (a DiT) or flow (a SiT).
-        data: Images by name with their options: folder (path, image_size), mnist, digits.
-        codec: Codec by name with its options: vae (path or hub name) or pixel.
+        data: Images by name with their options: folder (images: a folder or .zip; image_size), mnist, digits.
+        codec: Codec by name with its options: vae (path or hub name) or pixels.
         latents: Folder of cached latents, made by cache_latents.py with the same config; not given means that images
             are read and encoded in every step.
+        cache: How those are made.
         seed: Seed of initialisation, data order and noise.
         model: The network.
         train: The optimisation.
@@ -202,6 +226,7 @@ class Config:
     data: Spec
     codec: Spec
     latents: str | None = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -298,6 +323,9 @@ def _parser(cls: type, **texts: str) -> ArgumentParser:
     parser = ArgumentParser(formatter_class=_Formatter, exit_on_error=False, allow_abbrev=False, **texts)
     parser.add_argument("--config", action="config", help="YAML file; later options override it.")
     parser.add_class_arguments(cls, None, fail_untyped=False)
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:  # --flag is --flag true
+            action.nargs, action.const = "?", True
     return parser
 
 
@@ -368,5 +396,5 @@ def _origin(error: Exception) -> tuple[Path, str]:
     file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
     if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
         file = re.findall(r'File "([^"]+)"', sentence)[-1]
-        sentence = re.split(r"\n\w+: ", sentence)[-1].strip()
+        sentence = re.split(r"\n[\w.]+: ", sentence)[-1].strip()
     return Path(file).resolve(), sentence

@@ -4,6 +4,10 @@ A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it 
 `channels`, `image_size`, and whether training may `flip`.
 """
 
+import hashlib
+import itertools
+import zipfile
+import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,10 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision.datasets import ImageFolder
 
+from runtime.folder import ImageFiles, centre_crop, classes_of, read_image
 from runtime.images import from_uint8
 from runtime.seeds import mix
+
+# What Pillow and zipfile raise at damaged files; a PNG's damage is a SyntaxError.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 
 
 class Images(Dataset):
@@ -50,6 +57,18 @@ class Images(Dataset):
     def pixels(self, index: int) -> np.ndarray:
         """Image `index` as uint8 (H, W, C)."""
         raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What a message calls image `index`."""
+        return f"image {index}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the names and labels of all images, in order."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for i in range(len(self)):
+            digest.update(self.name(i).encode())
+        return digest.hexdigest()[:16]
 
 
 class PackedImages(Images):
@@ -102,42 +121,53 @@ class MNIST(PackedImages):
         super().__init__(np.pad(images, ((0, 0), (2, 2), (2, 2))), table[:, -1], split, num_test=1000)
 
 
+class UnreadableImageError(ValueError):
+    """A file that is no image, or a damaged one; says which."""
+
+
 class Folder(Images):
-    """Images in one sub-folder a class, as ImageNet is unpacked; classes are numbered in alphabetical order.
+    """Your own images, in a folder or in a .zip of one.
+
+    Their classes are the sub-folders, as ImageNet is unpacked, in alphabetical order; or what a file labels.json or
+    labels.csv beside them says.
 
     Args:
-        path: The folder that holds the class folders.
+        images: The folder or .zip.
         image_size: Side to which images are resized and centre-cropped.
         flip: Whether training mirrors half of the images.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It holds no class folders with images.
+        FileNotFoundError: There is no such folder or .zip.
+        ValueError: It holds no images, or not all of them have a class.
     """
 
-    def __init__(self, *, path: str, image_size: int = 256, flip: bool = True) -> None:
-        if not Path(path).is_dir():
-            raise FileNotFoundError(f"data.path {path!r} is not a folder.")
+    def __init__(self, *, images: str, image_size: int = 256, flip: bool = True) -> None:
         if type(image_size) is not int or image_size < 1:
             raise ValueError(f"data.image_size is {image_size!r}; choose a whole number, at least 1.")
-        try:
-            self.folder = ImageFolder(path)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"data.path {path!r} holds no class folders with images: expected {path}/CLASS/IMAGE with one folder a "
-                f"class ({error})."
-            ) from None
-        labels = np.array(self.folder.targets)
-        super().__init__(labels, self.folder.classes, image_size=image_size, channels=3, flip=flip)
+        self.files = ImageFiles(images)
+        self.names, labels, class_names = classes_of(self.files)
+        super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
+
+    def name(self, index: int) -> str:
+        """See `Images`."""
+        return self.names[index]
 
     def pixels(self, index: int) -> np.ndarray:
-        """See `Images`."""
-        file, _ = self.folder.samples[index]
+        """See `Images`.
+
+        Raises:
+            UnreadableImageError: No image, a damaged or an animated one, or one far too small.
+        """
         try:
-            with Image.open(file) as image:
-                return centre_crop(image.convert("RGB"), self.image_size)
-        except (OSError, SyntaxError) as error:  # Pillow calls a damaged PNG a SyntaxError
-            raise ValueError(f"{file!r} cannot be read as an image: {error}.") from None
+            with self.files.open(self.names[index]) as file:
+                image = read_image(file)
+            if min(image.size) < max(2, self.image_size // 16):
+                raise ValueError(f"{image.width}x{image.height} pixels are too few for {self.image_size}")
+            return centre_crop(image, self.image_size)
+        except UNREADABLE as error:
+            raise UnreadableImageError(
+                f"{self.files.path(self.names[index])!r} cannot be read as an image: {error}."
+            ) from None
 
 
 DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}
@@ -157,21 +187,6 @@ def check_label_range(labels: np.ndarray, num_classes: int) -> np.ndarray:
             f"image {wrong[0]} has label {labels[wrong[0]]}, but there are {num_classes} classes, 0 ... {num_classes - 1}."
         )
     return labels
-
-
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square as uint8 (size, size, 3): halved by box filter while it can be, then bicubic, then cropped.
-
-    This is how ADM, DiT and SiT prepare ImageNet, so its filters are part of every published FID.
-
-    Source: Dhariwal & Nichol 2021, arXiv:2105.05233, the released data loader.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image)[top : top + size, left : left + size]
 
 
 class EndlessBatches(Sampler):
@@ -203,18 +218,21 @@ class EndlessBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         """Batch after batch, without end."""
-        share = self.batch_size // self.num_processes
         epoch = -1
-        position = self.start * self.batch_size + self.rank * share
-        while True:
+        for number in itertools.count(self.start):
             batch = []
-            for p in range(position, position + share):
+            for p in self.positions(number):
                 if p // self.num_images != epoch:
                     epoch = p // self.num_images
                     order, flips = self._epoch(epoch)
                 batch.append((order[p % self.num_images], flips[p % self.num_images]))
             yield batch
-            position += self.batch_size
+
+    def positions(self, number: int) -> range:
+        """Where the images of batch `number` of this process stand in the order of the whole run."""
+        share = self.batch_size // self.num_processes
+        first = number * self.batch_size + self.rank * share
+        return range(first, first + share)
 
     def _epoch(self, epoch: int) -> tuple[list[int], list[bool]]:
         generator = torch.Generator().manual_seed(mix(self.seed, epoch))

@@ -1,8 +1,49 @@
 """Randomness as a function of where it is used, so that nothing has to be saved to resume."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed 64-bit integers, like the two below
+FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 def mix(*parts: int) -> int:
     """A 63-bit seed that is a function of non-negative integers, e.g. (seed, step, rank), without visible pattern."""
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def normal(seed: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers, those of each position a function of (seed, position) alone, on any device.
+
+    Box and Muller's transform of a SplitMix64 stream for each position: of the two halves u, v of a 64-bit number in
+    units of 2^32, (-2 log u)^(1/2) cos(2 pi v) and the same with sin. Devices differ by the rounding of log and cos.
+
+    Args:
+        seed: Of the whole set, not negative.
+        positions: (B,) int64, not negative.
+        shape: Of the numbers of one position.
+
+    Returns:
+        (B, *shape) float32.
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
+    """
+    num = math.prod(shape)
+    starts = _finalise(_finalise(positions.long() * GOLDEN) + mix(seed))  # (B,)
+    counts = torch.arange(1, (num + 1) // 2 + 1, device=positions.device)  # (num / 2,)
+    bits = _finalise(starts[:, None] + counts * GOLDEN)  # (B, num / 2)
+    u, v = (((half & 0xFFFFFFFF).double() + 0.5).div(2**32).float() for half in (bits, bits >> 32))
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :num]
+    return pairs.unflatten(1, tuple(shape))
+
+
+def _finalise(z: Tensor) -> Tensor:
+    """The output function of SplitMix64, on int64 that wrap around."""
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND
+    return z ^ (z >> 31 & (1 << 33) - 1)

@@ -13,6 +13,7 @@ import sample
 import train
 from demo import classifier, score
 from runtime.config import (
+    CacheConfig,
     Config,
     FidConfig,
     ModelConfig,
@@ -31,7 +32,7 @@ REQUIRED = {
     "run_dir": "runs/x",
     "process": {"name": "flow", "path": "linear"},
     "data": {"name": "digits"},
-    "codec": {"name": "pixel"},
+    "codec": {"name": "pixels"},
 }
 
 
@@ -157,7 +158,9 @@ def test_a_dict_with_an_unknown_key_says_where_it_stands(file):
 def test_keys_are_dotted():
     found = list(keys(Config))
     assert {"run_dir", "train", "train.lr", "model.attention", "sample.rows"} <= set(found)
-    assert len(found) == sum(len(fields(cls)) for cls in (Config, ModelConfig, TrainConfig, SampleConfig, FidConfig))
+    assert len(found) == sum(
+        len(fields(cls)) for cls in (Config, CacheConfig, ModelConfig, TrainConfig, SampleConfig, FidConfig)
+    )
 
 
 def test_differences_are_the_dotted_keys_whose_values_differ():

@@ -1,18 +1,22 @@
 """Pixels, datasets, and the endless order: each image once an epoch, whatever the processes and the start."""
 
+import io
 import itertools
 import math
 import re
+import zipfile
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from runtime.data import DATASETS, EndlessBatches, Folder, Images, centre_crop
+from runtime.data import DATASETS, EndlessBatches, Folder, Images, UnreadableImageError
+from runtime.folder import centre_crop, read_image
 from runtime.images import from_uint8, to_uint8
-from runtime.seeds import mix
+from runtime.seeds import mix, normal
 
 
 def test_the_two_pixel_conversions_are_inverse_for_all_256_values():
@@ -39,6 +43,46 @@ def test_mix_gives_distinct_seeds_that_torch_takes():
 def test_mix_distinguishes_the_uses_by_their_number_of_parts():
     """The order of epoch k, the noise of image k and the noise of step k on rank 0 are three streams, not one."""
     assert len({mix(7, 5), mix(7, 5, 0), mix(7, 5, 0, 0)}) == 3
+
+
+def splitmix64(state):
+    """The published generator, one number at a time, in Python's integers."""
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        yield z ^ (z >> 31)
+
+
+def test_normal_against_a_plain_version():
+    """Box-Muller of the generator's halves; the state of a position is its own number of a first generator, and so on."""
+    for seed, position in ((0, 0), (3, 1), (3, 12345)):
+        start = position * 0x9E3779B97F4A7C15 % 2**64
+        start = next(splitmix64((start - 0x9E3779B97F4A7C15) % 2**64))
+        start = next(splitmix64((start + mix(seed) - 0x9E3779B97F4A7C15) % 2**64))
+        bits = list(itertools.islice(splitmix64(start), 4))
+        u, v = (np.array([((b >> shift) % 2**32 + 0.5) / 2**32 for b in bits]) for shift in (0, 32))
+        radius = np.sqrt(-2 * np.log(u))
+        expected = np.concatenate([radius * np.cos(2 * np.pi * v), radius * np.sin(2 * np.pi * v)])[:7]
+        found = normal(seed, torch.tensor([position]), (7,))
+        np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_normal_is_a_function_of_seed_and_position_and_is_normal():
+    positions = torch.tensor([0, 7, 10**12, 3])
+    x = normal(5, positions, (4, 8, 8))
+    assert x.shape == (4, 4, 8, 8)
+    assert torch.equal(normal(5, positions[[2]], (4, 8, 8)), x[[2]])
+    assert not torch.equal(normal(6, positions, (4, 8, 8)), x)
+    z = normal(1, torch.arange(2000), (3, 41)).double()
+    n = z.numel()
+    assert abs(z.mean()) < 5 / n**0.5
+    assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    share = [float((z < edge).double().mean()) for edge in (-2, -1, 0, 1, 2)]
+    assert share == pytest.approx([0.02275, 0.15866, 0.5, 0.84134, 0.97725], abs=5 * (0.25 / n) ** 0.5)
+    correlation = np.corrcoef(z.flatten(1)[:100].numpy())  # positions beside each other
+    assert np.abs(correlation - np.eye(100)).max() < 5.5 / 123**0.5
 
 
 def keys_of(dataset):
@@ -118,7 +162,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_has_its_classes_in_alphabetical_order_and_reads_every_mode(folder):
-    data = Folder(path=str(folder), image_size=32)
+    data = Folder(images=str(folder), image_size=32)
     assert data.class_names == ["ant", "mole", "zebra"]
     assert data.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
     assert (data.num_classes, data.channels, data.flip) == (3, 3, True)
@@ -129,12 +173,13 @@ def test_a_folder_has_its_classes_in_alphabetical_order_and_reads_every_mode(fol
         assert -1 <= image.min() < image.max() <= 1
     grey = data[0, False][0]
     assert torch.equal(grey[0], grey[1])
-    rgba = centre_crop(Image.fromarray(gradient(64, 80)), 32)
-    assert (data.pixels(1) == rgba).all()  # alpha is dropped
+    white = (gradient(64, 80).astype(float) * 7 + 255.0 * 248) / 255  # alpha is 7
+    white = centre_crop(Image.fromarray(white.round().astype(np.uint8)), 32)
+    assert np.abs(data.pixels(1).astype(int) - white).max() <= 1
 
 
 def test_flipped_is_the_mirror_image(folder):
-    data = Folder(path=str(folder), image_size=32)
+    data = Folder(images=str(folder), image_size=32)
     for i in range(len(data)):
         plain, mirrored = data[i, False][0], data[i, True][0]
         assert torch.equal(mirrored, plain[:, :, range(31, -1, -1)])
@@ -189,26 +234,215 @@ def test_centre_crop_is_box_then_bicubic_then_crop(width, height):
     assert np.abs(actual - expected).max() <= 1  # Pillow computes in fixed point
 
 
+# One image
+
+
+def as_read(image, suffix="png", **options):
+    file = io.BytesIO()
+    image.save(file, format=suffix, **options)
+    file.seek(0)
+    return np.asarray(read_image(file))
+
+
+def test_sixteen_bits_are_scaled_to_eight():
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    expected = (values / 257).round()
+    for suffix in ("png", "tiff"):
+        assert (as_read(Image.fromarray(values), suffix) == expected[..., None]).all()
+
+
+def test_what_is_transparent_is_laid_on_white():
+    image = Image.fromarray(np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 100, 200, 51]]], np.uint8))
+    assert as_read(image)[0].tolist() == [[10, 20, 30], [255, 255, 255], [204, 224, 244]]
+    grey = Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8), "LA")
+    assert as_read(grey)[0].tolist() == [[10] * 3, [255] * 3]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    assert as_read(palette)[0].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert as_read(palette, transparency=1)[0].tolist() == [[1, 2, 3], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_camera_says(orientation):
+    """What was stored, turned back by the tag, is the scene; each of the eight turns by hand."""
+    scene = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    flips = {1: scene, 2: scene[:, ::-1], 3: scene[::-1, ::-1], 4: scene[::-1], 5: scene.T, 6: np.rot90(scene)}
+    stored = {**flips, 7: scene[::-1, ::-1].T, 8: np.rot90(scene, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = as_read(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    assert found[..., 0].tolist() == scene.tolist()
+
+
+def test_a_damaged_exif_does_no_harm():
+    image = Image.fromarray(gradient(8, 8))
+    assert (as_read(image, exif=b"Exif\0\0II*\0nonsense") == gradient(8, 8)).all()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
+def test_an_animation_is_no_image(suffix):
+    frames = [Image.fromarray(gradient(16, 16, shift)) for shift in (0, 90)]
+    with pytest.raises(ValueError, match=r"it is animated, or has several pages \(2\)"):
+        as_read(frames[0], suffix, save_all=True, append_images=frames[1:])
+
+
+def test_numbers_without_a_range_are_no_image():
+    with pytest.raises(ValueError, match="floating-point"):
+        as_read(Image.fromarray(np.zeros((4, 4), np.float32)), "tiff")
+    with pytest.raises(ValueError, match="reach from 0 to 70000, beyond 16 bits"):
+        as_read(Image.fromarray(np.array([[0, 70000]], np.int32)), "tiff")
+
+
+# Folders, .zip files and labels
+
+
+def write(root, names):
+    """A small image of its own for each name."""
+    for k, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(gradient(16, 16, shift=20 * k)).save(root / name)
+    return root
+
+
+def zip_of(folder, prefix=""):
+    file = folder.with_name(f"{folder.name}{len(prefix)}.zip")
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, prefix + path.relative_to(folder).as_posix())
+    return file
+
+
+def content(data):
+    return [(data.pixels(i).tobytes(), data.class_names[data.labels[i]]) for i in range(len(data))]
+
+
+def test_a_zip_holds_what_the_folder_holds(tmp_path):
+    root = write(tmp_path / "x", ["cat/1.png", "cat/deep/2.PNG", "dog/1.png", "__MACOSX/cat/1.png", ".hidden/1.png"])
+    (root / "cat" / "notes.txt").touch()
+    folder = Folder(images=str(root), image_size=16)
+    assert [label for _, label in content(folder)] == ["cat", "cat", "dog"]
+    for prefix in ("", "x/"):  # zipped inside the folder, or from outside
+        assert content(Folder(images=str(zip_of(root, prefix)), image_size=16)) == content(folder)
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "linked" / name).symlink_to(root / name)
+    assert content(Folder(images=str(tmp_path / "linked"), image_size=16)) == content(folder)
+
+
+def test_workers_read_a_zip_each_for_itself(tmp_path):
+    names = [f"{c}/{i}.png" for c in "ab" for i in range(20)]
+    data = Folder(images=str(zip_of(write(tmp_path / "x", names))), image_size=16)
+    alone = content(data)
+    loader = DataLoader(data, batch_sampler=[[(i, False)] for i in range(40)], num_workers=2)
+    assert [(to_uint8(x)[0].tobytes(), data.class_names[y]) for x, y in loader] == alone
+
+
+FLAT = ["0.png", "1.png", "sub/2.png"]
+
+
+@pytest.mark.parametrize(
+    "file, text, labels, names",
+    [
+        ("labels.json", '{"0.png": 2, "1.png": 0, "sub/2.png": 2}', [2, 0, 2], ["0", "1", "2"]),
+        ("labels.json", '{"0.png": "dog", "1.png": "cat", "sub/2.png": "dog"}', [1, 0, 1], ["cat", "dog"]),
+        ("labels.json", '{"labels": [["1.png", 0], ["sub/2.png", 1], ["0.png", 1]]}', [1, 0, 1], ["0", "1"]),
+        (
+            "labels.json",
+            '{"labels": [["1.png", 0], ["sub/2.png", 1], ["0.png", 1]], "class_names": ["dog", "cat", "emu"]}',
+            [1, 0, 1],
+            ["dog", "cat", "emu"],
+        ),
+        (
+            "labels.json",
+            '{"class_names": ["dog", "cat"], "0.png": "dog", "1.png": "cat", "sub/2.png": "dog"}',
+            [0, 1, 0],
+            ["dog", "cat"],
+        ),
+        ("labels.csv", "0.png,2\n1.png,0\nsub/2.png,2\n", [2, 0, 2], ["0", "1", "2"]),
+        (
+            "labels.csv",
+            '\ufefffile,label\r\n0.png, "big, dog"\r\n1.png,cat\r\nsub/2.png,cat',
+            [0, 1, 1],
+            ["big, dog", "cat"],
+        ),
+        ("labels.csv", "0.png,-1\n1.png,cat\nsub/2.png,cat\n", [0, 1, 1], ["-1", "cat"]),
+    ],
+)
+def test_classes_of_a_file_of_labels(tmp_path, file, text, labels, names):
+    root = write(tmp_path / "x", FLAT)
+    (root / file).write_text(text, encoding="utf-8")
+    for source in (root, zip_of(root), zip_of(root, "x/")):
+        data = Folder(images=str(source), image_size=16)
+        assert (data.labels.tolist(), data.class_names) == (labels, names)
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ('{"0.png": 0, "1.png": 1}', r"gives 'sub/2\.png' no class \(1 of 3 images have none\)"),
+        (
+            '{"0.png": 0, "1.png": 1, "sub/2.png": 1, "cat/3.png": 1}',
+            r"names 'cat/3\.png', which is not there \(1 of 4",
+        ),
+        ('{"0.png": 0, "1.png": "a", "sub/2.png": 1}', "neither all whole numbers nor all names"),
+        ('{"0.png": 0, "1.png": -1, "sub/2.png": 1}', "image 1 has label -1, but there are 2 classes"),
+        (
+            '{"labels": [["0.png", 2], ["1.png", 0], ["sub/2.png", 1]], "class_names": ["a", "b"]}',
+            "image 0 has label 2, but there are 2 classes",
+        ),
+        (
+            '{"labels": [["0.png", "c"], ["1.png", "a"], ["sub/2.png", "b"]], "class_names": ["a", "b"]}',
+            "has the class 'c', which is not one of its class_names",
+        ),
+        ('{"labels": [["0.png", 0], ["0.png", 1], ["1.png", 0], ["sub/2.png", 0]]}', "names an image twice"),
+        ("[1, 2]", "cannot be read"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_file_of_labels_that_does_not_fit(tmp_path, text, sentence):
+    (write(tmp_path, FLAT) / "labels.json").write_text(text)
+    with pytest.raises(ValueError, match=sentence):
+        Folder(images=str(tmp_path), image_size=16)
+
+
 def test_no_such_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"data\.path '.*nowhere' is not a folder"):
-        Folder(path=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match=r"data\.images '.*nowhere' is neither a folder nor a \.zip"):
+        Folder(images=str(tmp_path / "nowhere"))
+    (tmp_path / "x.zip").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"x\.zip' is not a \.zip file, or is cut short"):
+        Folder(images=str(tmp_path / "x.zip"))
 
 
 def test_a_folder_without_classes_or_with_an_empty_one(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no class folders with images: expected .*/CLASS/IMAGE"):
-        Folder(path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"holds no images \(looked for \.png .* in any letter case"):
+        Folder(images=str(tmp_path))
     Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
-    with pytest.raises(ValueError, match="holds no class folders with images"):
-        Folder(path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"images without a class, 'loose.png' and 0 more: .*or write a labels.csv"):
+        Folder(images=str(tmp_path))
+    (tmp_path / "loose.png").unlink()
+    write(tmp_path, ["full/1.png"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty"):
-        Folder(path=str(tmp_path))
+    with pytest.raises(ValueError, match=r"the class folder '.*empty' holds no images"):
+        Folder(images=str(tmp_path))
 
 
 @pytest.mark.parametrize("size", [0, -3, "abc", 2.5])
 def test_a_wrong_image_size(folder, size):
     with pytest.raises(ValueError, match=r"data\.image_size is .*; choose a whole number, at least 1"):
-        Folder(path=str(folder), image_size=size)
+        Folder(images=str(folder), image_size=size)
+
+
+@pytest.mark.parametrize("name", ["text.jpg", "nothing.png", "tiny.png"])
+def test_what_is_no_image_is_named(tmp_path, name):
+    root = write(tmp_path, ["a/good.png", f"b/{name}"])
+    if name == "tiny.png":
+        Image.new("RGB", (1, 1)).save(root / "b" / name)
+    else:
+        (root / "b" / name).write_bytes(b"hello" if name == "text.jpg" else b"")
+    data = Folder(images=str(root), image_size=16)
+    assert data.pixels(0).shape == (16, 16, 3)
+    with pytest.raises(UnreadableImageError, match=f"b/{name}' cannot be read as an image: "):
+        data.pixels(1)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -218,7 +452,7 @@ def test_a_corrupt_image_is_named(tmp_path, suffix):
     file = tmp_path / "a" / f"broken.{suffix}"
     Image.fromarray(gradient(64, 64)).save(file)
     whole = file.read_bytes()
-    data = Folder(path=str(tmp_path), image_size=32)
+    data = Folder(images=str(tmp_path), image_size=32)
     damaged = [whole[: len(whole) * k // 10] for k in range(10)]
     damaged += [whole[:k] + bytes([whole[k] ^ 0xFF]) + whole[k + 1 :] for k in range(0, len(whole), len(whole) // 80)]
     sentences = []
@@ -265,6 +499,20 @@ def test_the_shares_of_the_processes_are_the_order_of_one(processes):
     alone = batches(9, batch_size=8, flip=True)
     shares = [batches(9, batch_size=8, flip=True, rank=r, num_processes=processes) for r in range(processes)]
     assert [list(itertools.chain(*parts)) for parts in zip(*shares, strict=True)] == alone
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_positions_are_where_the_images_stand(processes):
+    options = {"num_images": 10, "seed": 3, "flip": True, "start": 2}
+    alone = EndlessBatches(batch_size=1, **{**options, "start": 0}, rank=0, num_processes=1)
+    order = [batch[0] for batch in itertools.islice(alone, 60)]
+    seen = []
+    for rank in range(processes):
+        batches_of_rank = EndlessBatches(batch_size=4, **options, rank=rank, num_processes=processes)
+        for number, batch in zip(range(2, 8), batches_of_rank, strict=False):
+            assert batch == [order[p] for p in batches_of_rank.positions(number)]
+            seen += batches_of_rank.positions(number)
+    assert sorted(seen) == list(range(8, 32))
 
 
 def test_flips_are_half_and_a_function_of_seed_and_position():

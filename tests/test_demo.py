@@ -103,7 +103,7 @@ def test_other_settings_in_the_same_run_folder_are_not_passed_over(workplace, ca
 
 def test_other_data_is_sent_to_train(workplace, capsys):
     with pytest.raises(SystemExit) as stop:
-        demo.__main__.main([*SMALL, "--data", "{name: folder, path: images}"])
+        demo.__main__.main([*SMALL, "--data", "{name: folder, images: images}"])
     assert stop.value.code == 2
     assert "data.name is 'folder'; the demo knows ['digits', 'mnist']" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:

@@ -1,21 +1,31 @@
 """Codecs and the cache: one scale, read from the autoencoder's config, and latents on disk that are those of the images."""
 
+import errno
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import build
 import cache_latents
+import fid.__main__
+import runtime.encode
 import sample
 import train
-from runtime.config import Config, parse
-from runtime.data import DATASETS
-from runtime.latents import CachedLatents, PixelCodec, VAECodec, draw, write_cache
+from runtime.codecs import PixelCodec, VAECodec, draw
+from runtime.config import parse
+from runtime.latents import LatentDataset
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -82,17 +92,69 @@ def test_draws_have_the_moments():
     mean, std = torch.tensor([0.5, -1.0]), torch.tensor([0.1, 2.0])
     n = 20_000
     moments = torch.cat([mean, std]).reshape(1, 4, 1, 1).expand(n, 4, 1, 1)
-    z = draw(moments).flatten(1)
+    z = draw(moments, 2, 0, torch.arange(n)).flatten(1)
     assert z.shape == (n, 2)
     assert ((z.mean(0) - mean).abs() < 5 * std / n**0.5).all()
     assert ((z.std(0) - std).abs() < 5 * std / (2 * n) ** 0.5).all()
     assert abs(np.corrcoef(z.T)[0, 1]) < 5 / n**0.5
 
 
+def test_a_draw_is_a_function_of_seed_position_and_moments():
+    moments = torch.rand(6, 8, 3, 3).half()
+    z = draw(moments, 4, 7, torch.arange(10, 16))
+    assert torch.equal(draw(moments[2:5], 4, 7, torch.arange(12, 15)), z[2:5])
+    assert not torch.equal(draw(moments, 4, 8, torch.arange(10, 16)), z)
+    assert not torch.equal(draw(moments, 4, 7, torch.arange(6)), z)
+    assert z.dtype == torch.float32
+
+
+def test_a_tiny_autoencoder_has_no_posterior(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    tiny = AutoencoderTiny(**sizes, **blocks, scaling_factor=0.5, shift_factor=0.1).eval()
+    tiny.save_pretrained(tmp_path)
+    codec = VAECodec(3, path=str(tmp_path))
+    assert (codec.channels, codec.downsample, codec.posterior, codec.identity["kind"]) == (
+        4,
+        4,
+        False,
+        "AutoencoderTiny",
+    )
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        z = tiny.encode(images).latents
+        latents = codec.moments(images)
+        torch.testing.assert_close(latents, (z - 0.1) * 0.5)
+        torch.testing.assert_close(codec.decode(latents), tiny.decode(z).sample)
+    assert torch.equal(draw(latents, 4, 0, torch.arange(2)), latents)
+
+
+def test_codecs_know_themselves(tmp_path):
+    autoencoder(scaling_factor=0.7).save_pretrained(tmp_path / "a")
+    autoencoder(scaling_factor=0.7).save_pretrained(tmp_path / "moved")
+    autoencoder(scaling_factor=0.8).save_pretrained(tmp_path / "scaled")
+    other = autoencoder(scaling_factor=0.7)
+    other.encoder.conv_in.bias.data += 1e-6
+    other.save_pretrained(tmp_path / "other")
+    a, moved, scaled, other = (VAECodec(3, path=str(tmp_path / n)).identity for n in ("a", "moved", "scaled", "other"))
+    assert a == moved
+    assert a["weights"] == scaled["weights"] != other["weights"]
+    assert a["scale"] != scaled["scale"]
+
+
+def test_another_kind_of_autoencoder_is_named(tmp_path):
+    autoencoder().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderDC"}))
+    with pytest.raises(FileNotFoundError, match="it is a AutoencoderDC, not one of AutoencoderKL, AutoencoderTiny"):
+        VAECodec(3, path=str(tmp_path))
+
+
 def test_pixels_are_their_own_latents():
     codec, images = PixelCodec(3), torch.rand(2, 3, 4, 4)
-    assert (codec.channels, codec.downsample) == (3, 1)
-    assert torch.equal(draw(codec.moments(images)), images)
+    assert (codec.channels, codec.downsample, codec.posterior) == (3, 1, False)
+    assert torch.equal(draw(codec.moments(images), 3, 0, torch.arange(2)), images)
     assert torch.equal(codec.decode(images), images)
 
 
@@ -141,9 +203,9 @@ def vae(tmp_path):
 
 def settings(tmp_path, *extra, flip=True):
     small = "--process.name flow --model.hidden_size 16 --model.depth 1 --model.num_heads 2 --model.patch_size 2 "
-    small += "--train.num_steps 4 --train.batch_size 4 --train.num_workers 0 --sample.rows 1 "
-    small += "--sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3"
-    data = f"{{name: folder, path: {tmp_path / 'images'}, image_size: 16, flip: {str(flip).lower()}}}"
+    small += "--train.num_steps 4 --train.batch_size 4 --train.num_workers 0 --sample.rows 1 --cache.shard_size 5 "
+    small += "--sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3 --cache.batch_size 3"
+    data = f"{{name: folder, images: {tmp_path / 'images'}, image_size: 16, flip: {str(flip).lower()}}}"
     codec = f"{{name: vae, path: {tmp_path / 'vae'}}}"
     parts = ["--run_dir", str(tmp_path / "run"), "--data", data, "--codec", codec]
     return [*small.split(), *parts, *map(str, extra)]
@@ -151,9 +213,16 @@ def settings(tmp_path, *extra, flip=True):
 
 def sentence(capsys, main, argv):
     with pytest.raises(SystemExit) as stop:
-        main(argv)
+        main([*map(str, argv)])
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+# What a cache holds
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -161,98 +230,113 @@ def test_the_cache_holds_what_encoding_gives(tmp_path, images, vae, flip, capsys
     where = tmp_path / "cache"
     argv = settings(tmp_path, "--latents", where, flip=flip)
     cache_latents.main(argv)
-    assert f"wrote 12 latents{' and their mirror images' * flip} to" in capsys.readouterr().out
-    config = parse(Config, argv, prog="", description="")
-    cached, direct = build.build_latents(config), build.build_images(config)
+    printed = capsys.readouterr().out
+    assert f"wrote 12 latents{' and their mirror images' * flip} to" in printed
+    assert "3 shards" in printed
+    config = parse(cache_latents.Arguments, argv, prog="", description="")
+    cached, direct = LatentDataset(str(where)), build.build_images(config)
     codec = build.build_codec(config, 3)
     assert (len(cached), cached.flip, cached.image_size, cached.channels) == (12, flip, 16, 3)
     assert cached.class_names == direct.class_names == ["down", "left", "right", "up"]
     assert build.shape_of(cached) == build.shape_of(direct)
+    total = []
     for mirrored in (False, True)[: 1 + flip]:
         for i in range(12):
             moments, label = cached[i, mirrored]
             image, same = direct[i, mirrored]
             assert label == same
-            torch.testing.assert_close(moments, codec.moments(image[None])[0], rtol=1e-4, atol=1e-5)
+            assert moments.dtype == torch.float16
+            expected = codec.moments(image[None])[0]
+            torch.testing.assert_close(moments.float(), expected, rtol=1e-3, atol=1e-4)
+            total.append(expected)
     if flip:
         assert (cached[0, False][0] - cached[0, True][0]).abs().max() > 1e-3
     assert not (tmp_path / "cache.partial").exists()
+    assert set(files_of(where)) == {"labels.npy", "manifest.json", *(f"shard-{k:05d}.npy" for k in range(3))}
 
-    written = (where / "latents.npy").stat().st_mtime_ns
+    mean, std = torch.stack(total).chunk(2, dim=1)  # (N, C, h, w)
+    manifest = cached.manifest
+    variance = mean.var(dim=(0, 2, 3), correction=0) + std.square().mean(dim=(0, 2, 3))  # of a draw
+    np.testing.assert_allclose(manifest["mean"], mean.mean(dim=(0, 2, 3)), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(manifest["std"], variance.sqrt(), rtol=1e-3)
+    assert manifest["class_counts"] == dict.fromkeys(cached.class_names, 3)
+    assert [shard["num_images"] for shard in manifest["shards"]] == [5, 5, 2]
+
+    before = files_of(where)
     cache_latents.main(argv)
     assert "nothing to do" in capsys.readouterr().out
-    assert (where / "latents.npy").stat().st_mtime_ns == written
+    assert files_of(where) == before
 
 
-def test_a_cache_of_something_else_is_refused(tmp_path, images, vae, capsys):
-    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+def test_one_draw_for_ever_where_moments_are_not_kept(tmp_path, images, vae):
+    argv = settings(tmp_path)
+    cache_latents.main([*argv, "--latents", str(tmp_path / "moments")])
+    cache_latents.main([*argv, "--latents", str(tmp_path / "drawn"), "--cache.moments", "false", "--seed", "3"])
+    moments, drawn = (LatentDataset(str(tmp_path / name)) for name in ("moments", "drawn"))
+    for i, flip in ((0, False), (0, True), (11, True)):
+        expected = draw(moments[i, flip][0][None], 4, 3, torch.tensor([2 * i + flip]))[0]
+        assert drawn[i, flip][0].shape == (4, 8, 8)
+        torch.testing.assert_close(drawn[i, flip][0].float(), expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(drawn.manifest["std"], moments.manifest["std"], rtol=0.05)
+    train.main([*argv, "--latents", str(tmp_path / "drawn")])
+
+
+def test_a_packaged_data_set_without_an_autoencoder(tmp_path, capsys):
+    argv = ["--process.name", "flow", "--data.name", "digits", "--codec.name", "pixels", "--cache.shard_size", "500"]
+    argv += ["--run_dir", str(tmp_path / "run"), "--latents", str(tmp_path / "cache")]
     cache_latents.main(argv)
-    for other in (["--data.image_size", 32], ["--codec.path", tmp_path / "another"]):
-        for main in (train.main, cache_latents.main):
-            text = sentence(capsys, main, [*argv, *map(str, other)])
-            assert "were made from" in text
-            assert "choose another folder and run cache_latents.py again" in text
-    assert not (tmp_path / "run").exists()
+    cached = LatentDataset(str(tmp_path / "cache"))
+    config = parse(cache_latents.Arguments, argv, prog="", description="")
+    digits = build.build_images(config)
+    assert len(cached) == len(digits) == 1297
+    for i in (0, 499, 500, 1296):
+        torch.testing.assert_close(cached[i, False][0].float(), digits[i, False][0], atol=5e-4, rtol=0)
+        assert cached[i, False][1] == digits[i, False][1]
+    cache_latents.main([*argv, "--check"])
+    assert "0.0 grey levels apart" in capsys.readouterr().out
 
 
-def test_the_cache_needs_a_name(tmp_path, images, vae, capsys):
-    assert "name the folder to write, --latents FOLDER" in sentence(capsys, cache_latents.main, settings(tmp_path))
+def test_two_processes_write_the_bytes_of_one(tmp_path, images, vae):
+    (images / "left" / "1.png").write_bytes(b"no image")
+    argv = settings(tmp_path, "--cache.on_error", "skip")
+    cache_latents.main([*argv, "--latents", str(tmp_path / "one")])
+    script = [str(Path(cache_latents.__file__)), *argv, "--latents", str(tmp_path / "two")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29621", *script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("script", [train, cache_latents], ids=["train", "cache_latents"])
-def test_a_corrupt_image_is_named_whoever_reads_it(tmp_path, images, vae, capsys, script, workers):
-    (images / "up" / "1.png").write_bytes(b"no image")
-    argv = settings(tmp_path, "--train.num_workers", workers)
-    argv += ["--latents", str(tmp_path / "cache")] if script is cache_latents else []
-    text = sentence(capsys, script.main, argv)
-    assert "up/1.png' cannot be read as an image" in text
-    assert f"{script.__name__}.py: " in text
+# Reading
 
 
-def test_an_interrupted_cache_is_not_there(tmp_path, images):
-    """Encoding stops half-way: no cache, nothing that could be taken for one; the next try begins anew."""
-    data = DATASETS["folder"](path=str(images), image_size=16)
-    codec, calls = PixelCodec(3), []
-
-    def stops(x):
-        calls.append(len(x))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return codec.moments(x)
-
-    where = tmp_path / "cache"
-    with pytest.raises(KeyboardInterrupt):
-        write_cache(str(where), data, stops, {}, batch_size=5, workers=0)
-    assert not where.exists()
-    with pytest.raises(FileNotFoundError, match="make it with: python cache_latents"):
-        CachedLatents(str(where), {})
-    with pytest.raises(ValueError, match=r"is not a folder made by cache_latents\.py"):
-        CachedLatents(f"{where}.partial", {})
-    write_cache(str(where), data, codec.moments, {}, batch_size=5, workers=0)
-    assert len(CachedLatents(str(where), {})) == 12
+def test_workers_map_the_file_and_get_no_copy_of_it(tmp_path, images, vae):
+    cache_latents.main(settings(tmp_path, "--latents", tmp_path / "cache"))
+    cached = LatentDataset(str(tmp_path / "cache"))
+    alone = [cached[i, bool(i % 2)] for i in range(12)]
+    assert len(pickle.dumps(cached)) < 5000  # not what it has mapped
+    order = [[(i, bool(i % 2)) for i in range(k, k + 4)] for k in (0, 4, 8)]
+    for context in ("fork", "spawn"):
+        loader = DataLoader(cached, batch_sampler=order, num_workers=2, multiprocessing_context=context)
+        batches = list(loader)
+        assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([x for x, _ in alone]))
+        assert torch.cat([y for _, y in batches]).tolist() == [y for _, y in alone]
+    cached[3, False][0].zero_()  # a writable view of a private map
+    assert LatentDataset(str(tmp_path / "cache"))[3, False][0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("missing", ["cache.json", "labels.npy", "latents.npy", "flipped.npy"])
-@pytest.mark.parametrize("how", ["missing", "empty", "cut"])
-def test_an_incomplete_cache_is_named(tmp_path, images, missing, how):
-    data = DATASETS["folder"](path=str(images), image_size=8)
-    where = tmp_path / "cache"
-    write_cache(str(where), data, PixelCodec(3).moments, {}, batch_size=5, workers=0)
-    file = where / missing
-    content = file.read_bytes()
-    file.unlink() if how == "missing" else file.write_bytes(b"" if how == "empty" else content[: len(content) - 10])
-    with pytest.raises(ValueError, match=r"is not a folder made by cache_latents\.py"):
-        CachedLatents(str(where), {})
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", '{"arrays": ["latents"]}'])
-def test_a_folder_with_another_record_is_not_a_cache(tmp_path, images, content):
-    data = DATASETS["folder"](path=str(images), image_size=8)
-    write_cache(str(tmp_path / "cache"), data, PixelCodec(3).moments, {}, batch_size=5, workers=0)
-    (tmp_path / "cache" / "cache.json").write_text(content)
-    with pytest.raises(ValueError, match=r"is not a folder made by cache_latents\.py"):
-        CachedLatents(str(tmp_path / "cache"), {})
+def test_the_same_run_with_and_without_the_cache(tmp_path, images, vae):
+    """The cache changes rounding only: that of float16, and of the encoder in other batches."""
+    losses = []
+    for name, extra in (("direct", []), ("cached", ["--latents", tmp_path / "cache"])):
+        argv = settings(tmp_path, "--train.log_every", 1, *extra, "--run_dir", tmp_path / name)
+        if extra:
+            cache_latents.main(argv)
+        train.main(argv)
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        losses.append([json.loads(line)["loss"] for line in text.splitlines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -279,14 +363,231 @@ def test_from_a_folder_of_images_to_samples(tmp_path, images, vae, cached):
             assert (arrays["arr_0"] == images_before).all()
 
 
-def test_the_same_run_with_and_without_the_cache(tmp_path, images, vae):
-    """The cache changes the rounding of the encoder only: batches of 64 at once, not of 4."""
-    losses = []
-    for name, extra in (("direct", []), ("cached", ["--latents", tmp_path / "cache"])):
-        argv = settings(tmp_path, "--train.log_every", 1, *extra, "--run_dir", tmp_path / name)
-        if extra:
-            cache_latents.main(argv)
-        train.main(argv)
-        text = (tmp_path / name / "metrics.jsonl").read_text()
-        losses.append([json.loads(line)["loss"] for line in text.splitlines()])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+def test_a_cache_and_an_autoencoder_may_move(tmp_path, images, vae):
+    cache_latents.main(settings(tmp_path, "--latents", tmp_path / "cache"))
+    shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
+    shutil.copytree(vae, tmp_path / "copy")
+    argv = settings(tmp_path, "--latents", tmp_path / "elsewhere", "--codec.path", tmp_path / "copy")
+    train.main([*map(str, argv)])
+
+
+# What is refused
+
+
+def test_the_cache_needs_a_name(tmp_path, images, vae, capsys):
+    assert "name the folder to write, --latents FOLDER" in sentence(capsys, cache_latents.main, settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "other, text",
+    [
+        (["--data.image_size", 32], "data.image_size 16 (needed: 32)"),
+        (["--data.flip", "false"], "data.flip True (needed: False)"),
+        (["--codec.path", "other"], "codec.weights "),
+        (["--codec.path", "scaled"], "codec.scale [0.69"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(tmp_path, images, vae, capsys, monkeypatch, other, text):
+    monkeypatch.chdir(tmp_path)
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    another = autoencoder(scaling_factor=0.7)
+    another.encoder.conv_in.bias.data += 1
+    another.save_pretrained("other")
+    autoencoder(scaling_factor=0.3).save_pretrained("scaled")
+    for main in (train.main, cache_latents.main):
+        found = sentence(capsys, main, [*argv, *other])
+        assert f"were made with {text}" in found
+        assert "choose another folder and run cache_latents.py again" in found
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_were_added_are_seen(tmp_path, images, vae, capsys):
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    shutil.copy(images / "up" / "1.png", images / "up" / "9.png")
+    assert "were made with images " in sentence(capsys, cache_latents.main, argv)
+    train.main(argv)  # which does not look at them
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", [train, cache_latents], ids=["train", "cache_latents"])
+def test_a_corrupt_image_is_named_whoever_reads_it(tmp_path, images, vae, capsys, script, workers):
+    (images / "up" / "1.png").write_bytes(b"no image")
+    argv = settings(tmp_path, "--train.num_workers", workers)
+    argv += ["--latents", str(tmp_path / "cache")] if script is cache_latents else []
+    text = sentence(capsys, script.main, argv)
+    assert "up/1.png' cannot be read as an image" in text
+    assert f"{script.__name__}.py: " in text
+
+
+def test_unreadable_images_are_left_out_where_that_is_asked_for(tmp_path, images, vae, capsys):
+    for name in ("down/0.png", "up/2.png"):  # the first and the last
+        (images / name).write_bytes(b"no image")
+    for name in (f"right/{i}.png" for i in range(3)):  # a whole class
+        (images / name).write_bytes(b"")
+    argv = settings(tmp_path, "--latents", tmp_path / "cache", "--cache.on_error", "skip")
+    cache_latents.main(argv)
+    assert "5 skipped" in capsys.readouterr().out
+    cached = LatentDataset(str(tmp_path / "cache"))
+    assert Counter(cached.labels.tolist()) == {0: 2, 1: 3, 3: 2}
+    assert cached.manifest["class_counts"] == {"down": 2, "left": 3, "right": 0, "up": 2}
+    assert [skip["index"] for skip in cached.manifest["skipped"]] == [0, 6, 7, 8, 11]
+    assert "down/0.png' cannot be read" in cached.manifest["skipped"][0]["why"]
+    codec = VAECodec(3, path=str(vae))
+    config = parse(cache_latents.Arguments, argv, prog="", description="")
+    direct = build.build_images(config)
+    for j, i in enumerate((1, 2, 3, 4, 5, 9, 10)):
+        expected = codec.moments(direct[i, True][0][None])[0]
+        torch.testing.assert_close(cached[j, True][0].float(), expected, rtol=1e-3, atol=1e-4)
+    cache_latents.main([*argv, "--check"])
+    assert "7 latents of 4 classes, 3 shards, 5 images skipped" in capsys.readouterr().out
+
+
+def test_no_readable_image_at_all(tmp_path, images, vae, capsys):
+    for file in images.rglob("*.png"):
+        file.write_bytes(b"")
+    argv = settings(tmp_path, "--latents", tmp_path / "cache", "--cache.on_error", "skip")
+    assert "none of the 12 images could be read" in sentence(capsys, cache_latents.main, argv)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("what", ["a size that does not fit", "a file in the way", "too small a disk"])
+def test_what_stops_it_before_the_work(tmp_path, images, vae, capsys, monkeypatch, what):
+    argv, text = settings(tmp_path, "--latents", tmp_path / "cache"), "choose a multiple"
+    if what == "a size that does not fit":
+        argv += ["--data.image_size", "17"]
+    elif what == "a file in the way":
+        argv[-1], text = str(vae / "config.json" / "cache"), "cannot make the folder"
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5000))
+        text = "where 0.0 GB are free"
+    monkeypatch.setattr(runtime.encode.CacheWriter, "run", None)
+    assert text in sentence(capsys, cache_latents.main, argv)
+
+
+# Interruptions and damage
+
+
+def stop_after(monkeypatch, num, error):
+    """The next cache stops with `error` after `num` shards."""
+    write, done = runtime.encode.np.save, []
+
+    def save(file, array):
+        if len(done) == num:
+            file.write(b"half")
+            raise error
+        done.append(array)
+        write(file, array)
+
+    monkeypatch.setattr(runtime.encode.np, "save", save)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interrupted_cache_goes_on_at_the_first_missing_shard(tmp_path, images, vae, capsys, monkeypatch, error):
+    argv = settings(tmp_path)
+    cache_latents.main([*argv, "--latents", str(tmp_path / "whole")])
+    where, partial = tmp_path / "cache", tmp_path / "cache.partial"
+    argv += ["--latents", str(where)]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, error)
+        if isinstance(error, OSError):
+            assert "cannot write '" in sentence(capsys, cache_latents.main, argv)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                cache_latents.main(argv)
+    assert not where.exists()
+    assert {file.name for file in partial.iterdir()} == {
+        "settings.json",
+        *(f"shard-0000{k}.{suffix}" for k in (0, 1) for suffix in ("npy", "json")),
+    }
+    with pytest.raises(ValueError, match=r"is not a folder made by cache_latents\.py"):
+        LatentDataset(str(partial))
+    assert "holds unfinished latents made with" in sentence(capsys, cache_latents.main, [*argv, "--data.flip", "false"])
+    before = (partial / "shard-00001.npy").stat().st_mtime_ns
+    cache_latents.main(argv)
+    assert (where / "shard-00001.npy").stat().st_mtime_ns == before
+    assert files_of(where) == files_of(tmp_path / "whole")
+
+
+def test_a_folder_that_is_something_else_is_not_touched(tmp_path, images, vae, capsys):
+    (tmp_path / "cache.partial").mkdir()
+    (tmp_path / "cache.partial" / "mine").touch()
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    assert "is there already and was not made by cache_latents.py" in sentence(capsys, cache_latents.main, argv)
+    (tmp_path / "cache").mkdir()
+    assert "is not a folder made by cache_latents.py" in sentence(capsys, cache_latents.main, argv)
+    assert (tmp_path / "cache.partial" / "mine").exists()
+
+
+def test_check_reads_everything(tmp_path, images, vae, capsys):
+    where = tmp_path / "cache"
+    argv = [*map(str, settings(tmp_path, "--latents", where))]
+    cache_latents.main(argv)
+    cache_latents.main([*argv, "--check"])
+    printed = capsys.readouterr().out
+    assert "12 latents of 4 classes, 3 shards, 0 images skipped; checksums and counts are right" in printed
+    with Image.open(where / "check.png") as picture:
+        assert picture.size[0] > 8 * 64
+    assert LatentDataset(str(where))[0, False]  # the picture does no harm
+    shard = where / "shard-00001.npy"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1000] + bytes([content[-1000] ^ 1]) + content[-999:])
+    assert "shard-00001.npy has another checksum" in sentence(capsys, cache_latents.main, [*argv, "--check"])
+    array = np.load(shard)
+    array[2, 0, 0, 0, 0] = np.nan
+    np.save(shard, array)
+    manifest = json.loads((where / "manifest.json").read_text())
+    manifest["shards"][1]["sha256"] = runtime.encode.sha256_of(shard)
+    (where / "manifest.json").write_text(json.dumps(manifest))
+    assert "numbers that are not finite" in sentence(capsys, cache_latents.main, [*argv, "--check"])
+
+
+@pytest.mark.parametrize("part", ["manifest.json", "labels.npy", "shard-00001.npy"])
+@pytest.mark.parametrize("how", ["missing", "empty", "cut"])
+def test_an_incomplete_cache_is_named(tmp_path, images, vae, part, how):
+    cache_latents.main(settings(tmp_path, "--latents", tmp_path / "cache"))
+    file = tmp_path / "cache" / part
+    content = file.read_bytes()
+    file.unlink() if how == "missing" else file.write_bytes(b"" if how == "empty" else content[: len(content) - 10])
+    with pytest.raises(ValueError, match=r"is not a folder made by cache_latents\.py|are damaged: shard-00001.npy"):
+        LatentDataset(str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"settings": {"class_names": []}}'])
+def test_a_folder_with_another_manifest_is_not_a_cache(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"is not a folder made by cache_latents\.py"):
+        LatentDataset(str(tmp_path))
+
+
+# Your own images, from the folder to the distance
+
+
+def test_the_recipe_for_ones_own_images(tmp_path, vae, monkeypatch, capsys):
+    """Seven classes of different counts and sizes -> cache -> training -> grid -> reference -> distance."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    counts = {"ant": 5, "bee": 9, "cat": 3, "dog": 12, "emu": 7, "fox": 4, "gnu": 10}
+    for name, count in counts.items():
+        Path("images", name).mkdir(parents=True)
+        for i in range(count):
+            size = rng.integers(20, 90, 2)
+            Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+                f"images/{name}/{i}.{'png' if i % 2 else 'jpg'}"
+            )
+    fid.Classifier(num_classes=7, image_size=16).eval().save("judge.safetensors")
+    argv = [*settings(tmp_path), "--latents", "latents"]
+    cache_latents.main(argv)
+    assert LatentDataset("latents").manifest["class_counts"] == counts
+    train.main(argv)
+    with Image.open("run/previews/step-00000004.png") as picture:
+        assert picture.size[0] > 7 * 64  # a column a class
+    judge = ["--extractor", "classifier", "--weights", "judge.safetensors"]
+    fid.__main__.main(["stats", "images", "--crop", "16", "--out", "ref.npz", *judge, "--quiet"])
+    names = ["--fid_extractor", "classifier", "--fid_weights", "judge.safetensors"]
+    sample.main(["--checkpoint", "run", "--num", "20", "--fid", "ref.npz", *names])
+    assert "Frechet distance" in capsys.readouterr().out
+    record = json.loads(next(Path("run").glob("fid-step-*.json")).read_text())
+    assert record["reference"]["num_images"] == sum(counts.values())
+    assert record["num_samples"] == 20

@@ -11,8 +11,8 @@ import torch
 import build
 import dit_vca
 import fid
+import runtime.codecs
 import runtime.data
-import runtime.latents
 import sit_vca
 import vca
 from runtime.config import Config, parse
@@ -84,7 +84,7 @@ def test_every_config_builds_its_model_process_and_sampler(file):
         "folder": (config.data.get("image_size", 256), 3, 1000),
     }[name]
     assert set(config.data) - {"name"} <= set(vca.options_of(runtime.data.DATASETS[name]))
-    if config.codec["name"] == "pixel":
+    if config.codec["name"] == "pixels":
         codec = build.build_codec(config, channels)
     else:
         assert config.codec["path"]
@@ -118,7 +118,7 @@ REGISTRIES = {
     "diffusion SAMPLERS": dit_vca.SAMPLERS,
     "BETAS": dit_vca.BETAS,
     "DATASETS": runtime.data.DATASETS,
-    "CODECS": runtime.latents.CODECS,
+    "CODECS": runtime.codecs.CODECS,
     "EXTRACTORS": fid.EXTRACTORS,
     "METRICS": {name: metric.compute for name, metric in fid.METRICS.items()},
     "PROCESSES": {name: process for name, (process, _) in build.PROCESSES.items()},

@@ -17,7 +17,7 @@ import train
 from runtime import sink as sinks
 
 SMALL = (
-    "--data.name digits --codec.name pixel --process.name flow --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
+    "--data.name digits --codec.name pixels --process.name flow --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
     "--train.batch_size 8 --train.num_steps 30 --train.lr 1e-2 --train.num_workers 0 --train.ema_decay 0.5 "
     "--sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3 --sample.rows 1"
 )
@@ -242,7 +242,7 @@ def test_a_damaged_record_of_the_settings_is_named(sentence, draw, tmp_path):
         (["--sampler.steps", 5], "takes no 'steps'"),
         (["--sampler.num_steps", 1], "num_steps is 1"),
         (["--cfg_scale", 2, "--guided_channels", 2], "guided_channels is 2; the latents have 1"),
-        (["--vae", "somewhere"], "--vae is given, but this run's codec is 'pixel'"),
+        (["--vae", "somewhere"], "--vae is given, but this run's codec is 'pixels'"),
         (["--classs", "[1]"], "did you mean 'classes'?"),
         (["--labels", "balance"], "did you mean 'balanced'?"),
         (["--device", "gpu"], "choose one of ['auto', 'cuda', 'cpu']"),

@@ -28,7 +28,7 @@ ROOT = Path(train.__file__).parent
 FLOW = "--process.name flow --sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3"
 DIFFUSION = "--process.name diffusion --sample.sampler.name ddpm --sample.sampler.num_steps 3"
 SMALL = (
-    "--data.name digits --codec.name pixel --model.hidden_size 16 --model.depth 2 --model.num_heads 2 --sample.rows 1 "
+    "--data.name digits --codec.name pixels --model.hidden_size 16 --model.depth 2 --model.num_heads 2 --sample.rows 1 "
     "--train.batch_size 8 --train.lr 1e-2 --train.num_workers 0 --train.log_every 1 --train.ema_decay 0.9"
 )
 
@@ -274,7 +274,7 @@ MISTAKES = [
     ("--sample.cfg_scale 2 --sample.guided_channels 2", "guided_channels is 2"),
     ("--data.name digit", "did you mean 'digits'?"),
     ("--data.split validation", "data.split is 'validation'"),
-    ("--codec.name pixels", "did you mean 'pixel'?"),
+    ("--codec.name pixel", "did you mean 'pixels'?"),
     ("--train.accumulate 3", "train.batch_size 8 is not a multiple of train.accumulate 3"),
     ("--latents nowhere", "latents 'nowhere' is not a folder; make it with: python cache_latents.py"),
 ]

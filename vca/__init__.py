@@ -6,7 +6,7 @@ Imports torch only and is usable alone: `from vca import VisualContrastAttention
 from vca.attention import Differential, VisualContrastAttention, lambda_init
 from vca.baseline import DifferentialAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
-from vca.registry import build, lookup, options_of
+from vca.registry import build, defaults_of, lookup, options_of
 from vca.transformer import ATTENTIONS, SIZES, Transformer, parse_size
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Transformer",
     "VisualContrastAttention",
     "build",
+    "defaults_of",
     "lambda_init",
     "lookup",
     "options_of",

@@ -34,6 +34,12 @@ def options_of(entry: Callable[..., Any]) -> list[str]:
     return sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
+def defaults_of(entry: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a class or function that have a default, with that."""
+    parameters = inspect.signature(entry).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
+
+
 def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str, *args: Any, **given: Any) -> Any:
     """Call the entry that `spec` names with `args`, the options in `spec`, and `given`.
 

@@ -1,0 +1,245 @@
+"""Encoding images into a cache of latents: by any number of processes, shard by shard, to be gone on with at any time.
+
+Until it is complete the cache is FOLDER.partial: settings.json, and for each finished shard its .npy and a .json beside it
+that is written last. A shard has its name only when it is whole.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from runtime.codecs import draw
+from runtime.config import CacheConfig, differences
+from runtime.data import Images, UnreadableImageError
+from runtime.files import write_text, written_aside
+from runtime.latents import LABELS, MANIFEST, file_size, sha256_of
+from runtime.stop import leave_process_group
+
+VERSION = 1  # of the format
+SETTINGS = "settings.json"
+INFORMATIVE = ("source", "codec_path")  # settings that say where things were: they may move
+
+
+class CacheWriter:
+    """Makes a cache of latents; see `runtime.latents` for what is in it.
+
+    Every process makes one, and calls `run`. Shards are shared out; each is encoded by one process in batches of one
+    size, so that its bytes do not depend on the number of processes.
+
+    Args:
+        path: Folder to make.
+        images: The data.
+        codec: On its device.
+        settings: What the latents are made of, JSON values; an unfinished cache is gone on with if they are the same.
+        options: How.
+        seed: Of the latents that are drawn if moments are not kept.
+        num_workers: Processes that read images, for each encoding process.
+        state: The processes.
+
+    Raises:
+        ValueError: Images that the codec cannot encode, or an unfinished cache of something else.
+        OSError: The folder cannot be made, or the disk is too small.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        images: Images,
+        codec: Any,
+        settings: dict[str, Any],
+        options: CacheConfig,
+        *,
+        seed: int,
+        num_workers: int,
+        state: PartialState,
+    ) -> None:
+        if images.image_size % codec.downsample:
+            raise ValueError(
+                f"data.image_size is {images.image_size}; the codec divides it by {codec.downsample}, so choose a multiple."
+            )
+        self.folder, self.images, self.codec, self.settings = Path(path), images, codec, settings
+        self.options, self.seed, self.num_workers, self.state = options, seed, num_workers, state
+        self.partial = self.folder.with_name(self.folder.name + ".partial")
+        self.starts = range(0, len(images), options.shard_size)
+        K, h, w = codec.moments(torch.zeros(1, images.channels, *[images.image_size] * 2, device=state.device)).shape[
+            1:
+        ]
+        self.shape = (1 + images.flip, K if options.moments else codec.channels, h, w)
+        self.missing = [k for k in range(len(self.starts)) if not self._record(k).is_file()]
+        if state.is_main_process:
+            self._begin()
+        state.wait_for_everyone()
+
+    def run(self) -> dict[str, Any]:
+        """Encodes what is missing, and makes the cache complete; gives its manifest. Collective."""
+        mine = self.missing[self.state.process_index :: self.state.num_processes]
+        done = len(self.images) - sum(len(self.indices(k)) for k in self.missing)
+        bar = tqdm(
+            desc="encode", unit="image", total=len(self.images), initial=done, disable=not self.state.is_main_process
+        )
+        read = self._read(mine)
+        for shard in mine:
+            rows, skipped = [], []
+            for batch in self._batches(shard):
+                pixels, why = next(read)
+                skipped += [(i, text) for i, text in zip(batch, why, strict=True) if text]
+                if len(pixels):
+                    rows.append(self._encode(pixels, [i for i, text in zip(batch, why, strict=True) if not text]))
+                bar.update(min(len(batch) * self.state.num_processes, len(self.images) - bar.n))
+            self._write(shard, np.concatenate(rows or [np.zeros((0, *self.shape), np.float16)]), skipped)
+        bar.close()
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self._finish()
+        self.state.wait_for_everyone()
+        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+
+    def _begin(self) -> None:
+        """Makes the folder, or checks that the unfinished one is of the same latents, and that the disk is large enough."""
+        file = self.partial / SETTINGS
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot make the folder '{self.partial}': {error}") from error
+        if file.is_file():
+            old = json.loads(file.read_text(encoding="utf-8"))
+            if found := differences(
+                *({k: v for k, v in s.items() if k not in INFORMATIVE} for s in (old, self.settings))
+            ):
+                text = ", ".join(f"{key} {a!r} (now {b!r})" for key, (a, b) in found.items())
+                raise ValueError(
+                    f"'{self.partial}' holds unfinished latents made with {text}; remove it, or choose another folder."
+                )
+        elif any(self.partial.iterdir()):
+            raise ValueError(f"'{self.partial}' is there already and was not made by cache_latents.py; remove it.")
+        write_text(file, json.dumps(self.settings))
+        needed = sum(file_size((len(self.indices(k)), *self.shape)) for k in self.missing)
+        free = shutil.disk_usage(self.partial).free
+        if needed > free:
+            raise OSError(
+                f"the latents need {needed / 1e9:.1f} GB more in '{self.partial}', where {free / 1e9:.1f} GB are free."
+            )
+
+    def indices(self, shard: int) -> range:
+        """Images of a shard."""
+        return range(len(self.images))[self.starts[shard] : self.starts[shard] + self.options.shard_size]
+
+    def _batches(self, shard: int) -> Iterator[range]:
+        indices = self.indices(shard)
+        yield from (indices[k : k + self.options.batch_size] for k in range(0, len(indices), self.options.batch_size))
+
+    def _read(self, shards: list[int]) -> Iterator[tuple[Tensor, list[str | None]]]:
+        """Batch after batch of all shards: the readable ones, (b, H, W, C) uint8, and for each why it is not, or None."""
+        order = [list(batch) for shard in shards for batch in self._batches(shard)]
+        workers = {"num_workers": self.num_workers, "worker_init_fn": leave_process_group}
+        dataset = Pixels(self.images, skip=self.options.on_error == "skip")
+        return iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, **workers))
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor, index: list[int]) -> np.ndarray:
+        """(B, H, W, C) uint8 -> (B, 1 or 2, K, h, w) float16, in a batch of the one size."""
+        device, num, size = self.state.device, len(pixels), self.options.batch_size
+        padded = torch.cat([pixels, pixels[-1:].expand(size - num, *pixels.shape[1:])])
+        x = padded.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            rows = [self.codec.moments(side)[:num] for side in ([x, x.flip(-1)] if self.images.flip else [x])]
+        if not self.options.moments:
+            positions = torch.tensor(index) * 2
+            rows = [draw(row, self.codec.channels, self.seed, positions + flip) for flip, row in enumerate(rows)]
+        rows = torch.stack(rows, dim=1).half()
+        if not (good := rows.isfinite().flatten(1).all(dim=1)).all():
+            bad = self.images.name(index[int(good.int().argmin())])
+            raise ValueError(
+                f"{bad} becomes latents that float16 cannot hold, or that are not finite; is the codec right?"
+            )
+        return rows.cpu().numpy()
+
+    def _write(self, shard: int, rows: np.ndarray, skipped: list[tuple[int, str]]) -> None:
+        file = self._file(shard)
+        with written_aside(file) as temporary, temporary.open("wb") as content:
+            np.save(content, rows)
+        record = {"num_images": len(rows), "sha256": sha256_of(file), "skipped": skipped, "sums": self._sums(rows)}
+        write_text(self._record(shard), json.dumps(record))
+
+    def _sums(self, rows: np.ndarray) -> list[list[float]]:
+        """Of the latents and of their squares, (2, C), over all else."""
+        rows = rows.astype(np.float64)
+        z, C = rows[:, :, : self.codec.channels], self.codec.channels
+        squares = z**2 + (rows[:, :, C:] ** 2 if rows.shape[2] > C else 0)
+        return [part.sum(axis=(0, 1, 3, 4)).tolist() for part in (z, squares)]
+
+    def _finish(self) -> None:
+        """The manifest and the labels; then the folder gets its name."""
+        records = [json.loads(self._record(k).read_text(encoding="utf-8")) for k in range(len(self.starts))]
+        skipped = dict(pair for record in records for pair in record["skipped"])
+        kept = np.delete(self.images.labels, sorted(skipped))
+        if len(kept) == 0:
+            raise ValueError(
+                f"none of the {len(self.images)} images could be read; the first: {next(iter(skipped.values()))}"
+            )
+        numbers = len(kept) * self.shape[0] * self.shape[2] * self.shape[3]
+        mean, square = (np.sum([record["sums"][i] for record in records], axis=0) / numbers for i in (0, 1))
+        names = self.images.class_names
+        manifest = {
+            "version": VERSION,
+            "settings": self.settings,
+            "num_images": len(kept),
+            "shape": self.shape[1:],  # K, h, w
+            "dtype": "float16",
+            "class_counts": dict(zip(names, np.bincount(kept, minlength=len(names)).tolist(), strict=True)),
+            "mean": mean.tolist(),
+            "std": np.sqrt(square - mean**2).tolist(),
+            "skipped": [{"index": i, "why": skipped[i]} for i in sorted(skipped)],
+            "shards": [
+                {"file": self._file(k).name, "num_images": record["num_images"], "sha256": record["sha256"]}
+                for k, record in enumerate(records)
+            ],
+        }
+        with written_aside(self.partial / LABELS) as temporary, temporary.open("wb") as content:
+            np.save(content, kept)
+        write_text(self.partial / MANIFEST, json.dumps(manifest, indent=1))
+        self.partial.rename(self.folder)
+        for file in [SETTINGS, *(self._record(k).name for k in range(len(records)))]:
+            (self.folder / file).unlink()
+
+    def _file(self, shard: int) -> Path:
+        return self.partial / f"shard-{shard:05d}.npy"
+
+    def _record(self, shard: int) -> Path:
+        return self._file(shard).with_suffix(".json")
+
+
+class Pixels(Dataset):
+    """index -> pixels (H, W, C) uint8, or the sentence why they cannot be read."""
+
+    def __init__(self, images: Images, skip: bool) -> None:
+        self.images, self.skip = images, skip
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        """See the class.
+
+        Raises:
+            UnreadableImageError: It cannot be read, and is not to be skipped.
+        """
+        try:
+            return torch.from_numpy(np.ascontiguousarray(self.images.pixels(index)))
+        except UnreadableImageError as error:
+            if not self.skip:
+                raise
+            return str(error)
+
+
+def collate(items: list[Tensor | str]) -> tuple[Tensor, list[str | None]]:
+    """The tensors among them, stacked, and for each item its text, or None."""
+    pixels = [item for item in items if not isinstance(item, str)]
+    why = [item if isinstance(item, str) else None for item in items]
+    return torch.stack(pixels) if pixels else torch.empty(0), why
