@@ -9,7 +9,7 @@
 
 SAMPLES and IMAGES: a folder (recursive) or .zip of image files, an .npz with arr_0, or an .npy, uint8 (N, H, W, 3). REF: a
 file of statistics (ours, ADM's, pytorch-fid's, EDM's, torch-fidelity's), or images. Numbers go to stdout, progress and
-warnings to stderr. Exit code 0: done; 2: wrong input or usage; 3: no weights or no reference.
+warnings to stderr. Exit code 0: done; 2: wrong input or usage; 3: no weights or no reference (torchrun makes both 1).
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from fid.collective import rank_and_size
-from fid.evaluate import compare, evaluate, statistics
+from fid.evaluate import compare, evaluate, statistics, statistics_in
 from fid.evaluator import Evaluator
 from fid.extractors import EXTRACTORS, LABELS, build_extractor
 from fid.files import written_aside
@@ -34,7 +34,7 @@ from fid.images import Images
 from fid.inception import PRESETS, Inception
 from fid.metrics import METRICS
 from fid.pictures import curve, neighbours, read_records
-from fid.references import holds_statistics, load_ref, open_reference, save_reference
+from fid.references import open_reference, save_reference
 from fid.resize import tf1_bilinear
 from fid.result import Result, versions
 
@@ -61,11 +61,10 @@ def _eval(args: argparse.Namespace) -> None:
     _check_output(args.save_features, ".npy")
     _check_output(args.picture if args.neighbours else None, ".png")
     choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
-    samples = load_ref(args.samples) if holds_statistics(args.samples) else None
-    if samples is not None and samples.images is None:
+    if (found := statistics_in(args.samples)) is not None:
         if args.num or args.metrics or args.save_stats or args.save_features or args.neighbours:
             raise ValueError(f"'{args.samples}' holds statistics, not images: they give a distance, and nothing else.")
-        _report(_missing(lambda: compare(samples, args.ref, args.force)), args)
+        _report(_missing(lambda: compare(found, args.ref, args.force)), args)
         return
     samples = Images(args.samples, **choices)  # before the network: it fails sooner
     reference = _missing(lambda: open_reference(args.ref, LABELS[args.extractor], **choices))
@@ -75,7 +74,7 @@ def _eval(args: argparse.Namespace) -> None:
         lambda: Evaluator(
             reference,
             extractor=build_extractor(args.extractor, args.weights, args.preset, args.tf32),
-            metrics=tuple(args.metrics.split(",")) if args.metrics else None,
+            metrics=tuple(name.strip() for name in args.metrics.split(",")) if args.metrics else None,
             device=_device(args.device),
             batch_size=args.batch,
             groups=args.groups,
@@ -87,17 +86,19 @@ def _eval(args: argparse.Namespace) -> None:
         )
     )
     result = evaluate(samples, num=args.num, allow_fewer=args.allow_fewer, evaluator=evaluator)
+    _report(result, args)  # whatever happens to the rest
     made = evaluator.statistics() if args.save_stats else None
     if rank_and_size()[0] == 0:
         if made:
-            save_reference(args.save_stats, made.statistics, made.num_images, made.extractor, made.preset)
+            save_reference(args.save_stats, made)
         if args.save_features:
             with written_aside(args.save_features) as temporary:
                 np.save(temporary, evaluator.collected.rows["features"].numpy())
         if args.neighbours:
             neighbours(evaluator, samples, args.picture, k=args.neighbours)
-            print(f"wrote {args.picture}", file=sys.stderr)
-    _report(result, args)
+            searched, all_of = evaluator.reference_images.num, evaluator.identity["reference"]["num_images"]
+            of = f": of the {searched:,} images that the reference keeps, not of all that it is made of"
+            print(f"wrote {args.picture}{of if searched != all_of else ''}", file=sys.stderr)
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -117,8 +118,7 @@ def _stats(args: argparse.Namespace) -> None:
         if args.keep_images:
             chosen = np.linspace(0, images.num - 1, min(images.num, args.keep_images)).round().astype(int)
             kept = np.stack([image.permute(1, 2, 0).numpy() for image in images.take(sorted(set(chosen.tolist())))])
-        record = (made.num_images, made.extractor, made.preset)
-        save_reference(args.out, made.statistics, *record, images=kept, crop=args.crop)
+        save_reference(args.out, made, kept)
         _warn(images.warnings())
         with_images = f", {len(kept)} images for precision and recall" if kept is not None else ""
         print(f"{args.out}: {made.num_images} images of {args.images}, {made.extractor} features{with_images}")
@@ -174,6 +174,13 @@ def _report(result: Result, args: argparse.Namespace) -> None:
         print(result)
 
 
+def _count(text: str) -> int:
+    """A whole number from 0, as argparse wants it."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     network = argparse.ArgumentParser(add_help=False)
     add = network.add_argument
@@ -212,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics", metavar="NAMES", help=f"with commas between them, of {names} (default: those of the preset)")
     add(
         "--groups",
-        type=int,
+        type=_count,
         default=10,
         metavar="K",
         help="groups for the error bar, 0 for none (default: %(default)s)",
@@ -228,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--save-features", metavar="FILE", help="write the features of the samples, (N, D) float32, to this .npy")
     add(
         "--neighbours",
-        type=int,
+        type=_count,
         default=0,
         metavar="K",
         help="draw the samples nearest to a real image, with K of those",

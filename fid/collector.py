@@ -1,16 +1,15 @@
 """One pass over images: features of a network, and whatever in the images themselves would make a number wrong."""
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fid.collective import all_gather, rank_and_size
-from fid.features import FeatureExtractor
+from fid.collective import all_gather, fail_together, rank_and_size
+from fid.features import FeatureExtractor, ieee_float32
 from fid.metrics import Side
 from fid.moments import Moments, splitmix64
 from fid.pixels import check_uint8
@@ -28,8 +27,9 @@ CHECKS = {  # a column each of what is kept of every image
 class Collector:
     """Gathers moments of some outputs of an extractor, and rows of others, over batches and processes.
 
-    Every batch that the network sees has `batch_size` images (the last one is padded, and the padding's features are
-    dropped), since convolutions of another shape may run in another kernel that rounds otherwise.
+    Every batch that the network sees has `batch_size` images, however they came: what is left over waits, and is padded at
+    the end, and the padding's features are dropped. Convolutions of another shape may run in another kernel that rounds
+    otherwise.
 
     Args:
         extractor: The network.
@@ -61,8 +61,8 @@ class Collector:
         self.checks: dict[str, list[Tensor]] = {name: [] for name in CHECKS}
         self.pixel_sum = torch.zeros(3, dtype=torch.float64)  # of the mean colours of the images
         self.seen: set[int] = set()
+        self.waiting: list[tuple[Tensor, int, int]] = []  # images (3, H, W) without their features yet, index, label
 
-    @torch.no_grad()
     def update(self, images: Tensor | list[Tensor], index: Tensor | Sequence[int], labels: Any = None) -> None:
         """Adds a batch.
 
@@ -74,60 +74,73 @@ class Collector:
         Raises:
             ValueError: Not uint8, an index a second time, or features that are not finite; says of which image.
         """
-        index = torch.as_tensor(index, dtype=torch.int64).cpu()
+        index = torch.as_tensor(index, dtype=torch.int64).tolist()
         if len(index) != len(images) or (labels is not None and len(labels) != len(images)):
             raise ValueError(f"{len(images)} images came with {len(index)} indices; give one for each, and a label.")
-        twice = [i for i in index.tolist() if i in self.seen]
-        if twice or len(set(index.tolist())) < len(index):
-            raise ValueError(f"image {(twice or index.tolist())[0]} was given twice; number each image once.")
-        labels = torch.full_like(index, -1) if labels is None else torch.as_tensor(labels, dtype=torch.int64).cpu()
-        for k in range(0, len(images), self.batch_size):
-            part = slice(k, k + self.batch_size)
-            self._update(images[part], index[part], labels[part])
-        self.seen.update(index.tolist())
+        twice = [i for i in index if i in self.seen]
+        if twice or len(set(index)) < len(index):
+            raise ValueError(f"image {(twice or index)[0]} was given twice; number each image once.")
+        for part in [images] if isinstance(images, Tensor) else [image[None] for image in images]:
+            check_uint8(part)
+        labels = [-1] * len(index) if labels is None else torch.as_tensor(labels, dtype=torch.int64).tolist()
+        images = images.to(self.device) if isinstance(images, Tensor) else [image.to(self.device) for image in images]
+        self.waiting += zip(images, index, labels, strict=True)
+        self.seen.update(index)
+        while len(self.waiting) >= self.batch_size:
+            self._take(self.batch_size)
+        for k in range(
+            max(0, len(self.waiting) - len(index)), len(self.waiting)
+        ):  # the caller may write into his again
+            self.waiting[k] = (self.waiting[k][0].clone(), *self.waiting[k][1:])
 
-    def _update(self, images: Tensor | list[Tensor], index: Tensor, labels: Tensor) -> None:
-        missing = self.batch_size - len(images)
-        if isinstance(images, Tensor):
-            check_uint8(images)
-            images = images.to(self.device).contiguous()
-            found = self.extractor(F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))
-        else:
-            for image in images:
-                check_uint8(image[None])
-            images = [image.to(self.device) for image in images]
-            found = self.extractor([*images, *[images[-1]] * missing])
-        found = {output: found[output][: len(images)] for output in {*self.moments, *self.rows}}
+    @torch.no_grad()
+    def _take(self, num: int) -> None:
+        """Gathers the first `num` of the waiting images, which stay there if that fails."""
+        images, *columns = zip(*self.waiting[:num], strict=True)
+        index, labels = (torch.tensor(column) for column in columns)
+        padded = [*images, *[images[-1]] * (self.batch_size - num)]
+        alike = len({image.shape for image in images}) == 1
+        with ieee_float32(getattr(self.extractor, "tf32", False)):
+            found = self.extractor(torch.stack(padded) if alike else padded)
+        found = {output: found[output][:num].detach() for output in {*self.moments, *self.rows}}
         for rows in found.values():
             if not (finite := rows.isfinite().all(dim=1).cpu()).all():
                 rank = rank_and_size(self.process_group)[0]
                 raise ValueError(f"non-finite features for sample index {int(index[~finite][0])} (rank {rank}).")
+        found = {output: rows.cpu() for output, rows in found.items()}
         for output, moments in self.moments.items():
             moments.update(found[output], index)
-        keep = torch.ones(len(index), dtype=torch.bool)
+        keep = torch.ones(num, dtype=torch.bool)
         if self.only_rows_of is not None:
             keep = torch.from_numpy(np.isin(index.numpy(), self.only_rows_of))
         if self.rows and keep.any():
             self.row_index.append(index[keep])
             for output, kept in self.rows.items():
-                kept.append(found[output].float().cpu()[keep])
-        self._look_at(images, index, labels)
+                kept.append(found[output].float()[keep])
+        for group in [torch.stack(images)] if alike else [image[None] for image in images]:
+            self._look_at(group)
+        self.checks["index"].append(index)
+        self.checks["label"].append(labels)
+        del self.waiting[:num]
 
-    def _look_at(self, images: Tensor | list[Tensor], index: Tensor, labels: Tensor) -> None:
-        columns = {
-            "index": index,
-            "label": labels,
-            "digest": torch.stack([digest(image) for image in images]),
-            "constant": torch.stack([(image.amin((1, 2)) == image.amax((1, 2))).all() for image in images]).long(),
-            "height": torch.tensor([image.shape[1] for image in images]),
-            "width": torch.tensor([image.shape[2] for image in images]),
-        }
-        for name, column in columns.items():
-            self.checks[name].append(column.cpu())
-        self.pixel_sum += torch.stack([image.double().mean(dim=(1, 2)) for image in images]).sum(dim=0).cpu()
+    def _look_at(self, images: Tensor) -> None:
+        """What the images (B, 3, H, W) themselves tell."""
+        height, width = images.shape[2:]
+        one_colour = (images.amin((2, 3)) == images.amax((2, 3))).all(dim=1)
+        self.checks["digest"].append(digests(images).cpu())
+        self.checks["constant"].append(one_colour.long().cpu())
+        for name, side in (("height", height), ("width", width)):
+            self.checks[name].append(torch.full((len(images),), side))
+        means = images.sum(dim=(2, 3), dtype=torch.int64).double() / (height * width)  # (B, 3)
+        self.pixel_sum += means.sum(dim=0).cpu()
+
+    def _take_all(self) -> None:
+        if self.waiting:
+            self._take(len(self.waiting))
 
     def state_dict(self) -> dict[str, Any]:
         """All that this process gathered, as tensors, to go on from with `load_state_dict`."""
+        self._take_all()
         return {
             "extractor": self.extractor.name,
             "moments": {output: moments.state_dict() for output, moments in self.moments.items()},
@@ -161,14 +174,18 @@ class Collector:
         self.seen.update(index)
 
     def gather(self) -> "Collected":
-        """What all processes have, on each of them; this collector stays as it is. Collective."""
-        moments = {}
-        for output, mine in self.moments.items():
-            moments[output] = mine
-            if rank_and_size(self.process_group)[1] > 1:
-                moments[output] = Moments(mine.dim, mine.groups)
-                moments[output].load_state_dict(mine.state_dict())
-                moments[output].all_reduce(self.process_group)
+        """What all processes have, on each of them; this collector stays as it is. Collective.
+
+        Raises:
+            ValueError: Features that are not finite, in any of them, or an image that two of them have.
+        """
+        error = None
+        try:
+            self._take_all()
+        except ValueError as raised:
+            error = raised
+        fail_together(error, self.process_group)
+        moments = {output: mine.reduced(self.process_group) for output, mine in self.moments.items()}
         checks = {name: self._gather(parts) for name, parts in self.checks.items()}
         numbers, counts = checks["index"].unique(return_counts=True)
         if len(numbers) < len(checks["index"]):
@@ -211,17 +228,23 @@ class Collected:
         return Side({output: m.statistics() for output, m in self.moments.items()}, self.moments, self.rows)
 
 
-def digest(image: Tensor) -> Tensor:
-    """A hash of pixels, uint8 (3, H, W) -> () int64: their sum, weighted by random numbers, modulo 2^64.
+def digests(images: Tensor) -> Tensor:
+    """A hash of the pixels of each image, uint8 (B, 3, H, W) -> (B,) int64: sums weighted by random numbers, modulo 2^64.
 
     In integers, so it is the same on any device. Two different images have the same with a probability below 1e-15.
     """
-    return (image.flatten().long() * _weights(image.numel(), image.device)).sum()
+    weights = _weights(images[0].numel(), images.device)
+    return torch.cat([(part.flatten(1).long() * weights).sum(dim=1) for part in images.split(8)])
 
 
-@lru_cache(maxsize=8)
+_cached: dict[torch.device, Tensor] = {}
+
+
 def _weights(num: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(splitmix64(np.arange(num)).view(np.int64)).to(device)
+    """The first `num` of an endless row; as many as were asked for at most are kept."""
+    if len(_cached.get(device, ())) < num:
+        _cached[device] = torch.from_numpy(splitmix64(np.arange(num)).view(np.int64)).to(device)
+    return _cached[device][:num]
 
 
 def _cat(parts: list[Tensor], dim: int | None = None) -> Tensor:

@@ -1,14 +1,16 @@
 """Whole evaluations in one call: of images, of two sets of statistics, and of what is to be a reference."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from fid.collective import gather_objects
+from fid.collective import gather_objects, rank_and_size
 from fid.evaluator import Evaluator
 from fid.features import FeatureExtractor
+from fid.frechet import noise_floor
 from fid.images import Images
 from fid.metrics import METRICS, Options, Side
 from fid.references import Reference, check_protocol, holds_statistics, load_ref, open_reference
@@ -47,23 +49,20 @@ def evaluate(
         FileNotFoundError: No such samples, reference or weights.
         ValueError: What `Images` or `Evaluator` refuse, or fewer samples than `num`.
     """
-    if isinstance(samples, str | Path) and holds_statistics(samples):
-        loaded = load_ref(samples)
-        if loaded.images is None:
-            if num is not None:
-                raise ValueError(f"'{samples}' holds statistics, of which one cannot take the first {num} images.")
-            reference = open_reference(ref)
-            if not isinstance(reference, Reference):
-                raise ValueError(f"'{samples}' holds statistics; the reference must be statistics, too.")
-            return compare(loaded, reference, options.get("force", False))
+    choices = {"mixed_sizes": mixed_sizes, "drop_alpha": drop_alpha}
+    reference = evaluator.reference if evaluator else open_reference(ref, getattr(extractor, "label", "FID"), **choices)
+    if (found := statistics_in(samples)) is not None:
+        if num is not None:
+            raise ValueError(f"'{samples}' holds statistics, of which one cannot take the first {num} images.")
+        return compare(found, reference, options.get("force", False))
     if isinstance(samples, str | Path | Tensor | np.ndarray):
-        samples = Images(samples, mixed_sizes=mixed_sizes, drop_alpha=drop_alpha)
+        samples = Images(samples, **choices)
     if isinstance(samples, Images) and num is not None:
         if samples.num < num and not allow_fewer:
-            raise ValueError(too_few(samples.source, samples.num, num))
+            raise ValueError(too_few(samples.source, samples.num, num, reference))
         samples = samples.first(min(num, samples.num))
     if evaluator is None:
-        evaluator = Evaluator(ref, extractor=extractor, **options)
+        evaluator = Evaluator(reference, extractor=extractor, **options)
     evaluator.reset()
     evaluator.prepare()
     if not isinstance(samples, Images):
@@ -74,17 +73,26 @@ def evaluate(
             if len(evaluator.seen) == num:
                 break
         if num is not None and not allow_fewer and len(evaluator.seen) < num:
-            raise ValueError(too_few("the iterator", len(evaluator.seen), num))
+            raise ValueError(too_few("the iterator", len(evaluator.seen), num, reference))
         return evaluator.compute(**(record or {}))
     evaluator.feed(samples)
     described = {"kind": samples.kind, "path": samples.source, "lossy": samples.lossy}
-    said = [text for part in gather_objects(samples.warnings(), evaluator.process_group) for text in part]
+    first = rank_and_size(evaluator.process_group)[0] == 0
+    said = [text for part in gather_objects(samples.warnings(first), evaluator.process_group) for text in part]
     if samples.lossy:
         said.append(f"images of '{samples.source}' are in a lossy format, which moves every distance.")
     return evaluator.compute(samples.num, input=described, warnings=list(dict.fromkeys(said)), **(record or {}))
 
 
-def compare(a: str | Path | Reference, b: str | Path | Reference, force: bool = False) -> Result:
+def statistics_in(samples: Any) -> Reference | None:
+    """The statistics that `samples` names, if it is a file of them and holds no images."""
+    if isinstance(samples, str | Path) and holds_statistics(samples):
+        found = load_ref(samples)
+        return found if found.images is None else None
+    return None
+
+
+def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
     """The Frechet distance between two sets of statistics, without a network.
 
     Args:
@@ -96,17 +104,22 @@ def compare(a: str | Path | Reference, b: str | Path | Reference, force: bool = 
         FileNotFoundError: No such file.
         ValueError: Not statistics, or of different extractors.
     """
-    a, b = (side if isinstance(side, Reference) else load_ref(side) for side in (a, b))
+    a, b = a if isinstance(a, Reference) else load_ref(a), open_reference(b)
+    if b is None:
+        raise ValueError("there is no reference to compare with; name it with --ref.")
+    if not isinstance(b, Reference):
+        raise ValueError(
+            f"'{a.source}' holds statistics, '{b.source}' images: run `python -m fid stats` on these first."
+        )
     one = a.statistics["features"]
     warnings = check_protocol(b, one.dim, a.preset, a.extractor, force)
     if a.preset is None and a.extractor is None:
         warnings.append(f"'{a.source}' does not say by which protocol it was made.")
     inception = one.dim == 2048 and (a.extractor or b.extractor or "inception").startswith("inception")
-    names = [("fid" if inception else "fd", "features")]
-    names += [("sfid", "spatial")] * ("spatial" in a.statistics and "spatial" in b.statistics)
     values, sides = {}, (Side(dict(a.statistics)), Side(dict(b.statistics)))
-    for name, _ in names:
-        values |= METRICS[name].compute(*sides, Options())
+    for name in ("fid" if inception else "fd", "sfid"):
+        if METRICS[name].output in a.statistics.keys() & b.statistics.keys():
+            values |= METRICS[name].compute(*sides, Options())
     described = {"path": b.source, "sha256": b.sha256, "kind": b.kind, "num_images": b.num_images, "protocol": b.preset}
     record = {
         "label": "FID" if inception else "Frechet distance",
@@ -136,11 +149,14 @@ def statistics(
     images = images if isinstance(images, Images) else Images(images, num)
     evaluator = Evaluator(None, extractor=extractor, metrics=(), groups=0, **options)
     evaluator.feed(images)
-    made = evaluator.statistics()
-    return Reference(images.source, made.kind, made.statistics, made.num_images, None, made.extractor, made.preset)
+    return replace(evaluator.statistics(), source=images.source, crop=images.crop)
 
 
-def too_few(what: str, found: int, num: int) -> str:
-    """The sentence for fewer samples than asked for."""
+def too_few(what: str, found: int, num: int, reference: Any = None) -> str:
+    """The sentence for fewer samples than asked for, with the difference that is due to their number alone."""
     names = f"FID-{short_count(found)} is not comparable with FID-{short_count(num)}"
-    return f"only {found} of {num} samples in {what}. {names}. Pass --allow-fewer."
+    bias = ""
+    if isinstance(reference, Reference) and found > 0:
+        H = reference.statistics["features"].factor
+        bias = f" (expected bias about +{noise_floor(H, found) - noise_floor(H, num):.2g})"
+    return f"only {found} of {num} samples in {what}. {names}{bias}. Pass --allow-fewer."

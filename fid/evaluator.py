@@ -1,7 +1,7 @@
 """The evaluator: images go in as uint8, the numbers of the literature come out with a record of how they were made."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fid.collective import fail_together, from_first, rank_and_size
 from fid.collector import Collected, Collector
-from fid.features import FeatureExtractor
+from fid.features import Described, FeatureExtractor
 from fid.images import Images
 from fid.inception import Inception
 from fid.metrics import METRICS, Options, Side, choose_metrics
@@ -35,7 +35,8 @@ class Evaluator:
             metrics that need none.
         preset: Protocol of Inception: `adm`, `pytorch-fid` or `clean`.
         weights: Inception's file of weights; see `Inception`.
-        extractor: Another network in place of Inception; then `preset` and `weights` have no meaning.
+        extractor: Another network in place of Inception, a `FeatureExtractor` or any module from uint8 (B, 3, H, W) to
+            {"features": (B, D), ...}; then `preset` and `weights` have no meaning.
         metrics: Names in `METRICS`. Not given means those of the preset, less what the reference cannot give, with a
             warning; given ones that it cannot give are refused.
         device: Where the network runs; not given means the GPU if there is one.
@@ -44,7 +45,7 @@ class Evaluator:
         tf32: Let Inception run in TF32, which moves its features by some 0.1 %.
         channels_last: Memory format of Inception; the numbers are the same to rounding.
         pr_compat: Arithmetic of precision and recall: `adm-fp16`, as the published numbers, or `fp32`.
-        keep_features: Keep the features of all samples, and of the reference's images, even if no metric needs them.
+        keep_features: Keep the features of all samples, and of up to 10,000 images of the reference, for `neighbours`.
         keep_statistics: Keep all that a reference of these samples needs, even if no metric needs it.
         force: Take a reference of another preset or of other weights all the same.
         progress: Show progress bars on stderr, where that is a terminal.
@@ -76,6 +77,8 @@ class Evaluator:
         process_group: Any = None,
     ) -> None:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if groups < 0:
+            raise ValueError(f"groups is {groups}; choose a number of groups, or 0 for no error bar.")
         if pr_compat not in ("adm-fp16", "fp32"):
             raise ValueError(f"pr_compat is {pr_compat!r}; choose adm-fp16 or fp32.")
         self.batch_size, self.groups = batch_size, groups
@@ -85,10 +88,8 @@ class Evaluator:
         self.reference = open_reference(ref, label)  # before the network: it fails sooner
         if extractor is None:
             extractor = Inception(weights, preset, channels_last=channels_last, tf32=tf32)
-        if lacking := [a for a in ("dims", "dim", "name", "label", "preset", "metrics") if not hasattr(extractor, a)]:
-            raise ValueError(
-                f"the extractor {type(extractor).__name__} has no {lacking[0]}; derive it from fid.FeatureExtractor."
-            )
+        if not isinstance(extractor, FeatureExtractor):
+            extractor = Described(extractor, device)
         self.extractor = extractor.to(device).eval()
         self.options = Options(pr_compat, device)
         self._warnings: list[str] = []
@@ -104,7 +105,7 @@ class Evaluator:
     def reset(self) -> None:
         """Forgets all samples, for the next set; the reference stays, with the costly half of its distances."""
         self._collector = self._new_collector(self._moments(), self._rows("samples"))
-        self._seconds = {"features": 0.0}
+        self._seconds, self._next = {"features": 0.0}, 0
         self.collected: Collected | None = None  # of all processes, after `compute`
 
     @property
@@ -128,10 +129,10 @@ class Evaluator:
         if index is None:
             if rank_and_size(self.process_group)[1] > 1:
                 raise ValueError("with several processes each image needs its index in the whole set; give index=.")
-            first = max(self.seen, default=-1) + 1
-            index = range(first, first + len(images))
-        images = images if isinstance(images, list) else as_nchw(images)
-        self._collector.update(images, list(index), labels)
+            index = range(self._next, self._next + len(images))
+        images, index = images if isinstance(images, list) else as_nchw(images), torch.as_tensor(index).tolist()
+        self._collector.update(images, index, labels)
+        self._next = max([self._next, *(i + 1 for i in index)])
         self._seconds["features"] += time.perf_counter() - start
         return self
 
@@ -193,7 +194,7 @@ class Evaluator:
         described = None
         if isinstance(reference, Reference):
             described = {"path": reference.source, "sha256": reference.sha256, "kind": reference.kind}
-            described |= {"num_images": reference.num_images, "protocol": reference.preset}
+            described |= {"num_images": reference.num_images, "protocol": reference.preset, "crop": reference.crop}
         elif reference is not None:
             described = {"path": reference.source, "sha256": None, "kind": reference.kind, "num_images": reference.num}
         return {"extractor": self.extractor.name, "metrics": list(self.metrics), "reference": described}
@@ -209,6 +210,29 @@ class Evaluator:
             ValueError: It is of another extractor or other metrics, or holds images that are here already.
         """
         self._collector.load_state_dict(state)
+        self._next = max([self._next, *(i + 1 for i in self.images_in(state))])
+
+    def images_in(self, state: dict[str, Any]) -> set[int]:
+        """The numbers of the images that a state holds."""
+        return set(state["checks"]["index"].tolist())
+
+    def reference_features(self) -> Iterator[Tensor]:
+        """Features of all images of the reference, in order, 10,000 at a time; one process makes them by itself."""
+        images, kept = self.reference_images, self.reference_rows.get("features", ())
+        if images.num == len(kept):  # after `compute`, with keep_features
+            yield kept
+            return
+        bar = tqdm(
+            total=images.num, desc=f"features of {images.source}", unit="image", disable=not self.progress or None
+        )
+        collector = self._new_collector({}, ["features"])
+        for index, batch in images.batches(self.batch_size):
+            collector.update(batch, index)
+            bar.update(len(batch))
+            if len(collector.seen) >= MAX_REFERENCE_ROWS or int(index[-1]) == images.num - 1:
+                yield collector.state_dict()["rows"]["features"]
+                collector = self._new_collector({}, ["features"])
+        bar.close()
 
     @property
     def reference_rows(self) -> dict[str, Tensor]:
@@ -271,8 +295,8 @@ class Evaluator:
                 self._warnings += [f"reference: {text}" for text in reference.warnings()]
 
     def _collect(self, images: Images, moments: dict[str, int], rows: list[str]) -> Collected:
+        """One pass over images of the reference; of no more than 10,000 of them the metrics get rows."""
         chosen = np.unique(np.linspace(0, images.num - 1, min(images.num, MAX_REFERENCE_ROWS)).round().astype(np.int64))
-        self.reference_index = chosen  # of the rows
         collector = self._new_collector(moments, rows, chosen)
         self.feed(images, collector.update)
         return collector.gather()
@@ -302,7 +326,7 @@ class Evaluator:
             "quantize": more.pop("quantize", None),
             "input": {
                 "kind": "tensor",
-                "sizes": collected.sizes[:10],
+                "size": collected.sizes[0] if len(collected.sizes) == 1 else collected.sizes[:10],
                 "lossy": False,
                 "duplicates": collected.num_duplicates,
                 "constant": collected.num_constant,

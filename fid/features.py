@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -26,8 +27,8 @@ class FeatureExtractor(nn.Module):
 
         fid.evaluate("samples", "real_images", Colours())
 
-    To take images of different sizes it has to accept a list of (3, H, W), too. To compute the same numbers under autocast
-    or TF32, decorate `forward` with `@ieee_float32()`.
+    To take images of different sizes it has to accept a list of (3, H, W), too. The evaluator runs it in IEEE float32,
+    whatever autocast and TF32 are set; to have that elsewhere, decorate `forward` with `@ieee_float32()`.
     """
 
     dims: dict[str, int]  # width of each output, `features` among them
@@ -40,10 +41,51 @@ class FeatureExtractor(nn.Module):
         """Width D of `features`."""
         return self.dims["features"]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Of the class, with the `fingerprint` of the weights, so that statistics of different networks never meet."""
         return f"{type(self).__name__.lower()}-{fingerprint(self)}"
+
+
+class Described(FeatureExtractor):
+    """Any module from uint8 (B, 3, H, W) to {"features": (B, D), ...}, with what the evaluator wants to know of it.
+
+    Args:
+        module: The module; what it says of itself (`name`, `label`, `preset`, `metrics`, `dims`) is believed.
+        device: Where an image is run through it if it has no `dims`, to see their widths.
+
+    Raises:
+        ValueError: It gives something else.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.module = module
+        if not hasattr(module, "dims"):
+            try:
+                with torch.no_grad():
+                    found = module.to(device).eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
+                dims = {output: rows.shape[1] for output, rows in found.items()}
+            except Exception as error:  # anything may stand in it
+                raise ValueError(
+                    f"the extractor {type(module).__name__} failed on an image of 64x64 pixels ({error}); derive it from "
+                    "fid.FeatureExtractor and give it dims."
+                ) from error
+        self.dims = getattr(module, "dims", None) or dims
+        if "features" not in self.dims:
+            raise ValueError(f"the extractor {type(module).__name__} gives {list(self.dims)}; it has to give features.")
+        self.label = getattr(module, "label", self.label)
+        self.preset = getattr(module, "preset", self.preset)
+        self.metrics = getattr(module, "metrics", self.metrics)
+
+    @cached_property
+    def name(self) -> str:
+        """The module's, or that of its class with the fingerprint of the weights."""
+        return getattr(self.module, "name", f"{type(self.module).__name__.lower()}-{fingerprint(self)}")
+
+    def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
+        """What the module gives."""
+        return self.module(images)
 
 
 @contextmanager
@@ -67,7 +109,10 @@ def ieee_float32(tf32: bool = False) -> Iterator[None]:
             yield
     finally:
         for (owner, key, _), value in zip(switches, before, strict=True):
-            setattr(owner, key, value)
+            if key == "fp32_precision":
+                setattr(owner, key, "none")  # as it is until someone sets it: that of the switch above it
+            if getattr(owner, key) != value:
+                setattr(owner, key, value)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -76,7 +121,7 @@ def fingerprint(module: nn.Module) -> str:
     for key, value in sorted(module.state_dict().items()):
         if not key.endswith("num_batches_tracked"):  # older files lack it, and it changes no output
             digest.update(key.encode())
-            digest.update(value.cpu().contiguous().numpy())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:8]
 
 
@@ -123,6 +168,11 @@ class Classifier(FeatureExtractor):
     def dims(self) -> dict[str, int]:
         """Width of each output."""
         return {"features": self.dim, "logits": self.num_classes}
+
+    @property
+    def name(self) -> str:
+        """As that of any extractor, of the weights as they are now: it may be in training."""
+        return f"classifier-{fingerprint(self)}"
 
     @ieee_float32()
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:

@@ -100,7 +100,10 @@ def jackknife(value: float, left_out: ArrayLike) -> tuple[float, float]:
 
 def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarray, np.ndarray]:
     """The same two, (D,) and (D, D), in float64; a ValueError that begins with `where` if they cannot be that."""
-    mean, cov = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+    try:
+        mean, cov = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} has a mean or a covariance that are not numbers: {error}.") from None
     if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
         raise ValueError(f"{where} has a mean {mean.shape} and a covariance {cov.shape}; expected (D,) and (D, D).")
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):

@@ -32,7 +32,6 @@ class Images:
     Attributes:
         kind: `folder`, `zip`, `npz`, `npy` or `tensor`.
         labels: (num,) int64, from `arr_1` or from sub-folders one level deep, numbered in order; None without them.
-        lossy: Whether files of a lossy format are among them.
 
     Raises:
         FileNotFoundError: There is no such path.
@@ -57,7 +56,11 @@ class Images:
         self.num, self.labels = len(self._reader), self._reader.labels
         chosen = self.first(self.num if num is None else num)
         self.num, self.labels = chosen.num, chosen.labels
-        self.lossy = any(name.suffix[1:].lower() in LOSSY for name in self._reader.names[: self.num])
+
+    @property
+    def lossy(self) -> bool:
+        """Whether files of a lossy format are among them."""
+        return any(name.lower().endswith(LOSSY) for name in self._reader.names[: self.num])
 
     def batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1
@@ -105,10 +108,14 @@ class Images:
         """The images (3, H, W) with these indices, in rising order."""
         return [torch.from_numpy(image).permute(2, 0, 1) for image in self._read(list(indices), AHEAD * 16)]
 
-    def warnings(self) -> list[str]:
-        """What was seen of the files, a sentence each; complete once all images have been read."""
-        found = self._reader.warnings()
-        if self.labels is not None:
+    def warnings(self, changes: bool = True) -> list[str]:
+        """What was seen of the files, a sentence each; complete once all images have been read.
+
+        Args:
+            changes: Look, too, whether files have come or gone, for which the folder is listed once more.
+        """
+        found = self._reader.warnings() + (self._reader.changes() if changes else [])
+        if self.labels is not None and self.num < len(self._reader):
             some, all_of = (len(np.unique(labels)) for labels in (self.labels, self._reader.labels))
             if some < all_of:
                 found.append(
@@ -121,10 +128,10 @@ class Images:
             image = self._reader.read(i)
             return image if self.crop is None else centre_crop(image, self.crop)
 
-        if isinstance(self._reader, Array | Memory):  # nothing to decode
+        if isinstance(self._reader, Memory):
             yield from map(read, index)
             return
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(1 if isinstance(self._reader, Array) else None) as pool:  # an array is read in order
             yield from _ahead(pool, read, index, ahead)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.collective import all_gather, all_reduce
+from fid.collective import all_gather, all_reduce, rank_and_size
 from fid.files import written_aside
 from fid.frechet import factor
 
@@ -89,16 +89,24 @@ class Moments:
         self.counts = self.counts + group.bincount(minlength=self.groups)
 
     def all_reduce(self, process_group: Any = None) -> None:
-        """Adds up what all processes hold; afterwards each of them holds it all."""
+        """Adds up what all processes hold; afterwards each of them holds it all. Collective."""
+        self.__dict__ = self.reduced(process_group).__dict__
+
+    def reduced(self, process_group: Any = None) -> "Moments":
+        """What all processes hold together; this one stays as it is. Collective."""
         self._flush()
         shift = torch.full((self.dim,), torch.nan, dtype=torch.float64) if self._shift is None else self._shift
         shifts = [s for s in all_gather(shift, process_group) if not s.isnan().any()]
         if shifts:
             self._move(shifts[0])
-        self.counts = all_reduce(self.counts, process_group)
-        self._sum = all_reduce(self._sum, process_group)
-        for k in range(self.groups):  # one at a time: on a GPU they travel through its memory
-            self._outer[k] = all_reduce(self._outer[k], process_group)
+        total = Moments.__new__(Moments)
+        total.__dict__ = {**self.__dict__, "_buffers": [[] for _ in range(self.groups)]}
+        total.counts, total._sum = all_reduce(self.counts, process_group), all_reduce(self._sum, process_group)
+        if rank_and_size(process_group)[1] > 1:
+            total._outer = torch.empty_like(self._outer)
+            for k in range(self.groups):  # one at a time: on a GPU they travel through its memory
+                total._outer[k] = all_reduce(self._outer[k], process_group)
+        return total
 
     def statistics(self, without: int | None = None) -> Statistics:
         """Of all vectors, or of those in all groups but one.

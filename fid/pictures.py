@@ -125,6 +125,9 @@ def neighbours(
         k: Neighbours of each sample.
         num: Number of samples, those with the smallest distance.
 
+    All images of the reference are looked at, not only those that the metrics take; of a file of statistics, those that it
+    keeps.
+
     Returns:
         Distances (num, k), and indices (num, k) of the real images in the reference.
 
@@ -133,14 +136,17 @@ def neighbours(
     """
     reference = evaluator.reference_images
     mine = evaluator.collected.rows.get("features") if evaluator.collected else None
-    real = evaluator.reference_rows.get("features")
-    if reference is None or mine is None or real is None:
+    if reference is None or mine is None:
         raise ValueError("neighbours need the reference's images, and keep_features=True of the evaluator.")
-    k, device = min(k, len(real)), evaluator.options.device
-    closest = nearest(mine.to(device), real.to(device), 1)[0][:, 0].cpu()
-    chosen = closest.argsort()[:num]
-    distances, found = (part.cpu() for part in nearest(mine[chosen].to(device), real.to(device), k))
-    index = torch.from_numpy(evaluator.reference_index)[found]  # (num, k)
+    distances, index = torch.empty(len(mine), 0), torch.empty(len(mine), 0, dtype=torch.int64)
+    first, device = 0, evaluator.options.device
+    for real in evaluator.reference_features():
+        d, i = nearest(mine, real, min(k, len(real)), device)
+        distances, order = torch.cat([distances, d], dim=1).sort(dim=1)  # (N, k) and more
+        index = torch.cat([index, i + first], dim=1).gather(1, order)
+        distances, index, first = distances[:, :k], index[:, :k], first + len(real)
+    chosen = distances[:, 0].argsort()[:num]
+    distances, index = distances[chosen], index[chosen]
     order = torch.from_numpy(evaluator.collected.columns["index"])[chosen]
     rows = samples.take(sorted(order.tolist()))
     shown = dict(zip(sorted(order.tolist()), rows, strict=True))
@@ -151,7 +157,8 @@ def neighbours(
         cells = [(shown[row], f"sample {row}")]
         cells += [(pictures[j], f"{j}: {d:.3g}") for j, d in zip(index[i].tolist(), distances[i].tolist(), strict=True)]
         lines.append(cells)
-    _sheet(lines, Path(path), f"Samples nearest to the reference, and their {k} nearest real images (index: distance)")
+    k = index.shape[1]
+    _sheet(lines, Path(path), f"Samples nearest to {first:,} real images, and their {k} nearest (index: distance)")
     return distances.numpy(), index.numpy()
 
 

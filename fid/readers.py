@@ -1,12 +1,14 @@
 """Where images come from: files in a folder or in a zip, an array in an .npz or an .npy, memory."""
 
 import io
+import lzma
 import math
 import os
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Protocol
 
@@ -17,16 +19,27 @@ from torch import Tensor
 from fid.pixels import as_nchw, check_uint8
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
-LOSSY = ("jpg", "jpeg", "webp")  # a webp may be lossless, which its name does not say
+LOSSY = (".jpg", ".jpeg", ".webp")  # a webp may be lossless, which its name does not say
 MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of Pillow, with 8 bits and no alpha
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+UNREADABLE = (  # what Pillow and zipfile raise: at damage (a PNG's is a SyntaxError), a password, a way to compress
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    Image.DecompressionBombError,
+)
 
 
 class Reader(Protocol):
     """N images in a fixed order."""
 
     kind: str  # folder, zip, npz, npy or tensor
-    names: Sequence[PurePosixPath]  # of the files, where each image has one
+    names: Sequence[str]  # of the files, where each image has one; inside a folder or .zip, with /
     labels: np.ndarray | None  # (N,) int64
 
     def __len__(self) -> int:
@@ -39,7 +52,10 @@ class Reader(Protocol):
         """Image `i`, (H, W, 3) uint8; a ValueError that names it if it cannot be read."""
 
     def warnings(self) -> list[str]:
-        """What was seen of the files, a sentence each; complete once all have been read."""
+        """What this process saw in the images that it has read, a sentence each."""
+
+    def changes(self) -> list[str]:
+        """What has come and gone since the images were counted, a sentence."""
 
 
 def open_reader(source: Any, drop_alpha: bool) -> Reader:
@@ -87,6 +103,10 @@ class Memory:
         """See `Reader`."""
         return []
 
+    def changes(self) -> list[str]:
+        """See `Reader`."""
+        return []
+
 
 class Files:
     """Image files: their names in order, from `listing`, each opened by `open`."""
@@ -96,32 +116,30 @@ class Files:
     def __init__(self, path: Path, drop_alpha: bool) -> None:
         self.path, self.drop_alpha = path, drop_alpha
         everything = self.listing()
-        self.names = [name for name in everything if name.suffix[1:].lower() in SUFFIXES]
+        self.names = [name for name in everything if _suffix(name) in SUFFIXES]
         self.grey = False
         if not self.names:
-            suffixes = Counter(name.suffix for name in everything).most_common(5)
-            found = ", ".join(f"{n} *{suffix}" for suffix, n in suffixes)
-            hint = (
-                " Did you mean an .npz with arr_0?" if any(suffix in (".npy", ".npz") for suffix, _ in suffixes) else ""
-            )
+            suffixes = Counter(map(_suffix, everything)).most_common(5)
+            found = ", ".join(f"{n} *.{suffix}" for suffix, n in suffixes)
+            hint = " Did you mean an .npz with arr_0?" if {"npy", "npz"} & {suffix for suffix, _ in suffixes} else ""
             raise ValueError(
                 f"no images in '{path}' (looked for {', '.join(SUFFIXES)} in any letter case, recursively); "
                 f"found {found or 'no files'}.{hint}"
             )
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray | None:
         """See `Reader`."""
-        parents = [name.parent for name in self.names]
-        if all(len(parent.parts) == 1 for parent in parents) and len(set(parents)) > 1:
-            return np.unique([parent.name for parent in parents], return_inverse=True)[1].astype(np.int64)
+        folders = [name.split("/")[:-1] for name in self.names]
+        if all(len(parts) == 1 for parts in folders) and len({parts[0] for parts in folders}) > 1:
+            return np.unique([parts[0] for parts in folders], return_inverse=True)[1].astype(np.int64)
         return None
 
-    def listing(self) -> list[PurePosixPath]:
+    def listing(self) -> list[str]:
         """All files, as paths inside `path`, in order; without hidden ones."""
         raise NotImplementedError
 
-    def open(self, name: PurePosixPath) -> IO[bytes]:
+    def open(self, name: str) -> IO[bytes]:
         """A file."""
         raise NotImplementedError
 
@@ -142,7 +160,7 @@ class Files:
             raise ValueError(
                 f"{self.name(i)} disappeared while '{self.path}' was read; nothing may change it."
             ) from error
-        except (OSError, SyntaxError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # Pillow's, zip's
+        except UNREADABLE as error:
             raise ValueError(f"{self.name(i)} is not a readable image: {error}.") from error
         if alpha and not self.drop_alpha:
             raise ValueError(f"{self.name(i)} has mode {mode}; convert to RGB first or pass --drop-alpha.")
@@ -153,13 +171,16 @@ class Files:
         return pixels
 
     def warnings(self) -> list[str]:
-        """See `Reader`: what changed while it was read, and what is grey."""
-        found = [f"some images of '{self.path}' are grey; they were taken as RGB."] if self.grey else []
-        now = {name for name in self.listing() if name.suffix[1:].lower() in SUFFIXES}
-        added, removed = len(now - set(self.names)), len(set(self.names) - now)
-        if added or removed:
-            found.append(f"'{self.path}' changed while it was read: {added} images came and {removed} went.")
-        return found
+        """See `Reader`."""
+        return [f"some images of '{self.path}' are grey; they were taken as RGB."] if self.grey else []
+
+    def changes(self) -> list[str]:
+        """See `Reader`."""
+        now, before = {name for name in self.listing() if _suffix(name) in SUFFIXES}, set(self.names)
+        if now == before:
+            return []
+        came, went = len(now - before), len(before - now)
+        return [f"'{self.path}' changed while it was read: {came} images came and {went} went."]
 
 
 class Folder(Files):
@@ -167,15 +188,17 @@ class Folder(Files):
 
     kind = "folder"
 
-    def listing(self) -> list[PurePosixPath]:
-        """See `Files`; links to folders are followed."""
-        names: list[PurePosixPath] = []
-        for folder, _, files in os.walk(self.path, followlinks=True):
-            inside = PurePosixPath(Path(folder).relative_to(self.path).as_posix())
-            names += [inside / file for file in files]
+    def listing(self) -> list[str]:
+        """See `Files`; links to folders are followed, but for those that lead back to where they are."""
+        names: list[str] = []
+        for folder, inside, files in os.walk(self.path, followlinks=True):
+            here = Path(folder).relative_to(self.path).as_posix()
+            prefix = "" if here == "." else f"{here}/"
+            names += [prefix + file for file in files]
+            inside[:] = [name for name in inside if not _leads_back(folder, name)]
         return sorted(name for name in names if not _hidden(name))
 
-    def open(self, name: PurePosixPath) -> IO[bytes]:
+    def open(self, name: str) -> IO[bytes]:
         """See `Files`."""
         return (self.path / name).open("rb")
 
@@ -190,21 +213,35 @@ class Zip(Files):
             self.archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
             raise ValueError(f"'{path}' is not a .zip file, or is cut short.") from error
+        members = [member for member in self.archive.infolist() if not member.is_dir()]
+        self.members = {PurePosixPath(member.filename.replace("\\", "/")).as_posix(): member for member in members}
         super().__init__(path, drop_alpha)
 
-    def listing(self) -> list[PurePosixPath]:
+    def listing(self) -> list[str]:
         """See `Files`."""
-        names = (PurePosixPath(name) for name in self.archive.namelist() if not name.endswith("/"))
-        return sorted(name for name in names if not _hidden(name))
+        return sorted(name for name in self.members if not _hidden(name))
 
-    def open(self, name: PurePosixPath) -> IO[bytes]:
+    def open(self, name: str) -> IO[bytes]:
         """See `Files`."""
-        return io.BytesIO(self.archive.read(str(name)))  # one lock inside; the decoding runs in threads
+        return io.BytesIO(self.archive.read(self.members[name]))  # one lock inside; the decoding runs in threads
 
 
-def _hidden(name: PurePosixPath) -> bool:
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix[1:].lower()
+
+
+def _hidden(name: str) -> bool:
     """Of a hidden file or folder, or of what macOS puts into archives."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+    return f"/{name}".find("/.") >= 0 or f"/{name}".find("/__MACOSX/") >= 0
+
+
+def _leads_back(folder: str, name: str) -> bool:
+    """Whether a folder in a folder is a link to that one or to one that holds it."""
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return False
+    target = os.path.realpath(path)
+    return os.path.commonpath([target, os.path.realpath(folder)]) == target
 
 
 class Array:
@@ -230,15 +267,17 @@ class Array:
                 hint = " The channels come last: transpose it with array.transpose(0, 2, 3, 1)."
         raise ValueError(f"expected uint8 images (N, H, W, 3) in [0,255] in '{path}'; got {got}.{hint}")
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray | None:
         """See `Reader`."""
         if self.kind == "npz":
-            with np.load(self.path, allow_pickle=False) as archive:
-                if "arr_1" in archive.files:
+            try:
+                with np.load(self.path, allow_pickle=False) as archive:
                     labels = archive["arr_1"]
-                    if labels.shape == self.shape[:1] and labels.dtype.kind in "iu":
-                        return labels.astype(np.int64)
+            except (KeyError, ValueError):  # there is none, or it holds objects
+                return None
+            if labels.shape == self.shape[:1] and labels.dtype.kind in "iu":
+                return labels.astype(np.int64)
         return None
 
     def __len__(self) -> int:
@@ -264,6 +303,10 @@ class Array:
     def warnings(self) -> list[str]:
         """See `Reader`."""
         return [f"images of '{self.path}' are grey; they were taken as RGB."] if self.shape[3] == 1 else []
+
+    def changes(self) -> list[str]:
+        """See `Reader`."""
+        return []
 
     def _open(self) -> IO[bytes]:
         if self.kind == "npy":

@@ -3,15 +3,15 @@
 import hashlib
 import io
 import pickle
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fid.files import written_aside
@@ -35,6 +35,7 @@ class Reference:
         images: Some of the real images, for metrics that need them; they are read only then.
         extractor: Name of the network, with the fingerprint of its weights; None where a file does not say.
         preset: The protocol; None likewise.
+        crop: Side of the centre crop that its images went through, in pixels; None for none, or likewise.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Reference:
     images: Images | None = None
     extractor: str | None = None
     preset: str | None = None
+    crop: int | None = None
 
     @cached_property
     def sha256(self) -> str | None:
@@ -81,7 +83,9 @@ def load_ref(path: str | Path, label: str = "FID") -> Reference:
         raise FileNotFoundError(f"the statistics '{path}' do not exist.")
     read = {".pkl": _read_pickle, ".pt": _read_pt}.get(path.suffix.lower(), _read_npz)
     arrays, kind = read(path, label)
-    num = None if arrays.get("num_images") is None else int(arrays["num_images"])
+    num, crop = (
+        None if arrays.get(key) is None else _integer(path, key, arrays[key]) for key in ("num_images", "crop")
+    )
     statistics = {}
     for output, choices in KEYS.items():
         for mean, cov in choices:
@@ -96,7 +100,7 @@ def load_ref(path: str | Path, label: str = "FID") -> Reference:
         raise ValueError(f"'{path}' has no mu and sigma, but {found}.{hint}")
     images = Images(path) if "arr_0" in arrays else None
     preset = arrays.get("protocol") or ("adm" if kind == "adm" else None)
-    return Reference(str(path), kind, statistics, num, images, arrays.get("extractor"), preset)
+    return Reference(str(path), kind, statistics, num, images, arrays.get("extractor"), preset, crop)
 
 
 def open_reference(ref: Any, label: str = "FID", **choices: bool) -> Reference | Images | None:
@@ -148,36 +152,31 @@ def check_protocol(
     return [found] if found else []
 
 
-def save_reference(
-    path: str | Path,
-    statistics: dict[str, Statistics],
-    num_images: int | None,
-    extractor: str,
-    preset: str | None,
-    images: np.ndarray | None = None,
-    crop: int | None = None,
-) -> None:
+def save_reference(path: str | Path, reference: Reference, images: np.ndarray | None = None) -> None:
     """Writes an .npz with the keys of ADM's files, which other tools read, and ours: whole or not at all.
 
     Args:
         path: The file.
-        statistics: Output -> mean and covariance, `features` and perhaps `spatial`.
-        num_images: Images behind them.
-        extractor: Name of the network.
-        preset: The protocol.
+        reference: Statistics, and what is known of them.
         images: (K, H, W, 3) uint8, real images for metrics that need them.
-        crop: Side of the centre crop that was made, for the record.
 
     Raises:
         OSError: It cannot be written.
     """
-    record = {"num_images": num_images, "extractor": extractor, "protocol": preset, "version": VERSION, "arr_0": images}
-    record["crop"] = crop
+    record = {"num_images": reference.num_images, "extractor": reference.extractor, "protocol": reference.preset}
+    record |= {"crop": reference.crop, "version": VERSION, "arr_0": images}
     for output, ((mean, cov), *_) in KEYS.items():
-        if output in statistics:
-            record |= {mean: statistics[output].mean, cov: statistics[output].cov}
+        if output in reference.statistics:
+            record |= {mean: reference.statistics[output].mean, cov: reference.statistics[output].cov}
     with written_aside(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **{key: value for key, value in record.items() if value is not None})
+
+
+def _integer(path: Path, key: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (ValueError, TypeError):
+        raise ValueError(f"'{path}' has the {key} {value!r}, which is no number.") from None
 
 
 def _read_npz(path: Path, label: str) -> tuple[dict[str, Any], str]:
@@ -186,6 +185,7 @@ def _read_npz(path: Path, label: str) -> tuple[dict[str, Any], str]:
         "num_images",
         "extractor",
         "protocol",
+        "crop",
         *(key for pairs in KEYS.values() for pair in pairs for key in pair),
     }
     try:
@@ -207,48 +207,95 @@ def _names(path: Path) -> list[str]:
         raise ValueError(f"'{path}' is not an .npz file, or is cut short.") from error
 
 
-class _Arrays(pickle.Unpickler):
-    """Numpy arrays and plain values only; a pickle may name any function of Python to be called."""
+class _ArrayState:
+    """What a pickle says of an array; the array itself is made of that by `np.frombuffer`, never by the pickle."""
 
-    ALLOWED = frozenset(
-        {("numpy", "ndarray"), ("numpy", "dtype")}
-        | {(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")}
-        | {(f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")}
-        | {("_codecs", "encode"), ("builtins", "dict"), ("builtins", "complex"), ("collections", "OrderedDict")}
-    )
+    def __init__(self) -> None:
+        self.value: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran_order, content = state
+        self.value = _array(content, dtype, shape, "F" if fortran_order else "C")
+
+
+class _TypeState:
+    """What a pickle says of a type of numbers."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not re.fullmatch(r"[<>|=]?[biuf][1-8]", code):
+            raise pickle.UnpicklingError(f"it has an array of {code!r}, which are not numbers")
+        self.code = code.lstrip("<>|=")
+
+    def __setstate__(self, state: tuple) -> None:
+        if any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError("it has an array of records")
+        self.code = f"{state[1]}{self.code}"
+
+
+def _array(content: Any, dtype: _TypeState, shape: tuple, order: str = "C") -> np.ndarray:
+    if not isinstance(dtype, _TypeState):
+        raise pickle.UnpicklingError("it has an array without a type")
+    return np.frombuffer(bytes(content), np.dtype(dtype.code)).reshape(shape, order=order)
+
+
+class _Arrays(pickle.Unpickler):
+    """Numbers, texts, and arrays of numbers only.
+
+    A pickle may name any function of Python to be called, and even numpy's own may be called so that they follow an address
+    in the file. Here each name stands for something that can do neither.
+    """
+
+    _STAND_INS: ClassVar = {
+        "ndarray": object,
+        "_reconstruct": lambda *_: _ArrayState(),
+        "dtype": _TypeState,
+        "scalar": lambda dtype, content: _array(content, dtype, (1,))[0],
+        "_frombuffer": lambda content, dtype, shape, order: _array(content, dtype, shape, order),
+        "encode": lambda text, encoding: text.encode("latin1"),
+        "OrderedDict": dict,
+        "EasyDict": dict,
+    }
+    _MODULES = re.compile(r"numpy|numpy\._?core\.(multiarray|numeric)|_codecs|collections|dnnlib\.util")
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few that an array needs."""
-        if (module, name) not in self.ALLOWED:
+        """The stand-in for the few names that an array needs."""
+        if not self._MODULES.fullmatch(module) or name not in self._STAND_INS:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array")
-        return super().find_class(module, name)
+        return self._STAND_INS[name]
+
+
+def _unpickle(content: bytes, path: Path) -> dict[str, Any]:
+    """The dict in a pickle, with its arrays."""
+    try:
+        found = _plain(_Arrays(io.BytesIO(content)).load())
+    except Exception as error:  # what is no pickle, or was made to do harm, may raise anything
+        raise ValueError(f"'{path}' is not a file of statistics, and nothing in it was run: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"'{path}' holds a {type(found).__name__}; statistics are a dict with mu and sigma.")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return value.value if isinstance(value, _ArrayState) else value
 
 
 def _read_pickle(path: Path, label: str) -> tuple[dict[str, Any], str]:
-    try:
-        found = _Arrays(io.BytesIO(path.read_bytes())).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{path}' is not a pickle of statistics, and nothing in it was run: {error}.") from error
+    found = _unpickle(path.read_bytes(), path)
     part = "fd_dinov2" if label == "FD-DINOv2" else "fid"
-    if isinstance(found, dict) and part not in found and "mu" in found:
+    if part not in found and "mu" in found:
         return found, "edm2"
-    if not isinstance(found, dict) or part not in found:
-        keys = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"'{path}' has no {part!r}, but {keys}.")
+    if not isinstance(found.get(part), dict):
+        raise ValueError(f"'{path}' has no {part!r} with mu and sigma, but {sorted(map(str, found))}.")
     return {**found[part], "num_images": found.get("num_images")}, "edm2"
 
 
 def _read_pt(path: Path, label: str) -> tuple[dict[str, Any], str]:
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    allowed = [multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype("f8")), type(np.dtype("f4"))]
     try:
-        with torch.serialization.safe_globals(allowed):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"'{path}' is not a PyTorch file of statistics, and nothing in it was run: {reason}"
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"'{path}' holds a {type(found).__name__}; statistics are a dict with mu and sigma.")
-    return {key: np.asarray(value) for key, value in found.items()}, "torch-fidelity"
+        with zipfile.ZipFile(path) as archive:  # as torch.save writes
+            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            content = archive.read(name)
+    except (OSError, StopIteration, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"'{path}' is not a PyTorch file of statistics, or is cut short.") from error
+    return _unpickle(content, path), "torch-fidelity"

@@ -1,5 +1,7 @@
 """Three ways to bring uint8 images to the size of a network; no two of them give the same numbers."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,11 @@ def clean_bicubic(images: Tensor, size: int) -> Tensor:
     Source: Parmar et al., On Aliased Resizing and Surprising Subtleties in GAN Evaluation, arXiv:2104.11222.
     """
     channels = images.float().cpu().flatten(0, 1).numpy()  # (3 B, H, W)
-    resized = [Image.fromarray(channel).resize((size, size), Image.Resampling.BICUBIC) for channel in channels]
-    pixels = torch.from_numpy(np.stack([np.asarray(channel) for channel in resized])).clamp(0, 255)
+
+    def resize(channel: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BICUBIC))
+
+    with ThreadPoolExecutor() as pool:  # Pillow leaves the interpreter to others while it computes
+        resized = list(pool.map(resize, channels))
+    pixels = torch.from_numpy(np.stack(resized)).clamp(0, 255)
     return pixels.view(*images.shape[:2], size, size).to(images.device)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,8 +34,6 @@ class Sink(Protocol):
 class Evaluator(Protocol):
     """What takes images and can go on later; `fid.Evaluator` is one."""
 
-    seen: set[int]
-
     def update(self, images: Any, index: Any, labels: Any) -> Any:
         """Adds a batch."""
 
@@ -43,6 +42,9 @@ class Evaluator(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Adds what `state_dict` gave."""
+
+    def images_in(self, state: dict[str, Any]) -> set[int]:
+        """The numbers of the images that a state holds."""
 
 
 def open_sink(
@@ -164,7 +166,11 @@ class NpzSink:
 
 
 class EvaluatorSink:
-    """An evaluator: no image is kept. OUT.partial holds what each process has gathered, saved every few minutes."""
+    """An evaluator: no image is kept. OUT.partial holds what each process has gathered, saved every few minutes.
+
+    A state is a file with a name of its own. Whoever takes one over removes it when he has saved what was in it, so that
+    at a kill at any moment each image is in one file, or in one and in another that holds all of that file's.
+    """
 
     SAVE_SECONDS = 300.0
 
@@ -172,22 +178,25 @@ class EvaluatorSink:
         self.file, self.num, self.evaluator = file, num, evaluator
         self.rank, self.size = state.process_index, state.num_processes
         self.partial = partial_of(file)
+        self.mine = self.partial / f"state-{uuid.uuid4().hex}.pt"
         self.taken_over: list[Path] = []
         self.saved = time.monotonic()
 
     def missing(self) -> list[int]:
-        """See `Sink`. Also loads what was gathered; states of more processes than there are now are shared out."""
+        """See `Sink`. Also loads this process's share of what was gathered, by however many processes."""
         if self.file.exists():
             return []
+        held = {part: self._images_in(part) for part in self.partial.glob("state-*.pt")}
         there: set[int] = set()
-        for part in sorted(self.partial.glob("rank-*.pt")):
-            state = torch.load(part, map_location="cpu", weights_only=True)
-            index = set(state["checks"]["index"].tolist())
-            if int(part.stem.removeprefix("rank-")) % self.size == self.rank:
-                if not index <= self.evaluator.seen:  # it is, if a process was stopped after it had taken it over
-                    self.evaluator.load_state_dict(state)
-                self.taken_over.append(part)
-            there |= index
+        for k, part in enumerate(sorted(held, key=lambda part: (-len(held[part]), part.name))):
+            mine = k % self.size == self.rank
+            if not held[part] <= there:
+                if not held[part].isdisjoint(there):
+                    raise ValueError(f"{str(part)!r} holds images that another state holds, too; remove one of them.")
+                if mine:
+                    self.evaluator.load_state_dict(torch.load(part, map_location="cpu", weights_only=True))
+            there |= held[part]
+            self.taken_over += [part] * mine
         return [i for i in range(self.num) if i not in there]
 
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
@@ -198,17 +207,18 @@ class EvaluatorSink:
 
     def save(self) -> None:
         """Write what this process has gathered."""
-        mine = self.partial / f"rank-{self.rank:05d}.pt"
-        with written_aside(mine) as temporary:
+        with written_aside(self.mine) as temporary:
             torch.save(self.evaluator.state_dict(), temporary)
         for part in self.taken_over:
-            if part != mine:
-                part.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         self.taken_over, self.saved = [], time.monotonic()
 
     def finish(self) -> Path:
         """See `Sink`. The record itself is written by whoever computes the numbers."""
         return self.file
+
+    def _images_in(self, part: Path) -> set[int]:
+        return self.evaluator.images_in(torch.load(part, map_location="cpu", weights_only=True, mmap=True))
 
 
 def _check(record: Path, settings: dict[str, Any], out: Path) -> None:

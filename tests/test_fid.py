@@ -1,5 +1,6 @@
 """Distances and moments against closed forms and numpy, the evaluator and its record, the command line."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 import fid
-from fid.__main__ import main
-from fid.collector import digest
+from fid.__main__ import _parser, main
+from fid.collector import digests
 from fid.frechet import factor, frechet_terms, jackknife, noise_floor
 from fid.moments import splitmix64
 
@@ -25,6 +26,10 @@ def gaussian(dim, num, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(num, dim)) @ rng.normal(size=(dim, dim)) + rng.normal(size=dim)
     return x.mean(0), np.cov(x, rowvar=False), x
+
+
+def reference_of(statistics, num, extractor, preset):
+    return fid.Reference("made here", "fid", statistics, num, None, extractor, preset)
 
 
 def random_images(num, size=16, seed=0):
@@ -245,7 +250,7 @@ def test_two_processes_have_the_moments_of_one(tmp_path):
     np.save(tmp_path / "x.npy", x)
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     arguments = [str(tmp_path / "script.py"), str(tmp_path / "x.npy"), str(tmp_path)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -333,8 +338,19 @@ def test_the_digest_of_an_image_is_a_sum_modulo_2_to_the_64():
     image = torch.from_numpy(random_images(1)[0]).permute(2, 0, 1)
     weights = [int(w) for w in splitmix64(np.arange(image.numel()))]
     slow = sum(p * w for p, w in zip(image.flatten().tolist(), weights, strict=True)) % 2**64
-    assert int(digest(image)) % 2**64 == slow
-    assert len({int(digest(other)) for other in (image, image.flip(0), image.flip(1), image.flip(2), image // 2)}) == 5
+    others = [image, image.flip(0), image.flip(1), image.flip(2), image // 2]
+    assert int(digests(image[None])[0]) % 2**64 == slow
+    assert len(set(digests(torch.stack(others * 3)).tolist())) == 5
+    assert digests(image[None, :, :8]).tolist() == digests(image[None, :, :8].clone()).tolist()  # after a larger one
+
+
+def test_a_buffer_may_be_written_into_again():
+    images, buffer = torch.from_numpy(random_images(30)), torch.empty(7, 16, 16, 3, dtype=torch.uint8)
+    ev = fid.Evaluator(images[:20], extractor=Mean(), batch_size=10)
+    for k in range(0, 28, 7):
+        buffer.copy_(images[k : k + 7])
+        ev.update(buffer)
+    assert ev.compute().fd == pytest.approx(fid.evaluate(images[:28], images[:20], Mean()).fd, rel=1e-12)
 
 
 def test_the_same_images_have_distance_zero():
@@ -444,8 +460,13 @@ def test_an_extractor_of_ones_own():
         def forward(self, images):
             return {"features": images.float().mean(dim=(2, 3))}
 
-    class Unsaid(nn.Module):
-        pass
+    class Misnamed(nn.Module):
+        def forward(self, images):
+            return {"feature": images.float().mean(dim=(2, 3))}
+
+    class Plain(nn.Module):
+        def forward(self, images):
+            return {"features": images.float().mean(dim=(2, 3))}
 
     mine, real = random_images(50, seed=1), random_images(60, seed=2) // 2
     x, y = (images.mean(axis=(1, 2)) for images in (mine, real))
@@ -453,9 +474,32 @@ def test_an_extractor_of_ones_own():
     result = fid.evaluate(mine, real, Colours())
     assert result.fd == pytest.approx(expected, rel=1e-6)
     assert result.record["extractor"] == "colours-e3b0c442"  # it has no weights: of nothing
-    for extractor in (Unsaid(), fid.FeatureExtractor()):
-        with pytest.raises(ValueError, match="has no dims; derive it from fid.FeatureExtractor"):
+    plain = fid.evaluate(mine, real, Plain())
+    assert (plain.fd, plain.record["extractor"]) == (result.fd, "plain-e3b0c442")
+    for extractor, sentence in (
+        (nn.Linear(2, 2), "the extractor Linear failed on an image of 64x64 pixels"),
+        (Misnamed(), r"the extractor Misnamed gives \['feature'\]; it has to give features"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
             fid.Evaluator(None, extractor=extractor)
+
+
+def test_what_is_set_around_does_not_reach_an_extractor():
+    class Product(fid.FeatureExtractor):
+        dims = {"features": 4}
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(768, 4))
+
+        def forward(self, images):
+            return {"features": images.float().flatten(1) @ self.weight}
+
+    torch.manual_seed(0)
+    images, product = random_images(50), Product()
+    plain = fid.evaluate(images[:30], images[20:], product).fd
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fid.evaluate(images[:30], images[20:], product).fd == plain
 
 
 def test_evaluator_refuses(files):
@@ -484,7 +528,7 @@ def test_evaluator_refuses(files):
     bad = Mean()
     bad.weight.data[:] = torch.nan
     with pytest.raises(ValueError, match=r"non-finite features for sample index 40 \(rank 0\)"):
-        fid.Evaluator(images, extractor=bad).update(images, range(40, 60))
+        fid.Evaluator(images, extractor=bad).update(images, range(40, 60)).compute()
 
 
 def test_a_reference_of_another_protocol_is_refused(tmp_path):
@@ -493,14 +537,14 @@ def test_a_reference_of_another_protocol_is_refused(tmp_path):
     one = {"features": fid.Statistics(mean, cov, 20)}
     other = Mean()
     other.preset, other.name = "adm", "inception-adm-0"
-    fid.save_reference(path, one, 20, "inception-pytorch-fid-0", "pytorch-fid")
+    fid.save_reference(path, reference_of(one, 20, "inception-pytorch-fid-0", "pytorch-fid"))
     with pytest.raises(ValueError, match="preset 'pytorch-fid', samples with 'adm'; FID would mix two resizes"):
         fid.Evaluator(path, extractor=other)
     assert "mix two resizes" in fid.Evaluator(path, extractor=other, force=True)._warnings[0]
-    fid.save_reference(path, one, 20, "inception-adm-1", "adm")
+    fid.save_reference(path, reference_of(one, 20, "inception-adm-1", "adm"))
     with pytest.raises(ValueError, match="made with inception-adm-1, samples with inception-adm-0"):
         fid.Evaluator(path, extractor=other)
-    fid.save_reference(tmp_path / "y.npz", one, 20, "inception-pytorch-fid-0", "pytorch-fid")
+    fid.save_reference(tmp_path / "y.npz", reference_of(one, 20, "inception-pytorch-fid-0", "pytorch-fid"))
     with pytest.raises(ValueError, match="preset 'pytorch-fid', samples with 'adm'; FID would mix two resizes"):
         fid.compare(path, tmp_path / "y.npz")
     assert fid.compare(path, tmp_path / "y.npz", force=True).fd < 1e-8
@@ -582,7 +626,7 @@ def test_command_line(files, capsys):
 def test_compare_needs_no_network(tmp_path, capsys):
     mean, cov, _ = gaussian(4, 20)
     one = {"features": fid.Statistics(mean, cov, 1000), "spatial": fid.Statistics(mean, cov, 1000)}
-    fid.save_reference(tmp_path / "x.npz", one, 1000, "inception-adm-0", "adm")
+    fid.save_reference(tmp_path / "x.npz", reference_of(one, 1000, "inception-adm-0", "adm"))
     np.savez(tmp_path / "y.npz", mu=mean + 1, sigma=cov)
     for command in (["compare", "x.npz", "y.npz"], ["eval", "x.npz", "--ref", "y.npz"]):
         main([command[0], *[str(tmp_path / c) if c.endswith("npz") else c for c in command[1:]]])
@@ -610,7 +654,7 @@ def test_two_processes_give_the_number_of_one(files, tmp_path):
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=29618",
+        "--standalone",
         "-m",
         "fid",
         "--",
@@ -631,7 +675,7 @@ def test_two_processes_give_the_number_of_one(files, tmp_path):
         assert two[name] == one[name]
 
 
-def test_neighbours_are_found_and_drawn(files, tmp_path):
+def test_neighbours_are_found_and_drawn(files, tmp_path, monkeypatch):
     images = random_images(60, seed=1)
     real = np.concatenate([random_images(40, seed=5), images[10:13]])  # three are memorised
     np.savez(tmp_path / "mine.npz", images)
@@ -644,6 +688,13 @@ def test_neighbours_are_found_and_drawn(files, tmp_path):
     assert distances[:, 0].max() < 1e-3 < distances[:, 1].min()
     with Image.open(tmp_path / "n.png") as picture:
         assert picture.size[0] > 3 * 96
+    monkeypatch.setattr(fid.evaluator, "MAX_REFERENCE_ROWS", 10)  # what the metrics take; copies are found all the same
+    ev = fid.Evaluator(tmp_path / "real.npz", extractor=Mean(), keep_features=True, batch_size=7)
+    fid.evaluate(samples, evaluator=ev)
+    assert len(ev.reference_rows["features"]) == 10
+    again, same = fid.neighbours(ev, samples, tmp_path / "n.png", k=2, num=3)
+    assert same.tolist() == index.tolist()
+    np.testing.assert_allclose(again, distances, atol=1e-6)
     out = tmp_path / "command.png"
     main(
         ["eval", str(files / "b"), "--ref", str(files / "a"), *judge(files), "--neighbours", "3", "--picture", str(out)]
@@ -689,12 +740,21 @@ def test_curve(tmp_path, capsys):
         (["eval", "a", "--ref", "nowhere.npz"], "the reference 'nowhere.npz' does not exist", 3),
         (["eval", "a", "--ref", "a.npz", "--weights", "nowhere"], "'nowhere' do not exist", 3),
         (["eval", "a", "--ref", "a.npz", "--json", "nowhere/x.json"], "cannot write", 2),
-        (["eval", "a", "--ref", "a.npz", "--num", "120"], "only 100 of 120 samples in a. FID-100 is not comparable", 2),
+        (
+            ["eval", "a", "--ref", "a.npz", "--num", "120"],
+            "only 100 of 120 samples in a. FID-100 is not comparable with FID-120 (expected bias about +",
+            2,
+        ),
         (["eval", "a.npz", "--ref", "a.npz", "--num", "5"], "'a.npz' holds statistics, not images", 2),
         (["eval", "a.npz", "--ref", "a.npz", "--metrics", "kid"], "'a.npz' holds statistics, not images", 2),
         (["eval", "a", "--ref", "a.npz", "--metrics", "fid,pr"], "cannot compute fid: it is defined by Inception", 2),
         (["eval", "a", "--ref", "a.npz", "--neighbours", "3"], "'a.npz' has none (arr_0)", 2),
         (["eval", "a"], "there is no reference", 2),
+        (["eval", "a.npz"], "there is no reference to compare with; name it with --ref", 2),
+        (["eval", "a.npz", "--ref", "a"], "'a.npz' holds statistics, 'a' images: run `python -m fid stats`", 2),
+        (["eval", "a", "--ref", "a.npz", "--neighbours", "-2"], "'-2' is not a whole number from 0", 2),
+        (["eval", "a", "--ref", "a.npz", "--groups", "-1"], "'-1' is not a whole number from 0", 2),
+        (["eval", "a", "--ref", "a.npz", "--metrics", "fd, fix"], "no metric is called 'fix'", 2),
     ],
 )
 def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, code, files, monkeypatch, capsys):
@@ -713,8 +773,27 @@ def test_fewer_samples_when_that_is_asked_for(files, capsys):
 
 
 @pytest.mark.parametrize("command", ["eval", "stats", "compare", "curve", "selfcheck"])
-def test_help_documents_every_option(command, capsys):
+def test_help_documents_every_option(command):
+    commands = next(action for action in _parser()._actions if action.dest == argparse.SUPPRESS or action.choices)
+    undocumented = [a.dest for a in commands.choices[command]._actions if not a.help and not a.metavar]
+    assert undocumented == []
+
+
+def test_the_result_is_there_when_an_extra_fails(files, tmp_path, capsys):
+    (tmp_path / "taken.npy").mkdir()
+    command = [
+        "eval",
+        str(files / "b"),
+        "--ref",
+        str(files / "a.npz"),
+        *judge(files),
+        "--json",
+        str(tmp_path / "x.json"),
+    ]
     with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0
-    assert len(capsys.readouterr().out) > 200
+        main([*command, "--save-features", str(tmp_path / "taken.npy")])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Frechet distance")
+    assert "cannot write" in printed.err
+    assert json.loads((tmp_path / "x.json").read_text())["num_samples"] == 70

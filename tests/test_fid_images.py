@@ -96,6 +96,10 @@ def test_labels_of_class_folders_and_of_npz(tmp_path):
     assert "the first 2 images of" in fid.Images(tmp_path / "classes").first(2).warnings()[0]
     assert "are of 1 of its 2 classes only" in fid.Images(tmp_path / "classes").first(2).warnings()[0]
     assert fid.Images(tmp_path / "classes" / "cat").labels is None
+    np.savez(tmp_path / "x.npz", images, np.array([{}] * 6, dtype=object))
+    assert fid.Images(tmp_path / "x.npz").labels is None
+    Image.fromarray(images[0]).save(tmp_path / "classes" / "dog" / "z.jpg")
+    assert [fid.Images(tmp_path / "classes").first(n).lossy for n in (6, 7)] == [False, True]
     assert fid.Images(images).labels is None
 
 
@@ -209,6 +213,31 @@ def test_image_files_that_are_refused(tmp_path):
         read_all(tmp_path / "deep")
 
 
+def test_links_that_lead_back_are_not_followed(tmp_path):
+    folder = write_pngs(tmp_path / "x" / "c", random_images(2))
+    (folder / "up").symlink_to(tmp_path / "x")
+    (folder / "me").symlink_to(folder)
+    (tmp_path / "x" / "twice").symlink_to(folder)  # another name of the same folder holds its images once more
+    assert fid.Images(tmp_path / "x").num == 4
+
+
+def test_zips_of_every_make(tmp_path):
+    """Names as some tools write them; what cannot be unpacked here is named."""
+    folder = write_pngs(tmp_path / "x", random_images(3))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name, kind in (("./a/0.png", 0), ("a//1.png", 8), ("b\\2.png", 14)):
+            archive.write(folder / f"000{name[-5]}.png", name, compress_type=kind)
+    images = fid.Images(tmp_path / "x.zip")
+    assert np.array_equal(read_all(tmp_path / "x.zip"), random_images(3))
+    assert images.labels.tolist() == [0, 0, 1]
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(signature) + offset] |= 1  # encrypted
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"0\.png' is not a readable image: .*encrypted"):
+        read_all(tmp_path / "x.zip")
+
+
 def test_a_folder_that_changes_while_it_is_read(tmp_path):
     folder = write_pngs(tmp_path / "x", random_images(6))
     images = fid.Images(folder)
@@ -266,11 +295,13 @@ def moments(dim=5, seed=0):
 def test_our_own_file(tmp_path):
     (mean, cov), (mean_s, cov_s) = moments(), moments(7, seed=1)
     parts = {"features": fid.Statistics(mean, cov, 20), "spatial": fid.Statistics(mean_s, cov_s, 20)}
-    fid.save_reference(tmp_path / "x.npz", parts, 20, "judge-12345678", "adm", random_images(3))
+    made = fid.Reference("made here", "fid", parts, 20, None, "judge-12345678", "adm", 16)
+    fid.save_reference(tmp_path / "x.npz", made, random_images(3))
     found = fid.load_ref(tmp_path / "x.npz")
     assert np.array_equal(found.statistics["features"].cov, cov)
     assert np.array_equal(found.statistics["spatial"].mean, mean_s)
     assert (found.kind, found.num_images, found.extractor, found.preset) == ("fid", 20, "judge-12345678", "adm")
+    assert found.crop == 16
     assert np.array_equal(torch.stack(found.images.take([1])).permute(0, 2, 3, 1).numpy(), random_images(3)[1:2])
     assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]  # nothing temporary is left
     assert len(found.sha256) == 64
@@ -278,7 +309,8 @@ def test_our_own_file(tmp_path):
 
 def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     parts = {"features": fid.Statistics(*moments())}
-    fid.save_reference(tmp_path / "x.npz", parts, 2, "judge", None)
+    made = fid.Reference("made here", "fid", parts, 2)
+    fid.save_reference(tmp_path / "x.npz", made)
     before = (tmp_path / "x.npz").read_bytes()
 
     def fail(file, **arrays):
@@ -287,7 +319,7 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(OSError, match="cannot write '.*x.npz': no space left"):
-        fid.save_reference(tmp_path / "x.npz", parts, 2, "judge", None)
+        fid.save_reference(tmp_path / "x.npz", made)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
 
 
@@ -357,10 +389,62 @@ def test_load_ref_refuses(arrays, sentence, tmp_path):
 def test_load_ref_refuses_what_is_no_statistics(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.npz' do not exist"):
         fid.load_ref(tmp_path / "x.npz")
-    for name, sentence in (("x.npz", "is not an .npz"), ("x.pkl", "not a pickle of"), ("x.pt", "not a PyTorch file")):
+    for name, sentence in (
+        ("x.npz", "is not an .npz"),
+        ("x.pkl", "not a file of statistics"),
+        ("x.pt", "not a PyTorch file"),
+    ):
         (tmp_path / name).write_bytes(b"nonsense")
         with pytest.raises(ValueError, match=sentence):
             fid.load_ref(tmp_path / name)
-    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"fd_dinov2": {}}))
-    with pytest.raises(ValueError, match="has no 'fid', but"):
-        fid.load_ref(tmp_path / "x.pkl")
+    for content in ({"fd_dinov2": {}}, {"fid": 3}, {"fid": None}):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match="has no 'fid' with mu and sigma, but"):
+            fid.load_ref(tmp_path / "x.pkl")
+    for content in (b"", b"hello world\n", b"<!DOCTYPE html>", pickle.dumps([1])):
+        for name in ("x.pkl", "x.pt"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match="not a file of|not a PyTorch file|holds a list"):
+                fid.load_ref(tmp_path / name)
+
+
+class Called:
+    """Pickled, it is a call."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+RECORD = Called(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0))
+FROMBUFFER = np.zeros(1).__reduce_ex__(5)[0]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        Called(np.ndarray, ((1,), "O", b"A" * 8)),  # an object at the address AAAAAAAA
+        Called(FROMBUFFER, (b"A" * 8, np.dtype("O"), (1,), "C")),
+        Called(FROMBUFFER, (b"A" * 8, RECORD, (1,), "C")),
+        Called(type(np.float64(1)).__reduce__(np.float64(1))[0], (np.dtype("O"), b"A" * 8)),
+        np.array([{}], dtype=object),
+        np.zeros(1, dtype=[("a", "f8")]),
+        np.array(["text"]),
+    ],
+)
+def test_no_address_in_a_file_is_followed(tmp_path, harm):
+    """In a process of its own: what follows one is killed by the system."""
+    content = {"fid": {"mu": harm, "sigma": np.eye(1)}}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, 2))
+    torch.save(content["fid"], tmp_path / "x.pt")
+    for name in ("x.pkl", "x.pt"):
+        child = os.fork()
+        if child == 0:
+            try:
+                fid.load_ref(tmp_path / name)
+            except ValueError as error:
+                os._exit(0 if "nothing in it was run" in str(error) else 2)
+            os._exit(3)
+        assert os.waitpid(child, 0)[1] == 0

@@ -225,7 +225,6 @@ def test_a_whole_evaluation_equals_torch_fidelity(adm, theirs, inception_weights
     result = ev.update(mine).compute()
     rows, real_rows = ev.collected.rows, ev.reference_rows
     isc = isc_features_to_metric(rows["logits"])
-    prc = prc_features_to_metric(rows["features"], real_rows["features"])
     options = {"prc_neighborhood": 3, "prc_batch_size": 10_000, "save_cpu_ram": False, "verbose": False}
     prc = prc_features_to_metric(rows["features"], real_rows["features"], **options)
     sides = [fid_features_to_statistics(side["features"].double()) for side in (rows, real_rows)]
@@ -245,7 +244,7 @@ def test_statistics_files_keep_what_sfid_needs(adm, tmp_path):
     images = random_images(20, 64)
     made = fid.statistics(images, adm, device="cpu")
     assert sorted(made.statistics) == ["features", "spatial"]
-    fid.save_reference(tmp_path / "x.npz", made.statistics, 20, made.extractor, made.preset)
+    fid.save_reference(tmp_path / "x.npz", made)
     with np.load(tmp_path / "x.npz") as file:
         assert {"mu", "sigma", "mu_s", "sigma_s", "protocol", "num_images"} <= set(file.files)
     ev = fid.Evaluator(tmp_path / "x.npz", extractor=adm, device="cpu", groups=0)
@@ -385,6 +384,22 @@ def test_ieee_float32_puts_back_what_was_set(monkeypatch, precision):
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_ieee_float32_leaves_what_follows_another_switch():
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has one switch only")
+    before = torch.backends.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "none"  # what another test has set
+    try:
+        for precision in ("tf32", "ieee", "tf32"):
+            torch.backends.fp32_precision = precision
+            with ieee_float32():
+                assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+            assert torch.backends.cudnn.conv.fp32_precision == precision
+            assert torch.backends.cuda.matmul.fp32_precision == precision
+    finally:
+        torch.backends.fp32_precision = before
 
 
 # The other extractors

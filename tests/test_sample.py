@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -421,6 +422,61 @@ def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeyp
     draw("--num", 40, "--out", tmp_path / "once.json", *measure)
     assert numbers(tmp_path / "r.json") == pytest.approx(numbers(tmp_path / "once.json"), rel=1e-6)
     assert {f.name for f in tmp_path.iterdir()} == {"r.json", "once.json"}
+
+
+class Numbers:
+    """As an evaluator, but it only knows which images it has."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def update(self, images, index, labels):
+        assert self.seen.isdisjoint(index)
+        self.seen |= set(index)
+
+    def state_dict(self):
+        return {"index": torch.tensor(sorted(self.seen))}
+
+    def load_state_dict(self, state):
+        self.update(None, state["index"].tolist(), None)
+
+    def images_in(self, state):
+        return set(state["index"].tolist())
+
+
+def test_any_number_of_processes_goes_on_after_a_kill_at_any_moment(tmp_path, monkeypatch):
+    """Three, killed; one, killed between writing and removing; two, killed; three: each image is there once."""
+    (tmp_path / "r.json.partial").mkdir()
+    num, images = 90, np.zeros((1, 8, 8, 3), np.uint8)
+
+    def processes(size, draw, kill=None):
+        running, left = [], []
+        for rank in range(size):
+            state = SimpleNamespace(process_index=rank, num_processes=size)
+            running.append(sinks.EvaluatorSink(tmp_path / "r.json", num, Numbers(), state))
+            left.append(running[-1].missing())
+        assert all(part == left[0] for part in left)
+        for rank, sink in enumerate(running):
+            for i in [i for i in left[0] if i % size == rank][:draw]:
+                sink.write([i], images, [0])
+            with monkeypatch.context() as patch:
+                if kill == rank:
+                    patch.setattr(Path, "unlink", lambda *_, **__: None)
+                sink.save()
+            if kill == rank:
+                break
+        return [sink.evaluator.seen for sink in running], left[0]
+
+    processes(3, 5)
+    _, left = processes(1, 10, kill=0)
+    assert len(left) == 75
+    assert len(list((tmp_path / "r.json.partial").iterdir())) == 4
+    _, left = processes(2, 6, kill=0)  # the second one saves nothing
+    assert len(left) == 65
+    seen, left = processes(3, 30)
+    assert len(left) == 59
+    assert sorted(i for part in seen for i in part) == list(range(num))
+    assert len(list((tmp_path / "r.json.partial").iterdir())) == 3
 
 
 def test_mistakes_in_measuring(draw, sentence, measure, tmp_path):
