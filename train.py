@@ -224,7 +224,9 @@ def train(run: Run, progress: tqdm) -> None:
     stop = StopSignal(accelerator)
     workers = {"num_workers": cfg.num_workers, "worker_init_fn": leave_process_group}
     pin = accelerator.device.type == "cuda"
-    batches = iter(DataLoader(run.data, batch_sampler=run.order, pin_memory=pin, **workers))
+    batches = iter(
+        DataLoader(run.data, batch_sampler=run.order, collate_fn=run.data.collate, pin_memory=pin, **workers)
+    )
     losses: list[Tensor] = []
     since, since_step = time.perf_counter(), run.step
     stopped = False

@@ -120,7 +120,11 @@ def reading(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for name, (data, size) in contenders.items():
             for workers in (0, cores):
                 order = EndlessBatches(size, BATCH, seed=repeat, flip=True, start=0, rank=0, num_processes=1)
-                batches = iter(DataLoader(data, batch_sampler=order, num_workers=workers, persistent_workers=False))
+                batches = iter(
+                    DataLoader(
+                        data, batch_sampler=order, collate_fn=getattr(data, "collate", None), num_workers=workers
+                    )
+                )
                 for _ in range(2):  # the workers are there
                     next(batches)
                 count, start = max(2, size // BATCH), time.perf_counter()

@@ -37,6 +37,8 @@ class Images(Dataset):
         flip: Whether training may mirror the images.
     """
 
+    collate = None  # of a DataLoader: its own
+
     def __init__(
         self, labels: np.ndarray, class_names: list[str], *, image_size: int, channels: int, flip: bool
     ) -> None:

@@ -69,16 +69,30 @@ class LatentDataset(Dataset):
             if not file.is_file() or file.stat().st_size != size:
                 found = f"has {file.stat().st_size} bytes, not {size}" if file.is_file() else "is missing"
                 raise ValueError(f"latents {path!r} are damaged: {shard['file']} {found}; run cache_latents.py again.")
-        self._maps: dict[int, Tensor] = {}
+        self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int]:
         """(index, flip) -> (K, h, w) float16, label."""
-        index, flip = key
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return self._map(shard)[index - int(self.starts[shard]), int(flip)], int(self.labels[index])
+        moments, labels = self.__getitems__([key])
+        return moments[0], int(labels[0])
+
+    def __getitems__(self, keys: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
+        """A batch of (index, flip) at once -> (B, K, h, w) float16, labels (B,)."""
+        indices = np.fromiter((index for index, _ in keys), np.int64, len(keys))
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        rows = indices - self.starts[shards]
+        moments = np.empty((len(keys), *self.row_shape[1:]), np.float16)
+        for k, (shard, row, (_, flip)) in enumerate(zip(shards.tolist(), rows.tolist(), keys, strict=True)):
+            moments[k] = self._map(shard)[row, int(flip)]
+        return torch.from_numpy(moments), torch.from_numpy(self.labels[indices])
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A batch is whole as it comes."""
+        return batch
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # else another process would get the latents themselves
@@ -109,15 +123,14 @@ class LatentDataset(Dataset):
         for k, shard in enumerate(self.shards):
             if sha256_of(self.folder / shard["file"]) != shard["sha256"]:
                 raise ValueError(f"latents {self.path!r} are damaged: {shard['file']} has another checksum.")
-            if not self._map(k).isfinite().all():
+            if not np.isfinite(self._map(k)).all():
                 raise ValueError(f"latents {self.path!r} are damaged: {shard['file']} has numbers that are not finite.")
             del self._maps[k]
             yield shard["num_images"]
 
-    def _map(self, shard: int) -> Tensor:
+    def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
-            array = np.load(self.folder / self.shards[shard]["file"], mmap_mode="c")  # "c": never written back
-            self._maps[shard] = torch.from_numpy(array)
+            self._maps[shard] = np.load(self.folder / self.shards[shard]["file"], mmap_mode="r").view(np.ndarray)
         return self._maps[shard]
 
 

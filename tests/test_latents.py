@@ -318,11 +318,12 @@ def test_workers_map_the_file_and_get_no_copy_of_it(tmp_path, images, vae):
     assert len(pickle.dumps(cached)) < 5000  # not what it has mapped
     order = [[(i, bool(i % 2)) for i in range(k, k + 4)] for k in (0, 4, 8)]
     for context in ("fork", "spawn"):
-        loader = DataLoader(cached, batch_sampler=order, num_workers=2, multiprocessing_context=context)
+        workers = {"num_workers": 2, "multiprocessing_context": context}
+        loader = DataLoader(cached, batch_sampler=order, collate_fn=cached.collate, **workers)
         batches = list(loader)
         assert torch.equal(torch.cat([x for x, _ in batches]), torch.stack([x for x, _ in alone]))
         assert torch.cat([y for _, y in batches]).tolist() == [y for _, y in alone]
-    cached[3, False][0].zero_()  # a writable view of a private map
+    cached[3, False][0].zero_()  # a copy
     assert LatentDataset(str(tmp_path / "cache"))[3, False][0].abs().sum() > 0
 
 
