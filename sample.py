@@ -42,7 +42,7 @@ class Arguments:
         num: Number of images; not given draws a grid.
         out: Grid: a PNG file, else samples.png in the run's folder. Images: a folder for PNG files, or a file.npz, else
             the folder samples in the run's folder. With fid: also a file.json for the record alone, which is the default
-            (fid-step-N.json in the run's folder); then no image is kept.
+            (fid-step-STEP-cfg-SCALE-num-NUM.json in the run's folder); then no image is kept.
         cfg_scale: Classifier-free guidance; 1 is none. Not given means as in the run's config.
         guided_channels: Guide the first channels only; not given means as in the run's config.
         sampler: Sampler by name with its options; not given means as in the run's config.
@@ -86,6 +86,7 @@ class Arguments:
         require(self.seed is None or self.seed >= 0, "seed", self.seed, "choose at least 0")
         require(self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
         require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num")
+        require(self.fid is None or self.num > 1, "num", self.num, "a distance needs at least 2 images")
 
 
 @report_errors("sample.py")
@@ -142,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "classes": classes if args.classes else "all",
     }
     evaluator = build.build_evaluator(config, state.device) if args.fid else None
-    default = run_dir / (f"fid-step-{record['step']:08d}.json" if args.fid else "samples")
-    sink = open_sink(Path(args.out or default), args.num, settings, state, evaluator)
+    name = f"fid-step-{record['step']:08d}-cfg-{sample.cfg_scale:g}-num-{args.num}.json" if args.fid else "samples"
+    sink = open_sink(Path(args.out or run_dir / name), args.num, settings, state, evaluator)
     missing = sink.missing()
     if evaluator and missing:
         evaluator.prepare()  # a broken reference is found before the images are drawn
@@ -151,24 +152,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = [i for i in missing if i % state.num_processes == state.process_index]
     counts = {"total": args.num, "initial": args.num - len(missing)}
     bar = tqdm(desc="sample", unit="image", disable=not state.is_main_process, **counts)
-    for k in range(0, len(todo), args.batch_size):
-        indices = todo[k : k + args.batch_size]
-        labels = [label(i) for i in indices]
-        images = draw(indices, labels)
-        try:
-            sink.write(indices, images, labels)
-        except OSError as error:
-            raise OSError(f"{error}. What was drawn is kept; run the same command to go on.") from error
-        bar.update(min(len(indices) * state.num_processes, args.num - bar.n))
+    try:
+        for k in range(0, len(todo), args.batch_size):
+            indices = todo[k : k + args.batch_size]
+            labels = [label(i) for i in indices]
+            sink.write(indices, draw(indices, labels), labels)
+            bar.update(min(len(indices) * state.num_processes, args.num - bar.n))
+    except OSError as error:
+        raise OSError(f"{error}. What was drawn is kept; run the same command to go on.") from error
+    finally:  # whatever happens, these images need not be drawn again
+        if isinstance(sink, EvaluatorSink) and todo:
+            sink.save()
     bar.close()
     state.wait_for_everyone()
-    if isinstance(sink, EvaluatorSink) and todo:
-        sink.save()  # whatever happens to the numbers, the images need not be drawn again
     out = sink.finish() if state.is_main_process else sink.file
     state.wait_for_everyone()
     if evaluator:
         measure(evaluator, out, args, {"step": record["step"], "sample": {**settings, "num": args.num}})
-    if state.is_main_process:
+    if state.is_main_process and (missing or not evaluator):
         print(f"wrote {out}: {args.num} images, step {record['step']}, cfg {sample.cfg_scale:g}")
     state.wait_for_everyone()
 
@@ -183,7 +184,9 @@ def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, record: dict[s
     if file == out and out.exists():
         result = fid.Result.from_json(out)
         if different := evaluator.differences(result.record):
-            raise ValueError(f"{str(out)!r} was measured with other {' and '.join(different)}; choose another --out.")
+            raise ValueError(
+                f"{str(out)!r} holds another measurement: {', '.join(different)} differ; choose another --out."
+            )
     elif file == out:
         result = evaluator.compute(args.num, **record)
     else:

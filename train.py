@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (done := steps_done(config)) >= config.train.num_steps:
         more = " A larger train.num_steps would go on." if config.train.schedule == "constant" else ""
         print(f"done already: {done:,} steps in {config.run_dir}.{more}")
+        if config.fid.every and not (Path(config.run_dir) / "fid.jsonl").exists():
+            print(
+                f"Measure it with: python sample.py --checkpoint {config.run_dir} --num N --fid {config.fid.reference}"
+            )
         return
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else several processes on a CPU would not find each other
@@ -172,7 +176,8 @@ class Run:
             records = [r for r in read_metrics(file) if r["step"] < self.step] + [result.to_dict()]
             write_text(file, "".join(json.dumps(record) + "\n" for record in records))
             same = ("extractor", "protocol", "num_samples", "reference")
-            fid.curve([r for r in records if all(r[k] == records[-1][k] for k in same)], self.folder / "fid.png")
+            shown = [r for r in records if all(r[k] == records[-1][k] for k in same)]
+            fid.curve(shown, self.folder / "fid.png", f"{self.folder.name}, {result.record['protocol']}")
             self.log.add_scalars(self.step, result.values)
             tqdm.write(f"step {self.step}: {result}")
         self.accelerator.wait_for_everyone()

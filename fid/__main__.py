@@ -32,9 +32,8 @@ from fid.extractors import EXTRACTORS, LABELS, build_extractor
 from fid.files import written_aside
 from fid.images import Images
 from fid.inception import PRESETS, Inception
-from fid.metrics import METRICS
 from fid.pictures import curve, neighbours, read_records
-from fid.references import open_reference, save_reference
+from fid.references import load_ref, open_reference, save_reference
 from fid.resize import tf1_bilinear
 from fid.result import Result, versions
 
@@ -49,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(error, 3)
     except (ValueError, OSError) as error:
         _fail(error, 2)
+    except KeyboardInterrupt:
+        _fail("interrupted.", 130)
+
+
+MOST_NEIGHBOURS = 50
 
 
 class MissingError(FileNotFoundError):
@@ -59,7 +63,13 @@ def _eval(args: argparse.Namespace) -> None:
     _check_output(args.json if args.json != "-" else None, ".json")
     _check_output(args.save_stats, ".npz")
     _check_output(args.save_features, ".npy")
-    _check_output(args.picture if args.neighbours else None, ".png")
+    _check_output(args.picture, ".png")
+    if args.picture and not args.neighbours:
+        raise ValueError("--picture is where --neighbours K draws; give both.")
+    if args.neighbours > MOST_NEIGHBOURS:
+        raise ValueError(f"--neighbours is {args.neighbours}; a picture has room for {MOST_NEIGHBOURS}.")
+    if args.ref is None and args.metrics is None:
+        raise ValueError("there is no reference; name it with --ref, or ask for what needs none: --metrics is.")
     choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
     if (found := statistics_in(args.samples)) is not None:
         if args.num or args.metrics or args.save_stats or args.save_features or args.neighbours:
@@ -74,7 +84,7 @@ def _eval(args: argparse.Namespace) -> None:
         lambda: Evaluator(
             reference,
             extractor=build_extractor(args.extractor, args.weights, args.preset, args.tf32),
-            metrics=tuple(name.strip() for name in args.metrics.split(",")) if args.metrics else None,
+            metrics=None if args.metrics is None else [name.strip().lower() for name in args.metrics.split(",")],
             device=_device(args.device),
             batch_size=args.batch,
             groups=args.groups,
@@ -95,10 +105,11 @@ def _eval(args: argparse.Namespace) -> None:
             with written_aside(args.save_features) as temporary:
                 np.save(temporary, evaluator.collected.rows["features"].numpy())
         if args.neighbours:
-            neighbours(evaluator, samples, args.picture, k=args.neighbours)
+            picture = args.picture or "neighbours.png"
+            neighbours(evaluator, samples, picture, k=args.neighbours)
             searched, all_of = evaluator.reference_images.num, evaluator.identity["reference"]["num_images"]
             of = f": of the {searched:,} images that the reference keeps, not of all that it is made of"
-            print(f"wrote {args.picture}{of if searched != all_of else ''}", file=sys.stderr)
+            print(f"wrote {picture}{of if searched != all_of else ''}", file=sys.stderr)
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -126,10 +137,12 @@ def _stats(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     _check_output(args.json if args.json != "-" else None, ".json")
-    _report(_missing(lambda: compare(args.a, args.b, args.force)), args)
+    samples = load_ref(args.a)
+    _report(_missing(lambda: compare(samples, args.b, args.force)), args)
 
 
 def _curve(args: argparse.Namespace) -> None:
+    _check_output(args.out, "")
     curve(read_records(args.records), args.out, args.title)
     print(f"wrote {args.out}")
 
@@ -166,12 +179,9 @@ def _synthetic() -> torch.Tensor:
 def _report(result: Result, args: argparse.Namespace) -> None:
     if rank_and_size()[0] == 0:
         _warn(result.warnings)
-        if args.json == "-":
-            print(json.dumps(result.to_dict(), indent=2))
-            return
-        if args.json:
+        print(json.dumps(result.to_dict(), indent=2) if args.json == "-" else result)
+        if args.json not in (None, "-"):
             result.to_json(args.json)
-        print(result)
 
 
 def _count(text: str) -> int:
@@ -215,8 +225,11 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add("samples", metavar="SAMPLES", help="images, or a file of statistics")
     add("--ref", metavar="REF", help="the reference: a file of statistics, or images")
-    names = ", ".join(METRICS)
-    add("--metrics", metavar="NAMES", help=f"with commas between them, of {names} (default: those of the preset)")
+    names = (
+        "fid, sfid, is (Inception Score), pr (precision, recall), dc (density, coverage), kid, mind, fd (any extractor)"
+    )
+    default = "; ".join(f"{name}: {','.join(preset.metrics)}" for name, preset in PRESETS.items())
+    add("--metrics", metavar="NAMES", help=f"with commas between them, of {names} (default: of the preset {default})")
     add(
         "--groups",
         type=_count,
@@ -240,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="draw the samples nearest to a real image, with K of those",
     )
-    add("--picture", default="neighbours.png", metavar="FILE", help="where to (default: %(default)s)")
+    add("--picture", metavar="FILE", help="where to (default: neighbours.png)")
     command.set_defaults(command=_eval)
 
     command = commands.add_parser("stats", parents=[network, quiet], help="make a reference of images")
@@ -257,7 +270,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_compare)
 
     command = commands.add_parser("curve", help="draw FID against training step")
-    command.add_argument("records", nargs="+", metavar="RECORD", help=".json of eval --json, or a run's fid.jsonl")
+    command.add_argument(
+        "records",
+        nargs="+",
+        metavar="RECORD",
+        help="a run's folder or its fid.jsonl, or records of sample.py --fid; those of one folder make one line",
+    )
     command.add_argument("--out", default="fid.png", metavar="FILE", help="the picture (default: %(default)s)")
     command.add_argument("--title", default="", help="a line above it")
     command.set_defaults(command=_curve)
@@ -301,8 +319,10 @@ def _missing(make):  # noqa: ANN001, ANN202
 
 def _check_output(path: str | None, suffix: str) -> None:
     """Before the work, not after it."""
-    if path is not None and (Path(path).suffix != suffix or not Path(path).parent.is_dir()):
-        raise ValueError(f"cannot write '{path}': it must end in {suffix}, in a folder that exists.")
+    if path is not None and (not path.endswith(suffix) or not Path(path).parent.is_dir()):
+        raise ValueError(f"cannot write '{path}': it must end in {suffix or 'a name'}, in a folder that exists.")
+    if path is not None and not os.access(Path(path).parent, os.W_OK):
+        raise ValueError(f"cannot write '{path}': its folder is read-only.")
 
 
 def _warn(warnings: Sequence[str]) -> None:
@@ -310,7 +330,7 @@ def _warn(warnings: Sequence[str]) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception | str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node; the process group is gone by now
         print(error, file=sys.stderr)
     sys.exit(code)

@@ -1,5 +1,6 @@
 """One pass over images: features of a network, and whatever in the images themselves would make a number wrong."""
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -102,6 +103,11 @@ class Collector:
         alike = len({image.shape for image in images}) == 1
         with ieee_float32(getattr(self.extractor, "tf32", False)):
             found = self.extractor(torch.stack(padded) if alike else padded)
+        if not isinstance(found, dict) or not {*self.moments, *self.rows} <= found.keys():
+            got = list(found) if isinstance(found, dict) else type(found).__name__
+            raise ValueError(
+                f"the extractor gave {got}; it has to give a dict with {sorted({*self.moments, *self.rows})}."
+            )
         found = {output: found[output][:num].detach() for output in {*self.moments, *self.rows}}
         for rows in found.values():
             if not (finite := rows.isfinite().all(dim=1).cpu()).all():
@@ -221,6 +227,11 @@ class Collected:
     def class_counts(self) -> np.ndarray | None:
         """Images of each class that has any; None without labels."""
         return None if self.labels is None else np.unique(self.labels[self.labels >= 0], return_counts=True)[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the pixels of all images, in order."""
+        return hashlib.sha256(self.columns["digest"].tobytes()).hexdigest()
 
     @cached_property
     def side(self) -> Side:

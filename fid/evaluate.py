@@ -112,7 +112,7 @@ def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
             f"'{a.source}' holds statistics, '{b.source}' images: run `python -m fid stats` on these first."
         )
     one = a.statistics["features"]
-    warnings = check_protocol(b, one.dim, a.preset, a.extractor, force)
+    warnings = check_protocol(b, one.dim, a.preset, a.extractor, force, f"'{a.source}' is")
     if a.preset is None and a.extractor is None:
         warnings.append(f"'{a.source}' does not say by which protocol it was made.")
     inception = one.dim == 2048 and (a.extractor or b.extractor or "inception").startswith("inception")
@@ -124,7 +124,7 @@ def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
     record = {
         "label": "FID" if inception else "Frechet distance",
         "num_samples": a.num_images,
-        "protocol": a.preset or b.preset,
+        "protocol": a.preset or b.preset or a.extractor or b.extractor,
         "extractor": a.extractor or b.extractor,
         "reference": described,
         "labels": None,

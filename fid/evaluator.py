@@ -88,6 +88,8 @@ class Evaluator:
         self.reference = open_reference(ref, label)  # before the network: it fails sooner
         if extractor is None:
             extractor = Inception(weights, preset, channels_last=channels_last, tf32=tf32)
+        if isinstance(extractor, str):
+            raise ValueError(f"the extractor is a name; make it first: fid.build_extractor({extractor!r}, weights).")
         if not isinstance(extractor, FeatureExtractor):
             extractor = Described(extractor, device)
         self.extractor = extractor.to(device).eval()
@@ -95,6 +97,7 @@ class Evaluator:
         self._warnings: list[str] = []
         if isinstance(self.reference, Reference):
             self._warnings += check_protocol(self.reference, extractor.dim, extractor.preset, extractor.name, force)
+        self._asked = metrics is not None
         self.metrics, left_out = choose_metrics(metrics, self.extractor, self.reference)
         self._warnings += left_out
         self.reference_images = self.reference.images if isinstance(self.reference, Reference) else self.reference
@@ -176,16 +179,27 @@ class Evaluator:
         self.collected, result, error = collected, None, None
         if rank_and_size(self.process_group)[0] == 0:
             try:
-                values = {}
-                for name in self.metrics:
-                    start = time.perf_counter()
-                    values |= METRICS[name].compute(collected.side, self._reference_side, self.options)
-                    self._seconds[name] = time.perf_counter() - start
+                values, left_out = self._values(collected)
+                record["warnings"] = [*record.get("warnings", ()), *left_out]
                 result = Result(values, self._record(collected, values, record))
             except ValueError as raised:
                 error = raised
         fail_together(error, self.process_group)
         return from_first(result, self.process_group)
+
+    def _values(self, collected: Collected) -> tuple[dict[str, Any], list[str]]:
+        """The numbers, and a warning of each metric that nobody asked for and that these samples are too few for."""
+        values, left_out = {}, []
+        for name in self.metrics:
+            start = time.perf_counter()
+            try:
+                values |= METRICS[name].compute(collected.side, self._reference_side, self.options)
+            except ValueError as error:
+                if self._asked or name in ("fid", "fd"):
+                    raise
+                left_out.append(f"left out {name}: {error}")
+            self._seconds[name] = time.perf_counter() - start
+        return values, left_out
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -303,9 +317,12 @@ class Evaluator:
 
     def _record(self, collected: Collected, values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         extractor, identity = self.extractor, self.identity
-        reference = identity["reference"] or {"kind": None}
+        reference = identity["reference"] or {"kind": None, "num_images": None}
         imagenet = reference["kind"] == "adm" and "imagenet256" in reference["path"].lower()
-        found = doubts(collected, values, extractor, imagenet, self._reference_collected)
+        known = {"reference": self._reference_collected, "num_real": reference["num_images"], "groups": self.groups}
+        found = doubts(collected, values, extractor, imagenet, **known)
+        if isinstance(self.reference, Images) and self._reference_collected:
+            reference["pixels_sha256"] = self._reference_collected.fingerprint
         warnings = [*self._warnings, *more.pop("warnings", []), *found]
         labels, counts, tf32 = (
             {"mode": more.pop("labels_mode", None)},
@@ -313,7 +330,8 @@ class Evaluator:
             getattr(extractor, "tf32", False),
         )
         if counts is not None:
-            if labels["mode"] is None and counts.min() == counts.max() > 1:  # no draw is that even
+            folders = more.get("input", {}).get("kind") in ("folder", "zip")  # whose names need not be classes
+            if labels["mode"] is None and not folders and counts.min() == counts.max() > 1:  # no draw is that even
                 labels["mode"] = "balanced"
             labels |= {"min": int(counts.min()), "max": int(counts.max()), "classes": len(counts)}
         return {
@@ -330,6 +348,7 @@ class Evaluator:
                 "lossy": False,
                 "duplicates": collected.num_duplicates,
                 "constant": collected.num_constant,
+                "class_sorted": collected.labels is not None and bool((np.diff(collected.labels) >= 0).all()),
                 "mean_colour": collected.mean_colour.tolist(),
                 **more.pop("input", {}),
             },

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fid.dinov2 import DINOv2
 from fid.features import Classifier, FeatureExtractor
+from fid.files import sha256_of
 from fid.inception import Inception
 
 EXTRACTORS = {
@@ -16,5 +17,17 @@ LABELS = {"inception": "FID", "dinov2": DINOv2.label, "classifier": Classifier.l
 
 
 def build_extractor(name: str, weights: str | Path | None, preset: str = "adm", tf32: bool = False) -> FeatureExtractor:
-    """The network `name` of `EXTRACTORS`; `preset` and `tf32` are Inception's."""
-    return Inception(weights, preset, tf32=tf32) if name == "inception" else EXTRACTORS[name](weights)
+    """The network `name` of `EXTRACTORS`; `preset` and `tf32` are Inception's.
+
+    Raises:
+        FileNotFoundError: No weights.
+        ValueError: Weights of something else, or a preset of another network.
+    """
+    if name == "inception":
+        return Inception(weights, preset, tf32=tf32)
+    if preset != "adm":
+        raise ValueError(f"the preset {preset!r} is Inception's; the extractor is {name!r}.")
+    extractor = EXTRACTORS[name](weights)
+    if weights is not None:
+        extractor.weights = {"path": str(weights), "sha256": sha256_of(weights)}
+    return extractor

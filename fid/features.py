@@ -208,7 +208,9 @@ class Classifier(FeatureExtractor):
             with safe_open(path, framework="pt") as file:
                 metadata, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"'{path}' is no safetensors file, or is cut short: {error}.") from error
+            raise ValueError(
+                f"'{path}' is no safetensors file, as `Classifier.save` writes, or is cut short: {error}."
+            ) from error
         try:
             accuracy = float(metadata["accuracy"]) if "accuracy" in metadata else None
             classifier = cls(int(metadata["num_classes"]), int(metadata["image_size"]), accuracy)

@@ -1,8 +1,9 @@
 """Files that are there whole or not at all."""
 
+import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -21,4 +22,11 @@ def written_aside(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"cannot write '{path}': {error}.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that is read-only
+            temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

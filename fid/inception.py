@@ -1,6 +1,5 @@
 """The Inception-v3 of 2015, with which the FID is defined, and the protocols by which images are given to it."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from torchvision.models import Inception3
 
 from fid.features import FeatureExtractor, fingerprint, ieee_float32
+from fid.files import sha256_of
 from fid.pixels import check_uint8
 from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 
@@ -162,7 +162,7 @@ def _find_weights(given: str | Path | None) -> Path:
             return path
     try:
         if given:
-            raise FileNotFoundError("no such file")
+            raise FileNotFoundError("that is a folder" if tried[0].is_dir() else "no such file")
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{tried[0]}.lock"):
             if not tried[0].is_file():  # another process may have had the lock before
@@ -178,14 +178,15 @@ def _find_weights(given: str | Path | None) -> Path:
 
 def _load(path: Path) -> tuple[Inception3, str]:
     """The network with the weights of a file, and the file's SHA-256."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path)
     if path.name in WEIGHTS_FILES and not digest.startswith(PUBLISHED):
         raise ValueError(f"'{path}' is damaged: its SHA-256 does not begin with {PUBLISHED}; remove it.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # other formats make the unpickler raise almost anything
-        raise ValueError(f"'{path}' is not a PyTorch file of weights, or is cut short.") from error
+        raise ValueError(
+            f"'{path}' is not a PyTorch file of weights alone (a state dict, not a module), or is cut short."
+        ) from error
     network = inception_network()
     try:
         network.load_state_dict(state)
@@ -195,8 +196,11 @@ def _load(path: Path) -> tuple[Inception3, str]:
             raise ValueError(
                 f"'{path}' is torchvision's ImageNet Inception (1000 classes); FID needs the 2015 graph with 1008."
             ) from error
-        reason = str(error).splitlines()[0].rstrip(":")
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = (lines[1] if len(lines) > 1 else lines[0])[:200].rstrip(":. ")
         raise ValueError(
             f"'{path}' does not hold the FID's Inception: {reason} (for another network name it with --extractor)."
         ) from error
+    if not all(value.isfinite().all() for value in network.state_dict().values()):
+        raise ValueError(f"'{path}' holds weights that are not finite.")
     return network, digest

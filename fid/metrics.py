@@ -102,8 +102,9 @@ def _kid(samples: Side, reference: Side, options: Options) -> dict[str, Any]:
     """Kernel distance: unbiased, so small sets of different sizes compare."""
     real, fake = reference.rows["features"], samples.rows["features"]
     size = min(1000, len(real), len(fake))
-    mean, std = scores.kid(real, fake, subsets=100, size=size, device=options.device)
-    return {"kid": mean, "kid_std": std, "kid_subset_size": size}
+    whole = size == len(real) == len(fake)  # then all subsets are the same
+    mean, std = scores.kid(real, fake, subsets=1 if whole else 100, size=size, device=options.device)
+    return {"kid": mean, "kid_std": None if whole else std, "kid_subset_size": size}
 
 
 def _mind(samples: Side, reference: Side, options: Options) -> dict[str, Any]:
@@ -124,7 +125,7 @@ METRICS = {
 
 
 def choose_metrics(
-    names: Sequence[str] | None, extractor: FeatureExtractor, reference: Reference | Images | None
+    names: str | Sequence[str] | None, extractor: FeatureExtractor, reference: Reference | Images | None
 ) -> tuple[tuple[str, ...], list[str]]:
     """The metrics that can be had.
 
@@ -139,8 +140,9 @@ def choose_metrics(
     Raises:
         ValueError: An unknown name, one that was given and cannot be had, or none that can.
     """
-    unknown = [name for name in names or () if name not in METRICS]
-    if unknown:
+    if isinstance(names, str):
+        names = [names]
+    if unknown := [name for name in names or () if name not in METRICS]:
         raise ValueError(f"no metric is called {unknown[0]!r}; choose from {', '.join(METRICS)}.")
     chosen = tuple(extractor.metrics if names is None else names)
     impossible = {name: why for name in chosen if (why := _why_not(name, extractor, reference))}

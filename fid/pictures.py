@@ -16,14 +16,17 @@ from fid.images import Images
 from fid.scores import nearest
 
 
-def curve(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") -> None:
-    """Draws the distance of records against their training `step`, with two standard errors as a bar.
+def curve(
+    records: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]], path: str | Path, title: str = ""
+) -> None:
+    """Draws the distance of records against their training `step`, with two standard errors as a bar; a line each run.
 
     A dashed line is the noise floor: what as many perfect samples are expected to have. Records of another network,
-    protocol, reference or number of samples would make a curve of nothing, and are refused.
+    protocol, reference or number of samples would make a picture of nothing, and are refused.
 
     Args:
-        records: `Result.to_dict()` of each, with the `step` that was given to `Evaluator.compute`; in any order.
+        records: `Result.to_dict()` of each, with the `step` that was given to `Evaluator.compute`, in any order; of several
+            runs, by their names.
         path: File to write, of any format that matplotlib knows.
         title: A line above.
 
@@ -35,52 +38,41 @@ def curve(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") 
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    if not records:
-        raise ValueError("no records to draw; name the JSON files of `python -m fid eval --json`.")
-    without = [i for i, record in enumerate(records) if record.get("step") is None]
-    if without:
-        raise ValueError(
-            f"record {without[0] + 1} of {len(records)} has no training step, so it has no place on a curve."
-        )
-    for what in ("extractor", "protocol", "num_samples"):
-        if len(found := {str(record.get(what)) for record in records}) > 1:
-            raise ValueError(f"the records differ in {what} ({', '.join(sorted(found))}); one curve holds one of them.")
-    references = [record.get("reference") or {} for record in records]
-    if len(found := {reference.get("sha256") or reference.get("path") for reference in references}) > 1:
-        raise ValueError(f"the records have {len(found)} different references; one curve holds one of them.")
-    records = sorted(records, key=lambda record: record["step"])
-    name = "fid" if "fid" in records[0] else "fd"
-    if any(record.get(name) is None for record in records):
-        raise ValueError("a record has neither fid nor fd; a curve is of one of them.")
-    steps, values = [r["step"] for r in records], [r[name] for r in records]
-    errors = [2 * (r.get(f"{name}_se") or 0.0) for r in records]
-    num = records[0]["num_samples"]
-
+    runs = records if isinstance(records, dict) else {"": records}
+    together = [record for run in runs.values() for record in run]
+    name = _check_records(together)
+    label, num = together[0]["label"], together[0]["num_samples"]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.errorbar(
-        steps, values, yerr=errors, marker="o", capsize=3, label=f"{records[0]['label']}, ± 2 standard errors"
-    )
-    floor = records[-1].get(f"{name}_noise_floor")
+    least, most = float("inf"), 0.0
+    for run, found in runs.items():
+        found = sorted(found, key=lambda record: record["step"])
+        steps, values = [r["step"] for r in found], [r[name] for r in found]
+        errors = [2 * (r.get(f"{name}_se") or 0.0) for r in found]
+        text = run if len(runs) > 1 else f"{label}, ± 2 standard errors"
+        line = axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=text)
+        best = min(range(len(values)), key=values.__getitem__)
+        axes.annotate(
+            f"{values[best]:.3g}",
+            (steps[best], values[best] - errors[best]),
+            textcoords="offset points",
+            xytext=(0, -14),
+            ha="center",
+            color=line[0].get_color() if len(runs) > 1 else "black",
+        )
+        least, most = min(least, *values), max([most, *(v + e for v, e in zip(values, errors, strict=True))])
+    floor = together[-1].get(f"{name}_noise_floor")
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle="--", label=f"expected of {num} perfect samples, {floor:.3g}")
-    best = min(range(len(values)), key=values.__getitem__)
-    axes.annotate(
-        f"{values[best]:.3g}",
-        (steps[best], values[best] - errors[best]),
-        textcoords="offset points",
-        xytext=(0, -14),
-        ha="center",
-    )
-    if max(values) > 5 * min(values) > 0:
+    if most > 5 * least > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
-        axes.set_ylim(0, 1.1 * max(v + e for v, e in zip(values, errors, strict=True)))
+        axes.set_ylim(0, 1.1 * most)
     axes.set_xlabel("training step")
-    axes.set_ylabel(f"{records[0]['label']} of {num} samples")
-    axes.set_title(title or records[0]["protocol"])
+    axes.set_ylabel(f"{label} of {num} samples{', ± 2 standard errors' if len(runs) > 1 else ''}")
+    axes.set_title(title or together[0]["protocol"])
     axes.grid(alpha=0.3)
     axes.legend()
     try:
@@ -92,24 +84,54 @@ def curve(records: Sequence[dict[str, Any]], path: str | Path, title: str = "") 
         pyplot.close(figure)
 
 
-def read_records(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """The records in JSON files, one a file or, in .jsonl files, one a line.
+def _check_records(records: Sequence[dict[str, Any]]) -> str:
+    """Which distance the records hold; a ValueError if they do not make one picture."""
+    if not records:
+        raise ValueError("no records to draw; name a run's folder, or the JSON files of `sample.py --fid`.")
+    without = [record for record in records if record.get("step") is None]
+    if without:
+        where = f"'{without[0]['file']}'" if "file" in without[0] else f"record {records.index(without[0]) + 1}"
+        raise ValueError(f"{where} has no training step, so it has no place on a curve.")
+    for what in ("extractor", "protocol", "num_samples"):
+        if len(found := {str(record.get(what)) for record in records}) > 1:
+            raise ValueError(
+                f"the records differ in {what} ({', '.join(sorted(found))}); one picture holds one of them."
+            )
+    references = [record.get("reference") or {} for record in records]
+    known = ("sha256", "pixels_sha256", "path")
+    if len(found := {next((r[key] for key in known if r.get(key)), None) for r in references}) > 1:
+        raise ValueError(f"the records have {len(found)} different references; one picture holds one of them.")
+    name = "fid" if "fid" in records[0] else "fd"
+    if any(record.get(name) is None for record in records):
+        raise ValueError("a record has neither fid nor fd; a curve is of one of them.")
+    return name
+
+
+def read_records(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
+    """Folder -> the records in it: a JSON file each or, in .jsonl files, a line each. A folder stands for all it has.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It holds something else.
     """
-    records = []
+    files: list[Path] = []
     for path in map(Path, paths):
+        inside = sorted([*path.glob("fid.jsonl"), *path.glob("fid-step-*.json")]) if path.is_dir() else [path]
+        if not inside:
+            raise FileNotFoundError(f"the folder '{path}' has no fid.jsonl and no fid-step-*.json.")
+        files += inside
+    records: dict[str, list[dict[str, Any]]] = {}
+    for path in files:
         if not path.is_file():
             raise FileNotFoundError(f"the record '{path}' does not exist.")
         try:
             text = path.read_text(encoding="utf-8")
-            records += [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text]) if line]
+            found = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text]) if line]
         except ValueError as error:
             raise ValueError(f"'{path}' is not a record of an evaluation: {error}.") from error
-    if not all(isinstance(record, dict) and "num_samples" in record for record in records):
-        raise ValueError(f"not all of {', '.join(map(str, paths))} are records of evaluations.")
+        if not all(isinstance(record, dict) and "num_samples" in record for record in found):
+            raise ValueError(f"'{path}' is not a record of an evaluation.")
+        records.setdefault(str(path.parent), []).extend({**record, "file": str(path)} for record in found)
     return records
 
 

@@ -156,13 +156,14 @@ class Files:
             with self.open(self.names[i]) as file, Image.open(file) as image:
                 mode, pixels = image.mode, np.array(image.convert("RGB"))
                 alpha = mode in ALPHA or "transparency" in image.info
+                opaque = alpha and image.convert("RGBA").getextrema()[3][0] == 255
         except FileNotFoundError as error:
             raise ValueError(
                 f"{self.name(i)} disappeared while '{self.path}' was read; nothing may change it."
             ) from error
         except UNREADABLE as error:
             raise ValueError(f"{self.name(i)} is not a readable image: {error}.") from error
-        if alpha and not self.drop_alpha:
+        if alpha and not self.drop_alpha and not opaque:
             raise ValueError(f"{self.name(i)} has mode {mode}; convert to RGB first or pass --drop-alpha.")
         if mode not in (*MODES, *ALPHA):
             raise ValueError(f"{self.name(i)} has mode {mode}; convert it to 8-bit RGB or grey first.")
@@ -263,6 +264,12 @@ class Array:
                 first = np.frombuffer(file.read(math.prod(self.shape[1:]) * dtype.itemsize), dtype)
                 got += f", the first in [{first.min():.2f}, {first.max():.2f}]"
                 hint = " Convert with fid.quantize(x) (DiT rounding)."
+            elif dtype.kind in "iu" and dtype != np.uint8:
+                hint = " If they are pixels from 0 to 255, convert with array.astype(np.uint8)."
+            elif len(self.shape) == 3:
+                hint = " Grey images need a channel: array[..., None]."
+            elif len(self.shape) == 4 and self.shape[3] == 4:
+                hint = " The fourth channel is transparency; leave it out with array[..., :3]."
             elif len(self.shape) == 4 and self.shape[1] in (1, 3):
                 hint = " The channels come last: transpose it with array.transpose(0, 2, 3, 1)."
         raise ValueError(f"expected uint8 images (N, H, W, 3) in [0,255] in '{path}'; got {got}.{hint}")

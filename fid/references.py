@@ -1,6 +1,5 @@
 """Reference files: statistics of real images as the tools of the field write them, read without running any code in them."""
 
-import hashlib
 import io
 import pickle
 import re
@@ -14,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from fid.files import written_aside
+from fid.files import sha256_of, written_aside
 from fid.frechet import check_moments
 from fid.images import Images
 from fid.moments import Statistics
@@ -52,8 +51,7 @@ class Reference:
         """Of the file, in hexadecimal digits; None if it was not read from one."""
         if not Path(self.source).is_file():
             return None
-        with Path(self.source).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.source)
 
 
 def holds_statistics(path: str | Path) -> bool:
@@ -115,7 +113,12 @@ def open_reference(ref: Any, label: str = "FID", **choices: bool) -> Reference |
 
 
 def check_protocol(
-    reference: Reference, dim: int, preset: str | None, extractor: str | None, force: bool = False
+    reference: Reference,
+    dim: int,
+    preset: str | None,
+    extractor: str | None,
+    force: bool = False,
+    samples: str = "the extractor gives",
 ) -> list[str]:
     """Whether a reference was made as samples are: by features of the same network, of images prepared in the same way.
 
@@ -125,6 +128,7 @@ def check_protocol(
         preset: Protocol of the samples; None where nobody says.
         extractor: Name of their network, likewise.
         force: Warn of a difference in place of refusing it.
+        samples: What has `dim` dimensions, for a message.
 
     Returns:
         Warnings.
@@ -135,14 +139,16 @@ def check_protocol(
     given = reference.statistics["features"].dim
     if given != dim:
         guess = {1024: " (DINOv2?)", 2048: " (Inception?)"}.get(given, "")
-        raise ValueError(f"reference is {given}-d{guess}, the extractor gives {dim}-d.")
+        raise ValueError(f"reference is {given}-d{guess}, {samples} {dim}-d.")
     found = None
     if reference.preset and preset and reference.preset != preset:
         found = (
             f"reference was made with preset '{reference.preset}', samples with '{preset}'; FID would mix two resizes."
         )
     elif reference.extractor and extractor and reference.extractor != extractor:
-        found = f"reference was made with {reference.extractor}, samples with {extractor}."
+        found = f"reference was made with {reference.extractor}, samples with {extractor}"
+        same = reference.extractor.rpartition("-")[0] == extractor.rpartition("-")[0]
+        found += ": the same network with other weights." if same else "."
     if found and not force:
         raise ValueError(f"{found} Choose the same, or pass --force.")
     if not found and reference.preset is None and reference.extractor is None:
@@ -268,8 +274,10 @@ def _unpickle(content: bytes, path: Path) -> dict[str, Any]:
     """The dict in a pickle, with its arrays."""
     try:
         found = _plain(_Arrays(io.BytesIO(content)).load())
-    except Exception as error:  # what is no pickle, or was made to do harm, may raise anything
+    except pickle.UnpicklingError as error:
         raise ValueError(f"'{path}' is not a file of statistics, and nothing in it was run: {error}.") from error
+    except Exception as error:  # what is no pickle, or was made to do harm, may raise anything
+        raise ValueError(f"'{path}' is not a file of statistics, and nothing in it was run.") from error
     if not isinstance(found, dict):
         raise ValueError(f"'{path}' holds a {type(found).__name__}; statistics are a dict with mu and sigma.")
     return found

@@ -14,6 +14,7 @@ from fid.features import FeatureExtractor
 from fid.files import written_aside
 
 VERSION = 1  # of the numbers: it changes when any of them can
+FEW_IMAGES = 10_000  # in a reference
 IMAGENET_VALIDATION_FID = 1.68  # of the 50,000 validation images at 256 x 256 against ADM's reference
 NAMES = {  # number -> how a table calls it, and its digits
     "sfid": ("sFID", 2),
@@ -118,6 +119,8 @@ def doubts(
     extractor: FeatureExtractor,
     is_imagenet256: bool,
     reference: Collected | None,
+    num_real: int | None = None,
+    groups: int = 0,
 ) -> list[str]:
     """What looks wrong in the samples or in the numbers, a sentence each.
 
@@ -127,12 +130,25 @@ def doubts(
         extractor: The network.
         is_imagenet256: Whether the reference is ADM's of ImageNet at 256 x 256.
         reference: What is known of the reference's images, if any were read.
+        num_real: Images that the reference is made of, if that is known.
+        groups: For the error bar.
     """
     num, found = collected.num, []
     if "fid" in values and num != 50_000:
         found.append(f"FID of {num} samples; the literature's is of 50000, and the two are not comparable.")
     if num < extractor.dim and ({"fid", "fd"} & values.keys()):
         found.append(f"{num} samples in {extractor.dim} dimensions: the distance is biased far upwards.")
+    if num_real is not None and num_real < FEW_IMAGES:
+        found.append(
+            f"the reference is of {num_real} images only: it is noisy itself, which the error bar does not show."
+        )
+    for name in ("fid", "fd"):
+        if values.get(f"{name}_noise_floor") and values[name] < 0.5 * values[f"{name}_noise_floor"]:
+            found.append("the distance is far below the noise floor: are these the reference's own images?")
+        if name in values and values[f"{name}_se"] is None and groups > 1:
+            found.append(f"{num} samples are too few for {groups} groups: there is no error bar.")
+    if values.get("kid_subset_size", 1000) < 1000:
+        found.append(f"KID is of subsets of {values['kid_subset_size']}, the literature's of 1000.")
     if collected.num_duplicates:
         found.append(
             f"{collected.num_duplicates} of {num} samples are exact duplicates of others (a seed used twice?)."
@@ -140,20 +156,20 @@ def doubts(
     if collected.num_constant:
         found.append(f"{collected.num_constant} of {num} samples have one colour everywhere.")
     if collected.labels is not None and num > 1 and len(np.unique(collected.labels)) > 1:
-        if (np.diff(collected.labels) >= 0).all():
-            found.append("samples are in the order of their classes: an Inception Score in file order is far too low.")
+        if (np.diff(collected.labels) >= 0).all() and "inception_score" in values and num > 5000:
+            found.append("samples are in the order of their classes: the Inception Score in file order is far too low.")
         counts = collected.class_counts
         if counts.max() > 2 * counts.min() + 10:
             found.append(f"labels are unbalanced: {counts.min()} to {counts.max()} samples a class.")
     ordered, shuffled = values.get("inception_score"), values.get("inception_score_shuffled")
-    if ordered is not None and num >= 10_000 and abs(ordered - shuffled) > 0.05 * shuffled:
+    if ordered is not None and num > 5000 and abs(ordered - shuffled) > 0.05 * shuffled:
         found.append(f"the Inception Score is {ordered:.1f} in file order and {shuffled:.1f} shuffled: sorted samples?")
     if reference is not None:
         if collected.sizes != reference.sizes and len(collected.sizes) == len(reference.sizes) == 1:
             (height, width), (real_height, real_width) = collected.sizes[0], reference.sizes[0]
             found.append(f"samples are {width}x{height}, the reference's images {real_width}x{real_height} pixels.")
         mine, real = collected.mean_colour, reference.mean_colour
-        swapped = np.abs(mine[::-1] - real).max() < 0.5 * np.abs(mine - real).max()
+        swapped = num >= 20 and np.abs(mine[::-1] - real).max() < 0.5 * np.abs(mine - real).max()
         if np.abs(mine - real).max() > (5 if swapped else 25):
             why = "red and blue swapped?" if swapped else "a wrong range of values?"
             text = " against ".join(str([round(float(c)) for c in colour]) for colour in (mine, real))

@@ -369,7 +369,7 @@ def _hint(word: str, choices: list[str]) -> str:
 
 
 def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator of a script's main: a user's mistake ends the program with its sentence and exit code 2.
+    """Decorator of a script's main: a user's mistake ends the program with its sentence and exit code 2, Ctrl-C with 130.
 
     A mistake is a ValueError or OSError that this project's own code raised; any other keeps its traceback.
     """
@@ -385,6 +385,9 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
                     raise
                 print(f"{prog}: {sentence}", file=sys.stderr)
                 raise SystemExit(2) from None
+            except KeyboardInterrupt:
+                print(f"{prog}: interrupted; the same command goes on.", file=sys.stderr)
+                raise SystemExit(130) from None
 
         return wrapped
 

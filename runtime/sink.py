@@ -232,4 +232,5 @@ def _check(record: Path, settings: dict[str, Any], out: Path) -> None:
     different = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v}
     if different:
         text = ", ".join(f"{k} {a!r} (now {b!r})" for k, (a, b) in different.items())
-        raise ValueError(f"{str(out)!r} holds images made with {text}; choose another --out, or remove it.")
+        what = "a measurement of images" if out.suffix == ".json" else "images"
+        raise ValueError(f"{str(out)!r} holds {what} made with {text}; choose another --out, or remove it.")

@@ -17,6 +17,7 @@ from fid.__main__ import _parser, main
 from fid.collector import digests
 from fid.frechet import factor, frechet_terms, jackknife, noise_floor
 from fid.moments import splitmix64
+from fid.pictures import read_records
 
 torch.set_num_threads(1)
 
@@ -355,7 +356,11 @@ def test_a_buffer_may_be_written_into_again():
 
 def test_the_same_images_have_distance_zero():
     images = torch.from_numpy(random_images(400))
-    assert fid.evaluate(images, images, Mean()).fd < 1e-12
+    result = fid.evaluate(images, images, Mean())
+    assert result.fd < 1e-12
+    assert "far below the noise floor: are these the reference's own images?" in " ".join(result.warnings)
+    other = torch.from_numpy(random_images(400, seed=1))
+    assert "noise floor" not in " ".join(fid.evaluate(other, images, Mean()).warnings)
 
 
 def test_resumed_it_gives_what_one_go_gives():
@@ -449,7 +454,13 @@ def test_what_is_doubtful_is_said():
     assert result.record["labels"] == {"mode": "random", "min": 1, "max": 39, "classes": 2}
     ev = fid.Evaluator(torch.from_numpy(red), extractor=Mean()).update(torch.from_numpy(red), labels=[0, 1] * 20)
     assert ev.compute().record["labels"] == {"mode": "balanced", "min": 20, "max": 20, "classes": 2}
-    assert "in the order of their classes" in " ".join(result.warnings)
+    assert result.record["input"]["class_sorted"] is True
+    many = torch.from_numpy(random_images(5100, size=4))
+    ev = fid.Evaluator(None, extractor=Mean(), metrics=("is",), device="cpu")
+    for labels, said in ((sorted(range(5100)), True), ([1, 0] * 2550, False)):
+        ev.reset()
+        warnings = ev.update(many, labels=[label % 5100 // 51 for label in labels]).compute().warnings
+        assert ("in the order of their classes" in " ".join(warnings)) is said
     assert "unbalanced: 1 to 39" in " ".join(result.warnings)
 
 
@@ -478,6 +489,7 @@ def test_an_extractor_of_ones_own():
     assert (plain.fd, plain.record["extractor"]) == (result.fd, "plain-e3b0c442")
     for extractor, sentence in (
         (nn.Linear(2, 2), "the extractor Linear failed on an image of 64x64 pixels"),
+        ("classifier", "the extractor is a name; make it first: fid.build_extractor"),
         (Misnamed(), r"the extractor Misnamed gives \['feature'\]; it has to give features"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -600,7 +612,9 @@ def test_command_line(files, capsys):
     assert len(record["reference"]["sha256"]) == 64
     printed = capsys.readouterr()
     assert printed.out.startswith(f"Frechet distance {expected.fd:.3g} ± ")
-    assert printed.err == ""
+    assert printed.err == (
+        "warning: the reference is of 100 images only: it is noisy itself, which the error bar does not show.\n"
+    )
     assert printed.out.endswith("70 samples)\n")
 
     main(
@@ -726,6 +740,21 @@ def test_curve(tmp_path, capsys):
         fid.curve(records, tmp_path / "c.xyz")
     with pytest.raises(ValueError, match="no records"):
         fid.curve([], tmp_path / "c.png")
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+    (tmp_path / "a" / "fid.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for r in records[:2]:
+        (tmp_path / "b" / f"fid-step-{r['step']}.json").write_text(json.dumps(r))
+    found = read_records([tmp_path / "a", tmp_path / "b"])
+    assert {name: len(run) for name, run in found.items()} == {str(tmp_path / "a"): 3, str(tmp_path / "b"): 2}
+    main(["curve", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "two.png")])
+    assert (tmp_path / "two.png").exists()
+    (tmp_path / "b" / "fid-step-4.json").write_text(json.dumps({**records[0], "step": None}))
+    with pytest.raises(ValueError, match=r"b/fid-step-4.json' has no training step"):
+        fid.curve(read_records([tmp_path / "b"]), tmp_path / "c.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty' has no fid.jsonl"):
+        read_records([tmp_path / "empty"])
 
 
 @pytest.mark.parametrize(
@@ -750,9 +779,16 @@ def test_curve(tmp_path, capsys):
         (["eval", "a", "--ref", "a.npz", "--metrics", "fid,pr"], "cannot compute fid: it is defined by Inception", 2),
         (["eval", "a", "--ref", "a.npz", "--neighbours", "3"], "'a.npz' has none (arr_0)", 2),
         (["eval", "a"], "there is no reference", 2),
-        (["eval", "a.npz"], "there is no reference to compare with; name it with --ref", 2),
+        (["eval", "a.npz"], "there is no reference; name it with --ref", 2),
         (["eval", "a.npz", "--ref", "a"], "'a.npz' holds statistics, 'a' images: run `python -m fid stats`", 2),
         (["eval", "a", "--ref", "a.npz", "--neighbours", "-2"], "'-2' is not a whole number from 0", 2),
+        (
+            ["eval", "a", "--ref", "a.npz", "--picture", "x.png"],
+            "--picture is where --neighbours K draws; give both",
+            2,
+        ),
+        (["eval", "a", "--ref", "a.npz", "--neighbours", "99"], "--neighbours is 99; a picture has room for 50", 2),
+        (["eval", "a", "--ref", "a.npz", "--preset", "clean"], "the preset 'clean' is Inception's", 2),
         (["eval", "a", "--ref", "a.npz", "--groups", "-1"], "'-1' is not a whole number from 0", 2),
         (["eval", "a", "--ref", "a.npz", "--metrics", "fd, fix"], "no metric is called 'fix'", 2),
     ],

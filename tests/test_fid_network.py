@@ -332,7 +332,7 @@ def test_inception_refuses(tmp_path, monkeypatch):
     for state, sentence in (
         (
             {"weight": torch.zeros(1)},
-            r"x\.pth' does not hold the FID's Inception: Error.*name it with --extractor\)\.$",
+            r"x\.pth' does not hold the FID's Inception: Missing key.*name it with --extractor\)\.$",
         ),
         ([1, 2], r"x\.pth' does not hold the FID's Inception"),
         (

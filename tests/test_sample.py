@@ -151,8 +151,9 @@ def test_an_interrupted_request_goes_on(draw, tmp_path, monkeypatch, name):
         write(self, indices, images, labels)
 
     monkeypatch.setattr(kind, "write", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         draw("--num", 9, "--out", tmp_path / name, "--batch_size", 2)
+    assert ended.value.code == 130
     assert drawn == [0, 1, 2, 3]
     again = []
     monkeypatch.setattr(kind, "write", lambda self, i, *rest: (again.extend(i), write(self, i, *rest)))
@@ -399,7 +400,6 @@ def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, cap
 
 
 def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks.EvaluatorSink, "SAVE_SECONDS", 0.0)
     command = ["--num", 40, "--out", tmp_path / "r.json", "--batch_size", 5, *measure]
     generate, calls = sample.generate, []
 
@@ -413,8 +413,9 @@ def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeyp
         return counted
 
     monkeypatch.setattr(sample, "generate", fail_at(4))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         draw(*command)
+    assert ended.value.code == 130
     calls.clear()
     monkeypatch.setattr(sample, "generate", fail_at(100))
     draw(*command)
@@ -486,10 +487,10 @@ def test_mistakes_in_measuring(draw, sentence, measure, tmp_path):
     assert "name the reference with --fid" in sentence("--num", 4, "--out", tmp_path / "r.json")
     draw("--num", 12, "--out", tmp_path / "r.json", *measure)
     other = [*measure[:-1], "[fd]"]
-    assert "was measured with other metrics" in sentence("--num", 12, "--out", tmp_path / "r.json", *other)
+    assert "holds another measurement: metrics differ" in sentence("--num", 12, "--out", tmp_path / "r.json", *other)
     np.savez(tmp_path / "other.npz", np.zeros((30, 8, 8, 3), np.uint8))
     other = ["--fid", tmp_path / "other.npz", *measure[2:]]
-    assert "was measured with other reference" in sentence("--num", 12, "--out", tmp_path / "r.json", *other)
-    assert "holds images made with cfg_scale 1.0 (now 2.0)" in sentence(
+    assert "holds another measurement: reference differ" in sentence("--num", 12, "--out", tmp_path / "r.json", *other)
+    assert "holds a measurement of images made with cfg_scale 1.0 (now 2.0)" in sentence(
         "--num", 12, "--out", tmp_path / "r.json", "--cfg_scale", 2, *measure
     )
