@@ -106,7 +106,11 @@ def check(args: Arguments) -> None:
         f"{len(m['skipped'])} images skipped; checksums and counts are right, all numbers are finite.\n"
         f"channels: {statistics}"
     )
-    images = build.build_images(args)
+    try:
+        images = build.build_images(args)
+    except FileNotFoundError as error:
+        print(f"note: no picture, since the images are not there: {error}", file=sys.stderr)
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = build.build_codec(args, images.channels).to(device)
     cache.check({**build.needed_latents(args, codec), "images": images.fingerprint})

@@ -5,8 +5,8 @@
 
 It reports
 
-- reading: images/s a core through a DataLoader in random order, files in the file cache: of `LatentDataset` (moments of 4x32x32
-  latents), of one .npy a latent, and of JPEG files, decoded and cropped to 256 pixels.
+- reading: images/s a core through a DataLoader in random order, files in the file cache: of `LatentDataset` (moments of
+  4x32x32 latents), of one .npy a latent, and of JPEG files, decoded and cropped to 256 pixels.
 - caching: images/s of encoding with the architecture of Stable Diffusion's autoencoder (random weights), and the share of
   the time that is not the autoencoder's.
 - memory: peak resident memory of a process that caches 10,000 and 100,000 small images.

@@ -27,7 +27,8 @@ class Images:
         num: How many; all of them if not given.
         mixed_sizes: Take images of different sizes.
         drop_alpha: Take images with transparency, and leave it out.
-        crop: Side of ADM's centre crop, which makes all sizes one; none if not given.
+        crop: Side of ADM's centre crop, which makes all sizes one; files are then read as training reads them: turned as
+            their camera says, 16 bits scaled to 8, transparency laid on white. Not given means as they are.
 
     Attributes:
         kind: `folder`, `zip`, `npz`, `npy` or `tensor`.
@@ -50,7 +51,7 @@ class Images:
         if crop is not None and crop < 1:
             raise ValueError(f"crop is {crop}; it must be at least 1 pixel.")
         self.mixed_sizes, self.crop = mixed_sizes and crop is None, crop
-        self._reader = open_reader(source, drop_alpha)
+        self._reader = open_reader(source, drop_alpha, trained=crop is not None)
         self.kind = self._reader.kind
         self.source = "a tensor" if self.kind == "tensor" else str(source)
         self.num, self.labels = len(self._reader), self._reader.labels

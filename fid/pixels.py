@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 
@@ -29,6 +29,30 @@ def quantize(x: Tensor) -> Tensor:
             f"expected finite floating-point images in [-1, 1]; got {x.dtype}, or NaN or infinite entries."
         )
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def as_trained(image: Image.Image) -> Image.Image:
+    """An opened file as RGB with 8 bits, as training reads it: turned as its camera says, 16 bits scaled to 8, what is
+    transparent laid on white.
+
+    Raises:
+        ValueError: It has numbers without a known range.
+    """  # noqa: D205
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # a damaged EXIF makes Pillow raise almost anything, and says nothing of the pixels
+        image.load()
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"its numbers reach from {values.min()} to {values.max()}, beyond 16 bits")
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("it has floating-point numbers, whose range is not known")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fid.pixels import as_nchw, check_uint8
+from fid.pixels import as_nchw, as_trained, check_uint8
 
 SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
 LOSSY = (".jpg", ".jpeg", ".webp")  # a webp may be lossless, which its name does not say
@@ -58,7 +58,7 @@ class Reader(Protocol):
         """What has come and gone since the images were counted, a sentence."""
 
 
-def open_reader(source: Any, drop_alpha: bool) -> Reader:
+def open_reader(source: Any, drop_alpha: bool = False, trained: bool = False) -> Reader:
     """The reader for what `source` is, by its content; see `fid.Images`.
 
     Raises:
@@ -71,9 +71,9 @@ def open_reader(source: Any, drop_alpha: bool) -> Reader:
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist.")
     if path.is_dir():
-        return Folder(path, drop_alpha)
+        return Folder(path, drop_alpha, trained)
     if path.suffix.lower() == ".zip":
-        return Zip(path, drop_alpha)
+        return Zip(path, drop_alpha, trained)
     if path.suffix.lower() in (".npz", ".npy"):
         return Array(path)
     raise ValueError(f"'{path}' is neither a folder or .zip of images nor an .npz or .npy file.")
@@ -109,12 +109,18 @@ class Memory:
 
 
 class Files:
-    """Image files: their names in order, from `listing`, each opened by `open`."""
+    """Image files: their names in order, from `listing`, each opened by `open`.
+
+    Args:
+        path: Where they are.
+        drop_alpha: Leave out what says how transparent a pixel is; else it is refused.
+        trained: Read whatever training reads, as it does.
+    """
 
     kind: str
 
-    def __init__(self, path: Path, drop_alpha: bool) -> None:
-        self.path, self.drop_alpha = path, drop_alpha
+    def __init__(self, path: Path, drop_alpha: bool, trained: bool) -> None:
+        self.path, self.drop_alpha, self.trained = path, drop_alpha, trained
         everything = self.listing()
         self.names = [name for name in everything if _suffix(name) in SUFFIXES]
         self.grey = False
@@ -154,6 +160,8 @@ class Files:
         """See `Reader`."""
         try:
             with self.open(self.names[i]) as file, Image.open(file) as image:
+                if self.trained:
+                    return np.array(as_trained(image))
                 mode, pixels = image.mode, np.array(image.convert("RGB"))
                 alpha = mode in ALPHA or "transparency" in image.info
                 opaque = alpha and image.convert("RGBA").getextrema()[3][0] == 255
@@ -209,14 +217,14 @@ class Zip(Files):
 
     kind = "zip"
 
-    def __init__(self, path: Path, drop_alpha: bool) -> None:
+    def __init__(self, path: Path, drop_alpha: bool, trained: bool) -> None:
         try:
             self.archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
             raise ValueError(f"'{path}' is not a .zip file, or is cut short.") from error
         members = [member for member in self.archive.infolist() if not member.is_dir()]
         self.members = {PurePosixPath(member.filename.replace("\\", "/")).as_posix(): member for member in members}
-        super().__init__(path, drop_alpha)
+        super().__init__(path, drop_alpha, trained)
 
     def listing(self) -> list[str]:
         """See `Files`."""

@@ -326,6 +326,7 @@ def test_a_zip_holds_what_the_folder_holds(tmp_path):
     (tmp_path / "linked").mkdir()
     for name in ("cat", "dog"):
         (tmp_path / "linked" / name).symlink_to(root / name)
+    (tmp_path / "linked" / "cat" / "up").symlink_to(tmp_path / "linked")  # leads back, and is not followed
     assert content(Folder(images=str(tmp_path / "linked"), image_size=16)) == content(folder)
 
 

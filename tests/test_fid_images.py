@@ -13,6 +13,7 @@ import fid
 from fid.pixels import centre_crop, check_uint8
 from fid.readers import SUFFIXES
 from fid.references import holds_statistics
+from runtime import data, folder
 
 
 def random_images(num, size=16, seed=0):
@@ -136,13 +137,29 @@ def test_mixed_sizes_when_they_are_asked_for(tmp_path):
 
 @pytest.mark.parametrize("shape", [(40, 30), (200, 65), (33, 32), (17, 90), (32, 32)])
 def test_crop_is_that_of_training(shape, tmp_path):
-    from runtime import data
-
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    expected = np.asarray(data.centre_crop(Image.fromarray(pixels), 32))
+    expected = np.asarray(folder.centre_crop(Image.fromarray(pixels), 32))
     assert np.array_equal(centre_crop(pixels, 32), expected)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     assert np.array_equal(read_all(tmp_path, crop=32)[0], expected)
+
+
+def test_with_a_crop_files_are_read_as_in_training(tmp_path):
+    """Turned by the camera, 16 bits, transparent, CMYK: the pixels of training's own reader, whatever the file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "x").mkdir()
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "x" / "a.jpg", exif=exif)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / "x" / "b.png")
+    Image.fromarray(pixels).save(tmp_path / "x" / "c.png")
+    Image.fromarray(pixels[..., :3]).convert("CMYK").save(tmp_path / "x" / "d.jpg")
+    Image.fromarray(pixels[..., :3]).convert("P").save(tmp_path / "x" / "e.png", transparency=3)
+    Image.fromarray(pixels[..., :2], "LA").save(tmp_path / "x" / "f.png")
+    trained = data.Folder(images=str(tmp_path), image_size=32)
+    expected = np.stack([trained.pixels(i) for i in range(6)])
+    assert np.array_equal(read_all(tmp_path / "x", crop=32), expected)
+    assert np.array_equal(read_all(zip_of(tmp_path / "x", tmp_path / "x.zip"), crop=32), expected[[1, 2, 4, 5]])
 
 
 def test_quantize_is_the_rule_of_dit():

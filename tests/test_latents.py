@@ -453,6 +453,14 @@ def test_no_readable_image_at_all(tmp_path, images, vae, capsys):
     assert not (tmp_path / "cache").exists()
 
 
+def test_one_class_is_said(tmp_path, images, vae, capsys):
+    for name in ("down", "left", "right"):
+        shutil.rmtree(images / name)
+    cache_latents.main(settings(tmp_path, "--latents", tmp_path / "cache"))
+    assert "note: there is one class only, 'up'" in capsys.readouterr().err
+    train.main(settings(tmp_path, "--latents", tmp_path / "cache"))
+
+
 @pytest.mark.parametrize("what", ["a size that does not fit", "a file in the way", "too small a disk"])
 def test_what_stops_it_before_the_work(tmp_path, images, vae, capsys, monkeypatch, what):
     argv, text = settings(tmp_path, "--latents", tmp_path / "cache"), "choose a multiple"
@@ -531,6 +539,12 @@ def test_check_reads_everything(tmp_path, images, vae, capsys):
     with Image.open(where / "check.png") as picture:
         assert picture.size[0] > 8 * 64
     assert LatentDataset(str(where))[0, False]  # the picture does no harm
+    shutil.move(images, tmp_path / "away")
+    cache_latents.main([*argv, "--check"])
+    printed = capsys.readouterr()
+    assert "checksums and counts are right" in printed.out
+    assert "no picture, since the images are not there" in printed.err
+    shutil.move(tmp_path / "away", images)
     shard = where / "shard-00001.npy"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1000] + bytes([content[-1000] ^ 1]) + content[-999:])
