@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if images.num_classes == 1 and state.is_main_process:
         print(f"note: there is one class only, {images.class_names[0]!r}.", file=sys.stderr)
-    options = {"seed": args.seed, "num_workers": args.train.num_workers, "state": state}
+    options = {"seed": args.seed, "num_workers": args.train.workers(), "state": state}
     writer = CacheWriter(args.latents, images, codec, settings, args.cache, **options)
     missing, started = sum(len(writer.indices(k)) for k in writer.missing), time.perf_counter()
     manifest = writer.run()

@@ -227,7 +227,7 @@ def train(run: Run, progress: tqdm) -> None:
     """The loop: from the run's step to its last, or to a stop signal."""
     accelerator, cfg, model, optimizer = run.accelerator, run.cfg, run.model.train(), run.optimizer
     stop = StopSignal(accelerator)
-    workers = {"num_workers": cfg.num_workers, "worker_init_fn": leave_process_group}
+    workers = {"num_workers": cfg.workers(cached=run.config.latents is not None), "worker_init_fn": leave_process_group}
     pin = accelerator.device.type == "cuda"
     batches = iter(
         DataLoader(run.data, batch_sampler=run.order, collate_fn=run.data.collate, pin_memory=pin, **workers)

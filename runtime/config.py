@@ -7,6 +7,7 @@ classes that they name check their options when they are built, before the first
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import sys
 import traceback
@@ -81,7 +82,8 @@ class TrainConfig:
         ema_decay: Decay of the averaged weights, which are the ones that are sampled.
         ema_warmup: Use min(ema_decay, (1 + step) / (10 + step)), for short runs.
         precision: Of the network's arithmetic; auto is bf16 on a GPU that has it and float32 elsewhere.
-        num_workers: Processes that load data, for each training process.
+        num_workers: Processes that load data, for each training process; not given means up to 4 for images, and none for
+            cached latents, which are there sooner than another process could hand them over.
         log_every: Steps between two lines of metrics.jsonl.
         sample_every: Steps between two preview grids.
         checkpoint_every: Steps between two checkpoints; one is written at the end, too.
@@ -100,7 +102,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     ema_warmup: bool = False
     precision: Literal["auto", "no", "bf16"] = "auto"
-    num_workers: int = 4
+    num_workers: int | None = None
     log_every: int = 100
     sample_every: int = 10_000
     checkpoint_every: int = 10_000
@@ -113,11 +115,17 @@ class TrainConfig:
         require(all(0 <= b < 1 for b in self.betas), "train.betas", list(self.betas), "choose two numbers in [0, 1)")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "choose at least 0")
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "choose at least 0")
-        require(self.num_workers >= 0, "train.num_workers", self.num_workers, "choose at least 0")
+        require((self.num_workers or 0) >= 0, "train.num_workers", self.num_workers, "choose at least 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "choose [0, 1)")
         keep, norm = self.keep_checkpoints, self.max_grad_norm
         require(keep is None or keep > 0, "train.keep_checkpoints", keep, "choose at least 1")
         require(norm is None or norm > 0, "train.max_grad_norm", norm, "choose a positive number")
+
+    def workers(self, cached: bool = False) -> int:
+        """Processes that load data: of cached latents, or of images."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return 0 if cached else min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from runtime.config import differences
 from runtime.data import check_label_range
@@ -32,7 +32,8 @@ MANIFEST, LABELS = "manifest.json", "labels.npy"
 class LatentDataset(Dataset):
     """A cache: (index, flip) -> moments (2C, h, w), or latents (C, h, w), in float16, and the label.
 
-    Shards are mapped into memory when a process first reads them, so workers share what is in the file cache.
+    Shards are mapped into memory when a process first reads them, so workers share what is in the file cache. Where the
+    disk is no hindrance the training process reads faster than workers can hand over.
 
     Args:
         path: The folder.
@@ -84,10 +85,11 @@ class LatentDataset(Dataset):
         indices = np.fromiter((index for index, _ in keys), np.int64, len(keys))
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         rows = indices - self.starts[shards]
-        moments = np.empty((len(keys), *self.row_shape[1:]), np.float16)
+        moments = _empty((len(keys), *self.row_shape[1:]))
+        out = moments.numpy()
         for k, (shard, row, (_, flip)) in enumerate(zip(shards.tolist(), rows.tolist(), keys, strict=True)):
-            moments[k] = self._map(shard)[row, int(flip)]
-        return torch.from_numpy(moments), torch.from_numpy(self.labels[indices])
+            out[k] = self._map(shard)[row, int(flip)]
+        return moments, torch.from_numpy(self.labels[indices])
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -132,6 +134,14 @@ class LatentDataset(Dataset):
         if shard not in self._maps:
             self._maps[shard] = np.load(self.folder / self.shards[shard]["file"], mmap_mode="r").view(np.ndarray)
         return self._maps[shard]
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """float16; in a worker in shared memory, where it need not be copied to be handed over."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.float16)
+    storage = torch.UntypedStorage._new_shared(2 * math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.float16).set_(storage, 0, shape)
 
 
 def sha256_of(file: Path) -> str:
