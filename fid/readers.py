@@ -198,13 +198,15 @@ class Folder(Files):
     kind = "folder"
 
     def listing(self) -> list[str]:
-        """See `Files`; links to folders are followed, but for those that lead back to where they are."""
+        """See `Files`; links to folders are followed, unless they lead back to where they are."""
         names: list[str] = []
+        above = {str(self.path): {_identity(self.path)}}
         for folder, inside, files in os.walk(self.path, followlinks=True):
-            here = Path(folder).relative_to(self.path).as_posix()
-            prefix = "" if here == "." else f"{here}/"
-            names += [prefix + file for file in files]
-            inside[:] = [name for name in inside if not _leads_back(folder, name)]
+            here, chain = Path(folder).relative_to(self.path).as_posix(), above.pop(folder)
+            names += files if here == "." else [f"{here}/{file}" for file in files]
+            paths = {name: os.path.join(folder, name) for name in inside}
+            inside[:] = [name for name, path in paths.items() if _identity(path) not in chain]
+            above |= {paths[name]: chain | {_identity(paths[name])} for name in inside}
         return sorted(name for name in names if not _hidden(name))
 
     def open(self, name: str) -> IO[bytes]:
@@ -244,13 +246,10 @@ def _hidden(name: str) -> bool:
     return f"/{name}".find("/.") >= 0 or f"/{name}".find("/__MACOSX/") >= 0
 
 
-def _leads_back(folder: str, name: str) -> bool:
-    """Whether a folder in a folder is a link to that one or to one that holds it."""
-    path = os.path.join(folder, name)
-    if not os.path.islink(path):
-        return False
-    target = os.path.realpath(path)
-    return os.path.commonpath([target, os.path.realpath(folder)]) == target
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """The same for each name of a folder."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 class Array:

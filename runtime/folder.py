@@ -78,22 +78,21 @@ class ImageFiles:
         return self._archive[1]
 
     def _walk(self) -> list[str]:
-        """As `namelist` of a .zip; links to folders are followed, but for those that lead back to where they are."""
-        found = []
+        """As `namelist` of a .zip; links to folders are followed, unless they lead back to where they are."""
+        found, above = [], {str(self.root): {_identity(self.root)}}
         for folder, inside, files in os.walk(self.root, followlinks=True):
-            here = Path(folder).relative_to(self.root).as_posix()
+            here, chain = Path(folder).relative_to(self.root).as_posix(), above.pop(folder)
+            paths = {name: os.path.join(folder, name) for name in inside}
+            inside[:] = [name for name, path in paths.items() if _identity(path) not in chain]
+            above |= {paths[name]: chain | {_identity(paths[name])} for name in inside}
             found += [name if here == "." else f"{here}/{name}" for name in [*files, *(f"{name}/" for name in inside)]]
-            inside[:] = [name for name in inside if not _leads_back(folder, name)]
         return found
 
 
-def _leads_back(folder: str, name: str) -> bool:
-    """Whether a folder in a folder is a link to that one or to one that holds it."""
-    path = os.path.join(folder, name)
-    if not os.path.islink(path):
-        return False
-    target = os.path.realpath(path)
-    return os.path.commonpath([target, os.path.realpath(folder)]) == target
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """The same for each name of a folder."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def classes_of(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:

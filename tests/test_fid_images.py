@@ -236,6 +236,11 @@ def test_links_that_lead_back_are_not_followed(tmp_path):
     (folder / "me").symlink_to(folder)
     (tmp_path / "x" / "twice").symlink_to(folder)  # another name of the same folder holds its images once more
     assert fid.Images(tmp_path / "x").num == 4
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "back").symlink_to(tmp_path / "x")
+    (folder / "round").symlink_to(other)  # a circle through two links
+    assert fid.Images(tmp_path / "x").num == 4
 
 
 def test_zips_of_every_make(tmp_path):

@@ -503,8 +503,9 @@ def test_an_interrupted_cache_goes_on_at_the_first_missing_shard(tmp_path, image
         if isinstance(error, OSError):
             assert "cannot write '" in sentence(capsys, cache_latents.main, argv)
         else:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(SystemExit) as ended:
                 cache_latents.main(argv)
+            assert ended.value.code == 130
     assert not where.exists()
     assert {file.name for file in partial.iterdir()} == {
         "settings.json",
