@@ -22,7 +22,7 @@ from tqdm import tqdm
 import build
 from runtime.config import Config, parse, report_errors
 from runtime.data import Images
-from runtime.encode import CacheWriter
+from runtime.encode import INFORMATIVE, CacheWriter
 from runtime.images import save_grid, to_uint8
 from runtime.latents import LatentDataset
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     codec = build.build_codec(args, images.channels).to(state.device)
     settings = settings_of(args, images, codec)
     if Path(args.latents).exists():
-        LatentDataset(args.latents).check({k: v for k, v in settings.items() if k not in ("source", "codec_path")})
+        LatentDataset(args.latents).check({k: v for k, v in settings.items() if k not in INFORMATIVE})
         if state.is_main_process:
             print(f"{args.latents} is there already, made from the same data and codec; nothing to do.")
         return
