@@ -127,7 +127,7 @@ def picture(cache: LatentDataset, images: Images, codec: Any, device: str) -> tu
     originals = np.stack([np.broadcast_to(images.pixels(int(kept[i])), decoded.shape[1:]) for i in chosen])
     pairs = np.stack([originals, decoded], axis=1)  # (16, 2, H, W, 3)
     file = cache.folder / "check.png"
-    save_grid(pairs.reshape(4, -1, *decoded.shape[1:]), ["image", "decoded"] * 4, file, f"{cache.path}")
+    save_grid(pairs.reshape(4, -1, *decoded.shape[1:]), ["image", "latent"] * 4, file, f"{cache.path}")
     return file, float(np.abs(originals.astype(float) - decoded).mean())
 
 

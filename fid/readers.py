@@ -1,7 +1,6 @@
 """Where images come from: files in a folder or in a zip, an array in an .npz or an .npy, memory."""
 
 import io
-import lzma
 import math
 import os
 import zipfile
@@ -22,17 +21,6 @@ SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
 LOSSY = (".jpg", ".jpeg", ".webp")  # a webp may be lossless, which its name does not say
 MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of Pillow, with 8 bits and no alpha
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-UNREADABLE = (  # what Pillow and zipfile raise: at damage (a PNG's is a SyntaxError), a password, a way to compress
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    Image.DecompressionBombError,
-)
 
 
 class Reader(Protocol):
@@ -169,7 +157,7 @@ class Files:
             raise ValueError(
                 f"{self.name(i)} disappeared while '{self.path}' was read; nothing may change it."
             ) from error
-        except UNREADABLE as error:
+        except Exception as error:  # damaged files make Pillow and zipfile raise almost anything
             raise ValueError(f"{self.name(i)} is not a readable image: {error}.") from error
         if alpha and not self.drop_alpha and not opaque:
             raise ValueError(f"{self.name(i)} has mode {mode}; convert to RGB first or pass --drop-alpha.")

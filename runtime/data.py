@@ -6,24 +6,18 @@ A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it 
 
 import hashlib
 import itertools
-import zipfile
-import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from runtime.folder import ImageFiles, centre_crop, classes_of, read_image
 from runtime.images import from_uint8
 from runtime.seeds import mix
-
-# What Pillow and zipfile raise at damaged files; a PNG's damage is a SyntaxError.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 
 
 class Images(Dataset):
@@ -166,7 +160,7 @@ class Folder(Images):
             if min(image.size) < max(2, self.image_size // 16):
                 raise ValueError(f"{image.width}x{image.height} pixels are too few for {self.image_size}")
             return centre_crop(image, self.image_size)
-        except UNREADABLE as error:
+        except Exception as error:  # damaged files make Pillow and zipfile raise almost anything
             raise UnreadableImageError(
                 f"{self.files.path(self.names[index])!r} cannot be read as an image: {error}."
             ) from None
