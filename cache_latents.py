@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from tqdm import tqdm
 import build
 from runtime.config import Config, parse, report_errors
 from runtime.data import Images
-from runtime.encode import INFORMATIVE, CacheWriter
+from runtime.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen
 from runtime.images import save_grid, to_uint8
-from runtime.latents import LatentDataset
+from runtime.latents import DamagedError, LatentDataset
 
 NUM_SHOWN = 16
 
@@ -49,15 +50,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.check:
         check(args)
         return
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The last shard of one process may take long while the others wait.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     images = build.build_images(args)
     codec = build.build_codec(args, images.channels).to(state.device)
-    settings = settings_of(args, images, codec)
+    settings = settings_of(args, images, codec, state.device.type)
     if Path(args.latents).exists():
-        LatentDataset(args.latents).check({k: v for k, v in settings.items() if k not in INFORMATIVE})
-        if state.is_main_process:
-            print(f"{args.latents} is there already, made from the same data and codec; nothing to do.")
-        return
+        try:
+            LatentDataset(args.latents).check({k: v for k, v in settings.items() if k not in (*INFORMATIVE, *ROUNDING)})
+            if state.is_main_process:
+                print(f"{args.latents} is there already, made from the same data and codec; nothing to do.")
+            return
+        except DamagedError as error:
+            state.wait_for_everyone()  # all have seen it
+            if state.is_main_process:
+                print(f"note: {error}", file=sys.stderr)
+                reopen(args.latents)
+            state.wait_for_everyone()
     if images.num_classes == 1 and state.is_main_process:
         print(f"note: there is one class only, {images.class_names[0]!r}.", file=sys.stderr)
     options = {"seed": args.seed, "num_workers": args.train.workers(), "state": state}
@@ -71,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"wrote {manifest['num_images']:,} latents{' and their mirror images' * images.flip} to {args.latents}: "
             f"{len(manifest['shards'])} shards, {size:.2g} GB, {rate:.1f} images/s, {len(manifest['skipped'])} skipped"
         )
+        if empty := [name for name, count in manifest["class_counts"].items() if not count]:
+            print(f"warning: no image of {', '.join(empty)} could be read.", file=sys.stderr)
 
 
-def settings_of(args: Arguments, images: Images, codec: Any) -> dict[str, Any]:
+def settings_of(args: Arguments, images: Images, codec: Any, device: str) -> dict[str, Any]:
     """What the latents are made of, for the manifest."""
     return {
         **build.needed_latents(args, codec),
@@ -90,6 +101,8 @@ def settings_of(args: Arguments, images: Images, codec: Any) -> dict[str, Any]:
         "precision": args.cache.precision,
         "shard_size": args.cache.shard_size,
         "on_error": args.cache.on_error,
+        "batch_size": args.cache.batch_size,
+        "device": device,
     }
 
 
@@ -106,13 +119,13 @@ def check(args: Arguments) -> None:
         f"{len(m['skipped'])} images skipped; checksums and counts are right, all numbers are finite.\n"
         f"channels: {statistics}"
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         images = build.build_images(args)
+        codec = build.build_codec(args, images.channels).to(device)
     except FileNotFoundError as error:
-        print(f"note: no picture, since the images are not there: {error}", file=sys.stderr)
+        print(f"note: no picture, since what it needs is not there: {error}", file=sys.stderr)
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    codec = build.build_codec(args, images.channels).to(device)
     cache.check({**build.needed_latents(args, codec), "images": images.fingerprint})
     file, error = picture(cache, images, codec, device)
     print(f"wrote {file}: {NUM_SHOWN} images beside their decoded latents, {error:.1f} grey levels apart on average")

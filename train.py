@@ -111,6 +111,11 @@ class Run:
         self.step = steps_done(config)
         if self.step:
             newest = checkpoint.find(self.folder)
+            if (before := checkpoint.read_record(newest)["shape"]) != to_dict(self.shape):
+                text = ", ".join(
+                    f"{k} {a!r} (now {b!r})" for k, (a, b) in differences(before, to_dict(self.shape)).items()
+                )
+                raise ValueError(f"run_dir {config.run_dir!r} was trained on other data: {text}.")
             checkpoint.load_weights(newest, "model", self.network)
             checkpoint.load_weights(newest, "ema", self.ema.model)
             checkpoint.load_optimizer(newest, self.network, optimizer)

@@ -38,10 +38,13 @@ def as_trained(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: It has numbers without a known range.
     """  # noqa: D205
+    file_format = image.format
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # a damaged EXIF makes Pillow raise almost anything, and says nothing of the pixels
         image.load()
+    if image.mode == "I" and file_format != "PNG":
+        raise ValueError("it has numbers of 32 bits, whose range is not known")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

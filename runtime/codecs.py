@@ -115,7 +115,7 @@ def draw(moments: Tensor, channels: int, seed: int, positions: Tensor) -> Tensor
     Returns:
         (B, C, h, w) float32.
     """
-    moments = moments.float()
+    moments = moments.float().contiguous()  # what random numbers are drawn like must not depend on the encoder's layout
     if moments.shape[1] == channels:
         return moments
     mean, std = moments.chunk(2, dim=1)

@@ -5,6 +5,7 @@ A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it 
 """
 
 import hashlib
+import io
 import itertools
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -58,12 +59,17 @@ class Images(Dataset):
         """What a message calls image `index`."""
         return f"image {index}"
 
+    def stamp(self, index: int) -> bytes:
+        """What changes with the content of image `index`."""
+        return self.pixels(index).tobytes()
+
     @property
     def fingerprint(self) -> str:
-        """Of the names and labels of all images, in order."""
+        """Of the names, labels and stamps of all images, in order."""
         digest = hashlib.sha256(self.labels.tobytes())
         for i in range(len(self)):
-            digest.update(self.name(i).encode())
+            for part in (self.name(i).encode("utf-8", "surrogateescape"), self.stamp(i)):
+                digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()[:16]
 
 
@@ -148,22 +154,31 @@ class Folder(Images):
         """See `Images`."""
         return self.names[index]
 
+    def stamp(self, index: int) -> bytes:
+        """See `Images`."""
+        return self.files.stamp(self.names[index]).encode()
+
     def pixels(self, index: int) -> np.ndarray:
         """See `Images`.
 
         Raises:
             UnreadableImageError: No image, a damaged or an animated one, or one far too small.
         """
+        path = self.files.path(self.names[index])
         try:
             with self.files.open(self.names[index]) as file:
-                image = read_image(file)
+                content = io.BytesIO(file.read())
+        except OSError as error:  # the disk's fault, not the image's
+            raise OSError(f"{path!r} cannot be read: {error}") from None
+        except Exception as error:  # of a .zip
+            raise UnreadableImageError(f"{path!r} cannot be unpacked: {error}.") from None
+        try:
+            image = read_image(content)
             if min(image.size) < max(2, self.image_size // 16):
                 raise ValueError(f"{image.width}x{image.height} pixels are too few for {self.image_size}")
             return centre_crop(image, self.image_size)
-        except Exception as error:  # damaged files make Pillow and zipfile raise almost anything
-            raise UnreadableImageError(
-                f"{self.files.path(self.names[index])!r} cannot be read as an image: {error}."
-            ) from None
+        except Exception as error:  # damaged files make Pillow raise almost anything
+            raise UnreadableImageError(f"{path!r} cannot be read as an image: {error}.") from None
 
 
 DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}

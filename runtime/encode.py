@@ -4,11 +4,15 @@ Until it is complete the cache is FOLDER.partial: settings.json, and for each fi
 that is written last. A shard has its name only when it is whole.
 """
 
+import fcntl
+import hashlib
+import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,12 +25,12 @@ from runtime.codecs import draw
 from runtime.config import CacheConfig, differences
 from runtime.data import Images, UnreadableImageError
 from runtime.files import write_text, written_aside
-from runtime.latents import LABELS, MANIFEST, file_size, sha256_of
+from runtime.latents import LABELS, MANIFEST, VERSION, file_size, sha256_of
 from runtime.stop import leave_process_group
 
-VERSION = 1  # of the format
 SETTINGS = "settings.json"
-INFORMATIVE = ("source", "codec_path")  # settings that say where things were: they may move
+INFORMATIVE = ("source", "codec_path", "on_error")  # where things were, which may move; and what changes no latent
+ROUNDING = ("batch_size", "device")  # what one cache has to have been made with, and a run need not care about
 
 
 class CacheWriter:
@@ -74,13 +78,30 @@ class CacheWriter:
             1:
         ]
         self.shape = (1 + images.flip, K if options.moments else codec.channels, h, w)
-        self.missing = [k for k in range(len(self.starts)) if not self._record(k).is_file()]
-        if state.is_main_process:
-            self._begin()
-        state.wait_for_everyone()
+        self._lock = self._open_lock()
+        try:
+            if state.is_main_process:
+                self._begin()
+            state.wait_for_everyone()
+            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            self.missing = [k for k in range(len(self.starts)) if not self._record(k).is_file()]
+            if state.is_main_process:
+                self._check_disk()
+            state.wait_for_everyone()
+        except BaseException:
+            self._unlock()
+            raise
 
     def run(self) -> dict[str, Any]:
         """Encodes what is missing, and makes the cache complete; gives its manifest. Collective."""
+        try:
+            return self._run()
+        finally:
+            self._unlock()
+
+    def _run(self) -> dict[str, Any]:
+        if self.state.device.type == "cpu":
+            torch.set_num_threads(1)  # more round otherwise; take more processes
         mine = self.missing[self.state.process_index :: self.state.num_processes]
         done = len(self.images) - sum(len(self.indices(k)) for k in self.missing)
         bar = tqdm(
@@ -88,14 +109,15 @@ class CacheWriter:
         )
         read = self._read(mine)
         for shard in mine:
-            rows, skipped = [], []
+            rows, num, skipped = np.empty((len(self.indices(shard)), *self.shape), np.float16), 0, []
             for batch in self._batches(shard):
                 pixels, why = next(read)
                 skipped += [(i, text) for i, text in zip(batch, why, strict=True) if text]
                 if len(pixels):
-                    rows.append(self._encode(pixels, [i for i, text in zip(batch, why, strict=True) if not text]))
+                    encoded = self._encode(pixels, [i for i, text in zip(batch, why, strict=True) if not text])
+                    rows[num : num + len(encoded)], num = encoded, num + len(encoded)
                 bar.update(min(len(batch) * self.state.num_processes, len(self.images) - bar.n))
-            self._write(shard, np.concatenate(rows or [np.zeros((0, *self.shape), np.float16)]), skipped)
+            self._write(shard, rows[:num], skipped)
         bar.close()
         self.state.wait_for_everyone()
         if self.state.is_main_process:
@@ -103,15 +125,47 @@ class CacheWriter:
         self.state.wait_for_everyone()
         return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
 
+    def _open_lock(self) -> IO[str]:
+        """The cache's lock, which all processes of one command share until they end, and no other command gets.
+
+        Not even one that a killed launcher left behind is joined by another.
+        """
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            lock = self.folder.with_name(f".{self.folder.name}.lock").open("w")
+        except OSError as error:
+            raise OSError(f"cannot make the folder '{self.partial}': {error}") from error
+        if self.state.is_main_process:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise ValueError(
+                    f"another cache_latents.py is writing '{self.folder}'; wait for it, or stop it."
+                ) from None
+        return lock
+
+    def _unlock(self) -> None:
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # for its data workers, too
+        self._lock.close()
+
     def _begin(self) -> None:
-        """Makes the folder, or checks that the unfinished one is of the same latents, and that the disk is large enough."""
+        """Makes the folder, or checks that the unfinished one is of the same latents."""
         file = self.partial / SETTINGS
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"cannot make the folder '{self.partial}': {error}") from error
-        if file.is_file():
-            old = json.loads(file.read_text(encoding="utf-8"))
+        there = [found.name for found in self.partial.iterdir() if not found.name.startswith(".")]
+        if there and SETTINGS not in there:
+            raise ValueError(f"'{self.partial}' is there already and was not made by cache_latents.py; remove it.")
+        if len(there) > 1:
+            try:
+                old = dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                raise ValueError(
+                    f"'{file}' is damaged, so what is beside it is unknown; remove '{self.partial}'."
+                ) from None
             if found := differences(
                 *({k: v for k, v in s.items() if k not in INFORMATIVE} for s in (old, self.settings))
             ):
@@ -119,14 +173,14 @@ class CacheWriter:
                 raise ValueError(
                     f"'{self.partial}' holds unfinished latents made with {text}; remove it, or choose another folder."
                 )
-        elif any(self.partial.iterdir()):
-            raise ValueError(f"'{self.partial}' is there already and was not made by cache_latents.py; remove it.")
         write_text(file, json.dumps(self.settings))
+
+    def _check_disk(self) -> None:
         needed = sum(file_size((len(self.indices(k)), *self.shape)) for k in self.missing)
         free = shutil.disk_usage(self.partial).free
         if needed > free:
             raise OSError(
-                f"the latents need {needed / 1e9:.1f} GB more in '{self.partial}', where {free / 1e9:.1f} GB are free."
+                f"the latents need {needed / 1e9:.1f} GB in '{self.partial}', where {free / 1e9:.1f} GB are free."
             )
 
     def indices(self, shard: int) -> range:
@@ -164,18 +218,27 @@ class CacheWriter:
         return rows.cpu().numpy()
 
     def _write(self, shard: int, rows: np.ndarray, skipped: list[tuple[int, str]]) -> None:
-        file = self._file(shard)
+        file, header = self._file(shard), io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
+        parts = [header.getbuffer(), memoryview(rows).cast("B")] if len(rows) else [header.getbuffer()]
+        digest = hashlib.sha256()
         with written_aside(file) as temporary, temporary.open("wb") as content:
-            np.save(content, rows)
-        record = {"num_images": len(rows), "sha256": sha256_of(file), "skipped": skipped, "sums": self._sums(rows)}
+            for part in parts:
+                digest.update(part)
+                content.write(part)
+            content.flush()
+            os.fsync(content.fileno())  # before its record
+        record = {"num_images": len(rows), "sha256": digest.hexdigest(), "skipped": skipped, "sums": self._sums(rows)}
         write_text(self._record(shard), json.dumps(record))
 
     def _sums(self, rows: np.ndarray) -> list[list[float]]:
         """Of the latents and of their squares, (2, C), over all else."""
-        rows = rows.astype(np.float64)
-        z, C = rows[:, :, : self.codec.channels], self.codec.channels
-        squares = z**2 + (rows[:, :, C:] ** 2 if rows.shape[2] > C else 0)
-        return [part.sum(axis=(0, 1, 3, 4)).tolist() for part in (z, squares)]
+        C, total = self.codec.channels, np.zeros((2, self.codec.channels))
+        for k in range(0, len(rows), 64):
+            part = rows[k : k + 64].astype(np.float64)
+            squares = part[:, :, :C] ** 2 + (part[:, :, C:] ** 2 if part.shape[2] > C else 0)
+            total += np.stack([z.sum(axis=(0, 1, 3, 4)) for z in (part[:, :, :C], squares)])
+        return total.tolist()
 
     def _finish(self) -> None:
         """The manifest and the labels; then the folder gets its name."""
@@ -199,17 +262,16 @@ class CacheWriter:
             "mean": mean.tolist(),
             "std": np.sqrt(square - mean**2).tolist(),
             "skipped": [{"index": i, "why": skipped[i]} for i in sorted(skipped)],
-            "shards": [
-                {"file": self._file(k).name, "num_images": record["num_images"], "sha256": record["sha256"]}
-                for k, record in enumerate(records)
-            ],
+            "shards": [{"file": self._file(k).name, **record} for k, record in enumerate(records)],
         }
         with written_aside(self.partial / LABELS) as temporary, temporary.open("wb") as content:
             np.save(content, kept)
+        manifest["labels_sha256"] = sha256_of(self.partial / LABELS)
         write_text(self.partial / MANIFEST, json.dumps(manifest, indent=1))
         self.partial.rename(self.folder)
         for file in [SETTINGS, *(self._record(k).name for k in range(len(records)))]:
             (self.folder / file).unlink()
+        Path(self._lock.name).unlink()
 
     def _file(self, shard: int) -> Path:
         return self.partial / f"shard-{shard:05d}.npy"
@@ -234,7 +296,9 @@ class Pixels(Dataset):
             return torch.from_numpy(np.ascontiguousarray(self.images.pixels(index)))
         except UnreadableImageError as error:
             if not self.skip:
-                raise
+                raise UnreadableImageError(
+                    f"{error} Mend it and run the same command again; or give --cache.on_error skip, which leaves it out."
+                ) from None
             return str(error)
 
 
@@ -243,3 +307,17 @@ def collate(items: list[Tensor | str]) -> tuple[Tensor, list[str | None]]:
     pixels = [item for item in items if not isinstance(item, str)]
     why = [item if isinstance(item, str) else None for item in items]
     return torch.stack(pixels) if pixels else torch.empty(0), why
+
+
+def reopen(path: str) -> None:
+    """Makes a finished cache unfinished, without the shards that are missing or have another size: they are made anew."""
+    folder = Path(path)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    for shard in manifest["shards"]:
+        file = folder / shard.pop("file")
+        shape = (shard["num_images"], 1 + manifest["settings"]["flip"], *manifest["shape"])
+        if file.is_file() and file.stat().st_size == file_size(shape):
+            write_text(file.with_suffix(".json"), json.dumps(shard))
+    write_text(folder / SETTINGS, json.dumps(manifest["settings"]))
+    (folder / MANIFEST).unlink()
+    folder.rename(folder.with_name(folder.name + ".partial"))

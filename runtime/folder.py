@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -11,7 +12,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # of Pillow; some others run programs
 LABEL_FILES = ("labels.json", "labels.csv")
 
 
@@ -19,7 +21,8 @@ class ImageFiles:
     """The image files of a folder, or of a .zip of one; hidden ones and what macOS adds are left out.
 
     Args:
-        root: The folder or .zip; where it holds nothing but one folder of folders or of labels, that one is meant.
+        root: The folder or .zip; where all images lie in one folder of it, in folders of that or beside a file of labels,
+            that one is meant.
 
     Attributes:
         names: Paths below the root, sorted.
@@ -32,24 +35,25 @@ class ImageFiles:
     """
 
     def __init__(self, root: str) -> None:
-        self.root, self.prefix = Path(root), ""
+        self.root = Path(root)
         self._archive: tuple[int, zipfile.ZipFile] | None = None
+        self._members: dict[str, zipfile.ZipInfo] = {}
         if self.root.is_dir():
             self.zipped, found = False, self._walk()
         elif self.root.is_file() and self.root.suffix.lower() == ".zip":
-            self.zipped, found = True, self._open_archive().namelist()
+            self.zipped, members = True, self._open_archive().infolist()
+            self._members = {member.filename.replace("\\", "/").removeprefix("./"): member for member in members}
+            found = list(self._members)
         else:
             raise FileNotFoundError(f"data.images {root!r} is neither a folder nor a .zip file.")
         found = [n for n in found if not any(p.startswith(".") or p == "__MACOSX" for p in PurePosixPath(n).parts)]
-        if self.zipped and len(tops := {n.split("/", 1)[0] for n in found}) == 1:  # as a folder is usually zipped
-            inner = f"{tops.pop()}/"
-            if any(n.count("/") > 1 for n in found if not n.endswith("/")) or {inner + f for f in LABEL_FILES} & {
-                *found
-            }:
-                self.prefix, found = inner, [n.removeprefix(inner) for n in found if n != inner]
+        self.prefix = _prefix_of(found)
+        found = [
+            name.removeprefix(self.prefix) for name in found if name.startswith(self.prefix) and name != self.prefix
+        ]
         self.folders = sorted({n.split("/", 1)[0] for n in found if "/" in n})
         self.labels = next((name for name in LABEL_FILES if name in found), None)
-        self.names = sorted(n for n in found if PurePosixPath(n).suffix.lower() in SUFFIXES)
+        self.names = sorted({name for name in found if _is_image(name)})
         if not self.names:
             raise ValueError(
                 f"data.images {root!r} holds no images (looked for {' '.join(SUFFIXES)} in any letter case)."
@@ -62,8 +66,14 @@ class ImageFiles:
     def open(self, name: str) -> IO[bytes]:
         """A file, for reading."""
         if self.zipped:
-            return io.BytesIO(self._open_archive().read(self.prefix + name))
-        return (self.root / name).open("rb")
+            return io.BytesIO(self._open_archive().read(self._members[self.prefix + name]))
+        return (self.root / self.prefix / name).open("rb")
+
+    def stamp(self, name: str) -> str:
+        """What changes with a file's content, as a rule, and is had without reading it: its size, or a .zip's checksum."""
+        if self.zipped:
+            return f"{self._members[self.prefix + name].CRC:08x}"
+        return str((self.root / self.prefix / name).stat().st_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
@@ -87,6 +97,22 @@ class ImageFiles:
             above |= {paths[name]: chain | {_identity(paths[name])} for name in inside}
             found += [name if here == "." else f"{here}/{name}" for name in [*files, *(f"{name}/" for name in inside)]]
         return found
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
+
+
+def _prefix_of(names: list[str]) -> str:
+    """The one folder, with its slash, that holds all images, in folders or beside a file of labels; else nothing."""
+    images = [name for name in names if _is_image(name)]
+    tops = {name.split("/", 1)[0] for name in images if "/" in name}
+    if len(tops) != 1 or any("/" not in name for name in images) or {*LABEL_FILES} & {*names}:
+        return ""
+    prefix = f"{tops.pop()}/"
+    inside = [name.removeprefix(prefix) for name in images]
+    in_folders = all("/" in name for name in inside) and len({name.split("/", 1)[0] for name in inside}) > 1
+    return prefix if in_folders or {prefix + file for file in LABEL_FILES} & {*names} else ""
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
@@ -139,15 +165,22 @@ def _read_labels(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
     if len(listed) < len(pairs):
         raise ValueError(f"{where!r} names an image twice.")
     values = [value for _, value in sorted(pairs)]
-    if all(isinstance(value, str) for value in values):
+    if class_names is not None and len({*class_names}) < len(class_names):
+        raise ValueError(f"{where!r} has a class name twice.")
+    if all(isinstance(value, str) and value for value in values):
         class_names = class_names or sorted({*values})
         if unknown := sorted({*values} - {*class_names}):
             raise ValueError(f"{where!r} has the class {unknown[0]!r}, which is not one of its class_names.")
         number = {name: k for k, name in enumerate(class_names)}
         labels = [number[value] for value in values]
     elif all(type(value) is int for value in values):
-        labels = values
-        class_names = class_names or [str(k) for k in range(max(values) + 1)]
+        labels = [max(min(value, 2**62), -(2**62)) for value in values]  # whatever is out of range stays so
+        highest = max(values)
+        if class_names is None and min(values) >= 0 and (highest >= len(values) or len({*values}) <= highest):
+            raise ValueError(
+                f"{where!r} has class numbers up to {highest} with gaps; number them from 0, or give names."
+            )
+        class_names = class_names or [str(k) for k in range(highest + 1)]
     else:
         raise ValueError(f"{where!r} has classes that are neither all whole numbers nor all names.")
     return files.names, np.array(labels, dtype=np.int64), class_names
@@ -158,6 +191,8 @@ def _pairs_of_json(files: ImageFiles, where: str) -> tuple[list[tuple[str, Any]]
         with files.open(files.labels) as file:
             content = json.load(file)
         names = content.get("class_names")
+        if names is not None and not isinstance(names, list):
+            raise TypeError("class_names is no list")
         pairs = content["labels"] if isinstance(content.get("labels"), list) else content.items()
         pairs = [(str(file), value) for file, value in pairs if file != "class_names"]
         return pairs, None if names is None else [str(name) for name in names]
@@ -178,7 +213,7 @@ def _pairs_of_csv(files: ImageFiles, where: str) -> tuple[list[tuple[str, Any]],
         raise ValueError(f"{where!r} cannot be read ({error}); write lines FILE,CLASS.") from None
     if pairs and pairs[0][0] not in {*files.names} and PurePosixPath(pairs[0][0]).suffix.lower() not in SUFFIXES:
         pairs = pairs[1:]  # a header
-    if all(value.lstrip("-").isdigit() for _, value in pairs):
+    if all(re.fullmatch(r"-?[0-9]+", value) for _, value in pairs):
         return [(file, int(value)) for file, value in pairs], None
     return pairs, None
 
@@ -193,7 +228,7 @@ def read_image(file: IO[bytes]) -> Image.Image:
         ValueError: It is no image, or animated, or has numbers without a known range.
     """
     try:
-        opened = Image.open(file)
+        opened = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise ValueError("it is in no format that Pillow knows") from None
     with opened:
@@ -205,6 +240,8 @@ def read_image(file: IO[bytes]) -> Image.Image:
         except Exception:  # a damaged EXIF makes Pillow raise almost anything, and says nothing of the pixels
             image = opened
         image.load()
+    if image.mode == "I" and opened.format != "PNG":
+        raise ValueError("it has numbers of 32 bits, whose range is not known")
     if image.mode.startswith("I"):  # I;16 and its kin; PNGs of 16 bits in older versions of Pillow
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:

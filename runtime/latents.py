@@ -27,6 +27,11 @@ from runtime.config import differences
 from runtime.data import check_label_range
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
+VERSION = 1  # of the format
+
+
+class DamagedError(ValueError):
+    """A cache of which a shard is missing or cut short."""
 
 
 class LatentDataset(Dataset):
@@ -51,6 +56,8 @@ class LatentDataset(Dataset):
             )
         try:
             self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            if self.manifest["version"] != VERSION:
+                raise ValueError(f"its format is {self.manifest['version']}, this program's {VERSION}")
             settings = self.manifest["settings"]
             self.class_names: list[str] = settings["class_names"]
             self.image_size, self.channels, self.flip = (settings[k] for k in ("image_size", "channels", "flip"))
@@ -69,7 +76,9 @@ class LatentDataset(Dataset):
             file = self.folder / shard["file"]
             if not file.is_file() or file.stat().st_size != size:
                 found = f"has {file.stat().st_size} bytes, not {size}" if file.is_file() else "is missing"
-                raise ValueError(f"latents {path!r} are damaged: {shard['file']} {found}; run cache_latents.py again.")
+                raise DamagedError(
+                    f"latents {path!r} are damaged: {shard['file']} {found}; cache_latents.py makes it anew."
+                )
         self._maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -122,9 +131,16 @@ class LatentDataset(Dataset):
         Raises:
             ValueError: A shard whose checksum is another, or with numbers that are not finite; says which.
         """
+        counts = np.bincount(self.labels, minlength=self.num_classes).tolist()
+        right = sha256_of(self.folder / LABELS) == self.manifest["labels_sha256"]
+        if not right or counts != list(self.manifest["class_counts"].values()):
+            raise ValueError(f"latents {self.path!r} are damaged: {LABELS} has another checksum.")
         for k, shard in enumerate(self.shards):
             if sha256_of(self.folder / shard["file"]) != shard["sha256"]:
-                raise ValueError(f"latents {self.path!r} are damaged: {shard['file']} has another checksum.")
+                raise ValueError(
+                    f"latents {self.path!r} are damaged: {shard['file']} has another checksum. Remove it and run "
+                    "cache_latents.py again, which makes it anew."
+                )
             if not np.isfinite(self._map(k)).all():
                 raise ValueError(f"latents {self.path!r} are damaged: {shard['file']} has numbers that are not finite.")
             del self._maps[k]

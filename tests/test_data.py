@@ -289,8 +289,8 @@ def test_an_animation_is_no_image(suffix):
 def test_numbers_without_a_range_are_no_image():
     with pytest.raises(ValueError, match="floating-point"):
         as_read(Image.fromarray(np.zeros((4, 4), np.float32)), "tiff")
-    with pytest.raises(ValueError, match="reach from 0 to 70000, beyond 16 bits"):
-        as_read(Image.fromarray(np.array([[0, 70000]], np.int32)), "tiff")
+    with pytest.raises(ValueError, match="numbers of 32 bits, whose range is not known"):
+        as_read(Image.fromarray(np.array([[0, 200]], np.int32)), "tiff")
 
 
 # Folders, .zip files and labels
@@ -330,6 +330,53 @@ def test_a_zip_holds_what_the_folder_holds(tmp_path):
     assert content(Folder(images=str(tmp_path / "linked"), image_size=16)) == content(folder)
 
 
+@pytest.mark.parametrize(
+    "names, classes",
+    [
+        (["a/1.png", "b/1.png"], ["a", "b"]),
+        (["ds/a/1.png", "ds/b/1.png", "README"], ["a", "b"]),  # one folder that holds the class folders
+        (["ds/a/1.png"], ["ds"]),  # one class
+        (["cat/1.png", "cat/deep/2.png"], ["cat"]),
+    ],
+)
+def test_where_the_classes_are(tmp_path, names, classes):
+    root = write(tmp_path / "x", [name for name in names if name != "README"])
+    (root / "README").touch()
+    for source in (root, zip_of(root)):
+        assert Folder(images=str(source), image_size=16).class_names == classes
+
+
+def test_a_zip_of_windows_and_one_with_a_password(tmp_path):
+    root = write(tmp_path / "x", ["a/1.png", "b/1.png"])
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("a", "b"):
+            archive.write(root / name / "1.png", f"{name}\\1.png")
+    assert Folder(images=str(tmp_path / "x.zip"), image_size=16).class_names == ["a", "b"]
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(signature) + offset] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(UnreadableImageError, match="cannot be unpacked: .*encrypted"):
+        Folder(images=str(tmp_path / "x.zip"), image_size=16).pixels(0)
+
+
+def test_a_failing_disk_is_no_unreadable_image(tmp_path):
+    data = Folder(images=str(write(tmp_path, ["a/1.png", "b/1.png"])), image_size=16)
+    (tmp_path / "a" / "1.png").unlink()
+    with pytest.raises(OSError, match="a/1.png' cannot be read: "):
+        data.pixels(0)
+
+
+def test_the_fingerprint_is_of_names_labels_and_contents(tmp_path):
+    root = write(tmp_path / "x", ["a/1.png", "b/1.png"])
+    before = Folder(images=str(root), image_size=16).fingerprint
+    assert Folder(images=str(root), image_size=8).fingerprint == before
+    Image.fromarray(gradient(30, 30)).save(root / "b" / "1.png")
+    changed = Folder(images=str(root), image_size=16).fingerprint
+    (root / "b" / "1.png").rename(root / "b" / "2.png")
+    assert len({before, changed, Folder(images=str(root), image_size=16).fingerprint}) == 3
+
+
 def test_workers_read_a_zip_each_for_itself(tmp_path):
     names = [f"{c}/{i}.png" for c in "ab" for i in range(20)]
     data = Folder(images=str(zip_of(write(tmp_path / "x", names))), image_size=16)
@@ -344,7 +391,7 @@ FLAT = ["0.png", "1.png", "sub/2.png"]
 @pytest.mark.parametrize(
     "file, text, labels, names",
     [
-        ("labels.json", '{"0.png": 2, "1.png": 0, "sub/2.png": 2}', [2, 0, 2], ["0", "1", "2"]),
+        ("labels.json", '{"0.png": 1, "1.png": 0, "sub/2.png": 1}', [1, 0, 1], ["0", "1"]),
         ("labels.json", '{"0.png": "dog", "1.png": "cat", "sub/2.png": "dog"}', [1, 0, 1], ["cat", "dog"]),
         ("labels.json", '{"labels": [["1.png", 0], ["sub/2.png", 1], ["0.png", 1]]}', [1, 0, 1], ["0", "1"]),
         (
@@ -359,7 +406,7 @@ FLAT = ["0.png", "1.png", "sub/2.png"]
             [0, 1, 0],
             ["dog", "cat"],
         ),
-        ("labels.csv", "0.png,2\n1.png,0\nsub/2.png,2\n", [2, 0, 2], ["0", "1", "2"]),
+        ("labels.csv", "0.png,1\n1.png,0\nsub/2.png,1\n", [1, 0, 1], ["0", "1"]),
         (
             "labels.csv",
             '\ufefffile,label\r\n0.png, "big, dog"\r\n1.png,cat\r\nsub/2.png,cat',
@@ -396,6 +443,15 @@ def test_classes_of_a_file_of_labels(tmp_path, file, text, labels, names):
             "has the class 'c', which is not one of its class_names",
         ),
         ('{"labels": [["0.png", 0], ["0.png", 1], ["1.png", 0], ["sub/2.png", 0]]}', "names an image twice"),
+        ('{"0.png": 0, "1.png": 300000000, "sub/2.png": 1}', "class numbers up to 300000000 with gaps"),
+        (
+            '{"0.png": 1, "1.png": 2, "sub/2.png": 1}',
+            "class numbers up to 2 with gaps; number them from 0, or give names",
+        ),
+        (f'{{"0.png": 0, "1.png": {2**70}, "sub/2.png": 1}}', "with gaps"),
+        ('{"0.png": "", "1.png": "a", "sub/2.png": "b"}', "neither all whole numbers nor all names"),
+        ('{"class_names": ["a", "a"], "0.png": "a", "1.png": "a", "sub/2.png": "a"}', "has a class name twice"),
+        ('{"class_names": "ab", "0.png": "a", "1.png": "a", "sub/2.png": "a"}', "class_names is no list"),
         ("[1, 2]", "cannot be read"),
         ("{", "cannot be read"),
     ],

@@ -1,6 +1,7 @@
 """Codecs and the cache: one scale, read from the autoencoder's config, and latents on disk that are those of the images."""
 
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -327,8 +328,16 @@ def test_workers_map_the_file_and_get_no_copy_of_it(tmp_path, images, vae):
     assert LatentDataset(str(tmp_path / "cache"))[3, False][0].abs().sum() > 0
 
 
-def test_the_same_run_with_and_without_the_cache(tmp_path, images, vae):
-    """The cache changes rounding only: that of float16, and of the encoder in other batches."""
+def test_the_same_run_with_and_without_the_cache(tmp_path, images):
+    """The cache changes rounding only: that of float16, and of the encoder in other batches. The encoder is so wide that its
+    output may come in another memory format.
+    """
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    wide = AutoencoderKL(
+        **blocks, block_out_channels=(32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8
+    )
+    wide.save_pretrained(tmp_path / "vae")
     losses = []
     for name, extra in (("direct", []), ("cached", ["--latents", tmp_path / "cache"])):
         argv = settings(tmp_path, "--train.log_every", 1, *extra, "--run_dir", tmp_path / name)
@@ -480,16 +489,15 @@ def test_what_stops_it_before_the_work(tmp_path, images, vae, capsys, monkeypatc
 
 def stop_after(monkeypatch, num, error):
     """The next cache stops with `error` after `num` shards."""
-    write, done = runtime.encode.np.save, []
+    sync, done = os.fsync, []
 
-    def save(file, array):
+    def fsync(file):
         if len(done) == num:
-            file.write(b"half")
             raise error
-        done.append(array)
-        write(file, array)
+        done.append(file)
+        sync(file)
 
-    monkeypatch.setattr(runtime.encode.np, "save", save)
+    monkeypatch.setattr(runtime.encode.os, "fsync", fsync)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
@@ -530,6 +538,58 @@ def test_a_folder_that_is_something_else_is_not_touched(tmp_path, images, vae, c
     assert (tmp_path / "cache.partial" / "mine").exists()
 
 
+def test_two_at_a_time_are_one_too_many(tmp_path, images, vae, capsys):
+    with open(tmp_path / ".cache.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)  # as a process that a killed launcher left behind
+        argv = settings(tmp_path, "--latents", tmp_path / "cache")
+        assert "another cache_latents.py is writing" in sentence(capsys, cache_latents.main, argv)
+        assert not (tmp_path / "cache.partial").exists()
+    cache_latents.main(argv)
+
+
+def test_after_an_unreadable_image_it_goes_on_with_or_without_it(tmp_path, images, vae, capsys):
+    good = (images / "up" / "1.png").read_bytes()
+    for name, mend in (("mended", ["again"]), ("skipped", ["--cache.on_error", "skip"])):
+        (images / "up" / "1.png").write_bytes(b"x" * len(good))  # of the same size
+        argv = [*map(str, settings(tmp_path, "--latents", tmp_path / name))]
+        assert "or give --cache.on_error skip, which leaves it out" in sentence(capsys, cache_latents.main, argv)
+        before = (tmp_path / f"{name}.partial" / "shard-00000.npy").stat().st_mtime_ns
+        if mend == ["again"]:
+            (images / "up" / "1.png").write_bytes(good)
+        cache_latents.main(argv if mend == ["again"] else argv + mend)
+        assert (tmp_path / name / "shard-00000.npy").stat().st_mtime_ns == before
+        assert len(LatentDataset(str(tmp_path / name))) == 12 - (name == "skipped")
+
+
+def test_a_missing_shard_is_made_anew(tmp_path, images, vae, capsys):
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    before = files_of(tmp_path / "cache")
+    (tmp_path / "cache" / "shard-00001.npy").unlink()
+    (tmp_path / "cache" / "shard-00002.npy").write_bytes(b"cut")
+    assert "shard-00001.npy is missing; cache_latents.py makes it anew" in sentence(capsys, train.main, argv)
+    cache_latents.main(argv)
+    assert files_of(tmp_path / "cache") == before
+
+
+def test_labels_are_checked_too(tmp_path, images, vae, capsys):
+    argv = [*map(str, settings(tmp_path, "--latents", tmp_path / "cache"))]
+    cache_latents.main(argv)
+    np.save(tmp_path / "cache" / "labels.npy", np.zeros(12, np.int64))
+    assert "labels.npy has another checksum" in sentence(capsys, cache_latents.main, [*argv, "--check"])
+
+
+def test_a_run_is_not_gone_on_with_on_other_classes(tmp_path, images, vae, capsys):
+    argv = [*map(str, settings(tmp_path, "--latents", tmp_path / "cache"))]
+    cache_latents.main(argv)
+    train.main(argv)
+    (images / "up").rename(images / "above")
+    other = [*argv, "--latents", str(tmp_path / "other"), "--train.num_steps", "6"]
+    cache_latents.main(other)
+    found = sentence(capsys, train.main, other)
+    assert "was trained on other data: class_names ['down', 'left', 'right', 'up'] (now ['above'," in found
+
+
 def test_check_reads_everything(tmp_path, images, vae, capsys):
     where = tmp_path / "cache"
     argv = [*map(str, settings(tmp_path, "--latents", where))]
@@ -544,7 +604,7 @@ def test_check_reads_everything(tmp_path, images, vae, capsys):
     cache_latents.main([*argv, "--check"])
     printed = capsys.readouterr()
     assert "checksums and counts are right" in printed.out
-    assert "no picture, since the images are not there" in printed.err
+    assert "no picture, since what it needs is not there" in printed.err
     shutil.move(tmp_path / "away", images)
     shard = where / "shard-00001.npy"
     content = shard.read_bytes()
