@@ -42,7 +42,7 @@ from runtime.codecs import PixelCodec, VAECodec
 from runtime.config import CacheConfig
 from runtime.data import EndlessBatches, Folder
 from runtime.encode import CacheWriter
-from runtime.latents import LatentDataset
+from runtime.latents import VERSION, LatentDataset
 
 BATCH, SIDE = 256, 256
 
@@ -164,7 +164,7 @@ def write_cache(folder: Path, labels: np.ndarray, shard_size: int = 1024) -> Non
         np.save(folder / f"shard-{k:05d}.npy", rows)
         shards.append({"file": f"shard-{k:05d}.npy", "num_images": len(rows), "sha256": ""})
     settings = {"class_names": [str(c) for c in range(1000)], "image_size": 256, "channels": 3, "flip": True}
-    manifest = {"settings": settings, "shape": [8, 32, 32], "shards": shards}
+    manifest = {"version": VERSION, "settings": settings, "shape": [8, 32, 32], "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     np.save(folder / "labels.npy", labels)
 

@@ -74,16 +74,15 @@ class CacheWriter:
         self.options, self.seed, self.num_workers, self.state = options, seed, num_workers, state
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.starts = range(0, len(images), options.shard_size)
-        K, h, w = codec.moments(torch.zeros(1, images.channels, *[images.image_size] * 2, device=state.device)).shape[
-            1:
-        ]
+        blank = torch.zeros(1, images.channels, images.image_size, images.image_size, device=state.device)
+        _, K, h, w = codec.moments(blank).shape
         self.shape = (1 + images.flip, K if options.moments else codec.channels, h, w)
         self._lock = self._open_lock()
         try:
             if state.is_main_process:
                 self._begin()
             state.wait_for_everyone()
-            fcntl.flock(self._lock, fcntl.LOCK_SH)
+            _flock(self._lock, fcntl.LOCK_SH)
             self.missing = [k for k in range(len(self.starts)) if not self._record(k).is_file()]
             if state.is_main_process:
                 self._check_disk()
@@ -137,7 +136,7 @@ class CacheWriter:
             raise OSError(f"cannot make the folder '{self.partial}': {error}") from error
         if self.state.is_main_process:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.close()
                 raise ValueError(
@@ -146,7 +145,7 @@ class CacheWriter:
         return lock
 
     def _unlock(self) -> None:
-        fcntl.flock(self._lock, fcntl.LOCK_UN)  # for its data workers, too
+        _flock(self._lock, fcntl.LOCK_UN)  # for its data workers, too
         self._lock.close()
 
     def _begin(self) -> None:
@@ -278,6 +277,15 @@ class CacheWriter:
 
     def _record(self, shard: int) -> Path:
         return self._file(shard).with_suffix(".json")
+
+
+def _flock(file: IO[str], kind: int) -> None:
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        pass
 
 
 class Pixels(Dataset):
