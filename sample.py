@@ -31,6 +31,7 @@ from runtime.config import Config, Spec, from_dict, parse, report_errors, requir
 from runtime.generation import check_guidance, check_labels, generate, random_label, spread
 from runtime.images import save_grid
 from runtime.sink import EvaluatorSink, open_sink, partial_of
+from runtime.stop import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for k in range(0, len(todo), args.batch_size):
             indices = todo[k : k + args.batch_size]
             labels = [label(i) for i in indices]
-            sink.write(indices, draw(indices, labels), labels)
+            images = draw(indices, labels)
+            with uninterrupted():
+                sink.write(indices, images, labels)
             bar.update(min(len(indices) * state.num_processes, args.num - bar.n))
     except OSError as error:
         raise OSError(f"{error}. What was drawn is kept; run the same command to go on.") from error

@@ -1,6 +1,7 @@
 """What sample.py writes: the same images whatever the batch, the form and the interruptions, or a sentence."""
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -16,6 +17,7 @@ import fid
 import sample
 import train
 from runtime import sink as sinks
+from runtime import stop
 
 SMALL = (
     "--data.name digits --codec.name pixels --process.name flow --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
@@ -423,6 +425,22 @@ def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeyp
     draw("--num", 40, "--out", tmp_path / "once.json", *measure)
     assert numbers(tmp_path / "r.json") == pytest.approx(numbers(tmp_path / "once.json"), rel=1e-6)
     assert {f.name for f in tmp_path.iterdir()} == {"r.json", "once.json"}
+
+
+def test_an_interruption_waits_for_what_is_being_written():
+    done, before = [], signal.getsignal(signal.SIGINT)
+
+    def write():
+        with stop.uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert done == [True]
+    assert signal.getsignal(signal.SIGINT) == before
+    with stop.uninterrupted():
+        pass
 
 
 class Numbers:
