@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     codec = build.build_codec(args, images.channels).to(state.device)
     settings = settings_of(args, images, codec, state.device.type)
     if Path(args.latents).exists():
+        needed = {key: value for key, value in settings.items() if key not in (*INFORMATIVE, *ROUNDING)}
         try:
-            LatentDataset(args.latents).check({k: v for k, v in settings.items() if k not in (*INFORMATIVE, *ROUNDING)})
+            LatentDataset(args.latents).check(needed)
             if state.is_main_process:
                 print(f"{args.latents} is there already, made from the same data and codec; nothing to do.")
             return
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             state.wait_for_everyone()  # all have seen it
             if state.is_main_process:
                 print(f"note: {error}", file=sys.stderr)
-                reopen(args.latents)
+                reopen(args.latents, needed)
             state.wait_for_everyone()
     if images.num_classes == 1 and state.is_main_process:
         print(f"note: there is one class only, {images.class_names[0]!r}.", file=sys.stderr)

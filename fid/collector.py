@@ -89,10 +89,10 @@ class Collector:
         self.seen.update(index)
         while len(self.waiting) >= self.batch_size:
             self._take(self.batch_size)
-        for k in range(
-            max(0, len(self.waiting) - len(index)), len(self.waiting)
-        ):  # the caller may write into his again
-            self.waiting[k] = (self.waiting[k][0].clone(), *self.waiting[k][1:])
+        new = max(
+            0, len(self.waiting) - len(index)
+        )  # the first that came now; the caller may write into his images again
+        self.waiting[new:] = [(image.clone(), *rest) for image, *rest in self.waiting[new:]]
 
     @torch.no_grad()
     def _take(self, num: int) -> None:

@@ -324,11 +324,8 @@ class Evaluator:
         if isinstance(self.reference, Images) and self._reference_collected:
             reference["pixels_sha256"] = self._reference_collected.fingerprint
         warnings = [*self._warnings, *more.pop("warnings", []), *found]
-        labels, counts, tf32 = (
-            {"mode": more.pop("labels_mode", None)},
-            collected.class_counts,
-            getattr(extractor, "tf32", False),
-        )
+        labels, counts = {"mode": more.pop("labels_mode", None)}, collected.class_counts
+        tf32 = getattr(extractor, "tf32", False)
         if counts is not None:
             folders = more.get("input", {}).get("kind") in ("folder", "zip")  # whose names need not be classes
             if labels["mode"] is None and not folders and counts.min() == counts.max() > 1:  # no draw is that even

@@ -231,7 +231,7 @@ def _suffix(name: str) -> str:
 
 def _hidden(name: str) -> bool:
     """Of a hidden file or folder, or of what macOS puts into archives."""
-    return f"/{name}".find("/.") >= 0 or f"/{name}".find("/__MACOSX/") >= 0
+    return "/." in f"/{name}" or "/__MACOSX/" in f"/{name}"
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:

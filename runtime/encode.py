@@ -25,7 +25,7 @@ from runtime.codecs import draw
 from runtime.config import CacheConfig, differences
 from runtime.data import Images, UnreadableImageError
 from runtime.files import write_text, written_aside
-from runtime.latents import LABELS, MANIFEST, VERSION, file_size, sha256_of
+from runtime.latents import LABELS, MANIFEST, VERSION, check_settings, file_size, sha256_of
 from runtime.stop import leave_process_group
 
 SETTINGS = "settings.json"
@@ -317,10 +317,15 @@ def collate(items: list[Tensor | str]) -> tuple[Tensor, list[str | None]]:
     return torch.stack(pixels) if pixels else torch.empty(0), why
 
 
-def reopen(path: str) -> None:
-    """Makes a finished cache unfinished, without the shards that are missing or have another size: they are made anew."""
+def reopen(path: str, expected: dict[str, Any]) -> None:
+    """Makes a finished cache unfinished, without the shards that are missing or have another size: they are made anew.
+
+    Raises:
+        ValueError: It was made with other settings than expected; it stays as it is.
+    """
     folder = Path(path)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    check_settings(path, manifest["settings"], expected)
     for shard in manifest["shards"]:
         file = folder / shard.pop("file")
         shape = (shard["num_images"], 1 + manifest["settings"]["flip"], *manifest["shape"])

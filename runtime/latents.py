@@ -117,13 +117,7 @@ class LatentDataset(Dataset):
         Raises:
             ValueError: They are not; says what differs.
         """
-        settings = self.manifest["settings"]
-        found = differences({k: settings.get(k) for k in expected}, expected)
-        if found:
-            text = ", ".join(f"{key} {a!r} (needed: {b!r})" for key, (a, b) in found.items())
-            raise ValueError(
-                f"latents {self.path!r} were made with {text}; choose another folder and run cache_latents.py again."
-            )
+        check_settings(self.path, self.manifest["settings"], expected)
 
     def verify(self) -> Iterator[int]:
         """Reads all of it, and gives the number of images of shard after shard.
@@ -150,6 +144,15 @@ class LatentDataset(Dataset):
         if shard not in self._maps:
             self._maps[shard] = np.load(self.folder / self.shards[shard]["file"], mmap_mode="r").view(np.ndarray)
         return self._maps[shard]
+
+
+def check_settings(path: str, settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises a ValueError that says what differs, if the latents at `path` were not made with what is expected."""
+    if found := differences({key: settings.get(key) for key in expected}, expected):
+        text = ", ".join(f"{key} {a!r} (needed: {b!r})" for key, (a, b) in found.items())
+        raise ValueError(
+            f"latents {path!r} were made with {text}; choose another folder and run cache_latents.py again."
+        )
 
 
 def _empty(shape: tuple[int, ...]) -> Tensor:

@@ -568,6 +568,11 @@ def test_a_missing_shard_is_made_anew(tmp_path, images, vae, capsys):
     (tmp_path / "cache" / "shard-00001.npy").unlink()
     (tmp_path / "cache" / "shard-00002.npy").write_bytes(b"cut")
     assert "shard-00001.npy is missing; cache_latents.py makes it anew" in sentence(capsys, train.main, argv)
+    damaged = files_of(tmp_path / "cache")
+    assert "were made with data.flip True (needed: False)" in sentence(
+        capsys, cache_latents.main, [*argv, "--data.flip", "false"]
+    )
+    assert files_of(tmp_path / "cache") == damaged
     cache_latents.main(argv)
     assert files_of(tmp_path / "cache") == before
 
