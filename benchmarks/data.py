@@ -18,13 +18,10 @@ import argparse
 import io
 import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from report import aim, peak_kib, run_parts
 
 from runtime.codecs import PixelCodec, VAECodec
 from runtime.config import CacheConfig
@@ -64,26 +63,8 @@ def main() -> None:
     if args.child:
         print(peak_memory(*args.child))
         return
-    parts, chosen = {"reading": reading, "caching": caching, "memory": memory}, args.parts.split(",")
-    if not parts.keys() >= set(chosen):
-        parser.error(f"--parts is {args.parts!r}; choose from {','.join(parts)}.")
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "cpu": model[1] if model else None,
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in ("torch", "numpy", "pillow", "diffusers")},
-        "load_before": os.getloadavg(),
-    }
-    for name in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            found[name] = parts[name](args, Path(folder))
-        print(f"{name}: {json.dumps(found[name], indent=2)}", flush=True)
-    found["load_after"] = os.getloadavg()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
-    for one in (one for name in chosen for one in found[name]["aims"]):
-        print(f"{'met' if one['met'] else 'NOT MET'}: {one['aim']}: {one['value']:.3g}")
+    parts = {"reading": reading, "caching": caching, "memory": memory}
+    run_parts(parser, parts, args, ("torch", "numpy", "pillow", "diffusers"))
 
 
 # Reading
@@ -140,8 +121,8 @@ def reading(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     ours, single, jpeg = rates.values()
     aims = [  # as training reads them: in its own process
-        aim("latents/s of LatentDataset on one core >= 50000", ours["0 workers"], 50_000),
-        aim("LatentDataset over one .npy a latent >= 10", ours["0 workers"] / single["0 workers"], 10),
+        aim("latents/s of LatentDataset on one core", ours["0 workers"], 50_000),
+        aim("LatentDataset over one .npy a latent", ours["0 workers"] / single["0 workers"], 10),
     ]
     return {
         "sizes": {"latents": num, "jpegs": args.jpegs, "batch": BATCH},
@@ -233,7 +214,7 @@ def caching(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "images per second": float(np.median(rates)),
         "share that is not the autoencoder's": share,
         "all": {"images per second": rates, "shares": shares},
-        "aims": [aim("overhead of caching over the autoencoder alone <= 0.05", share / (1 - share), most=0.05)],
+        "aims": [aim("overhead of caching over the autoencoder alone", share / (1 - share), most=0.05)],
     }
 
 
@@ -254,7 +235,7 @@ def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         peaks.append(int(output.split()[-1]) / 1024)
     ratio = peaks[1] / peaks[0]
     found = {"sizes": {"images": args.sizes, "side": 32}, "peak MiB": peaks, "ratio": ratio}
-    return {**found, "aims": [aim("peak memory at more images over that at fewer <= 1.1", ratio, most=1.1)]}
+    return {**found, "aims": [aim("peak memory at more images over that at fewer", ratio, most=1.1)]}
 
 
 def peak_memory(source: str, out: str) -> int:
@@ -262,12 +243,7 @@ def peak_memory(source: str, out: str) -> int:
     images = Folder(images=source, image_size=32)
     state = PartialState(cpu=True)
     CacheWriter(out, images, PixelCodec(3), {}, CacheConfig(), seed=0, num_workers=0, state=state).run()
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def aim(what: str, value: float, least: float = 0.0, most: float = float("inf")) -> dict[str, Any]:
-    """An aim, and whether it is met."""
-    return {"aim": what, "value": value, "met": least <= value <= most}
+    return peak_kib()
 
 
 if __name__ == "__main__":

@@ -15,16 +15,12 @@ JSON, with the machine, its load, the versions, and whether each aim of the proj
 """
 
 import argparse
-import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +33,7 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from report import aim, peak_kib, run_parts
 from torch import Tensor, nn
 from torch_fidelity import metric_fid, utils
 
@@ -62,27 +59,10 @@ def main() -> None:
         print(peak_memory(args.child[0], Path(args.child[1]), int(args.child[2])))
         return
     args.batch = args.batch or (8 if args.device == "cpu" else 64)
-    parts, chosen = {"throughput": throughput, "frechet": frechet, "memory": memory}, args.parts.split(",")
-    if not parts.keys() >= set(chosen):
-        parser.error(f"--parts is {args.parts!r}; choose from {','.join(parts)}.")
-    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    packages = ("torch", "torchvision", "numpy", "scipy", "pillow", "pytorch-fid", "torch-fidelity")
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "cpu": model[1] if model else None,
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in packages},
-        "load_before": os.getloadavg(),
-    }
-    for name in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            found[name] = parts[name](args, Path(folder))
-        print(f"{name}: {json.dumps(found[name], indent=2)}", flush=True)
-    found["load_after"] = os.getloadavg()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=2) + "\n")
-    for one in (one for name in chosen for one in found[name]["aims"]):
-        print(f"{'met' if one['met'] else 'NOT MET'}: {one['aim']}: {one['value']:.3g}")
+    parts = {"throughput": throughput, "frechet": frechet, "memory": memory}
+    run_parts(
+        parser, parts, args, ("torch", "torchvision", "numpy", "scipy", "pillow", "pytorch-fid", "torch-fidelity")
+    )
 
 
 def throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -217,8 +197,7 @@ def peak_memory(who: str, source: Path, num: int) -> int:
         files = sorted(source.glob("*.png"))[:num]
         found = pytorch_fid.calculate_activation_statistics(files, Projection())
         pytorch_fid.calculate_frechet_distance(*found, mean, cov)
-    # Not getrusage: its ru_maxrss starts from that of the process which started this one.
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return peak_kib()
 
 
 def take_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict, dict, dict]:
@@ -231,12 +210,6 @@ def take_turns(jobs: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict, 
             seconds[name].append(time.perf_counter() - start)
             print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     return seconds, {name: float(np.median(times)) for name, times in seconds.items()}, given
-
-
-def aim(what: str, value: float, least: float = 0.0, most: float = float("inf")) -> dict[str, Any]:
-    """An aim, and whether it is met."""
-    bound = f">= {least}" if least else f"<= {most}"
-    return {"aim": f"{what} {bound}", "value": value, "met": least <= value <= most}
 
 
 def write_images(images: np.ndarray, folder: Path) -> None:
