@@ -9,13 +9,14 @@ from torch import Tensor
 import dit_vca
 import fid
 import sit_vca
-from dit_vca import Diffusion, DiT
+from dit_vca import Diffusion, DiT, from_diffusers
 from runtime.codecs import CODECS, draw
 from runtime.config import Config
 from runtime.data import DATASETS, Images
 from runtime.latents import LatentDataset
+from runtime.weights import read_weights
 from sit_vca import PATHS, SiT, Transport
-from vca import ATTENTIONS, Transformer, build, defaults_of, lookup, options_of, parse_size
+from vca import ATTENTIONS, Adapted, Transformer, adapt, build, defaults_of, lookup, options_of, parse_size
 
 PROCESSES = {"diffusion": (Diffusion, DiT), "flow": (Transport, SiT)}
 PUBLISHED_SAMPLER = {"diffusion": "ddpm", "flow": "sde"}
@@ -105,6 +106,35 @@ def build_model(config: Config, shape: Shape, codec: Any) -> Transformer:
         attention=config.model.attention,
         **options,
     )
+
+
+def initialise(network: Transformer, path: str, class_names: list[str] | None = None) -> Adapted:
+    """Start a network from the weights at `path`, as far as they fit; see `read_weights` and `vca.adapt`.
+
+    Args:
+        network: The network, on any device; it gets the weights.
+        path: A run or checkpoint of ours, a published file, or a folder of diffusers.
+        class_names: Of the network's labels; where the weights know theirs, class rows go by name.
+
+    Returns:
+        What was loaded, changed, missing and unused; `str()` of it is a summary.
+
+    Raises:
+        FileNotFoundError: There is no such path, or a folder lacks one of its files.
+        ValueError: It holds no weights, or weights of a network of another size.
+    """
+    tensors, kind, old_names = read_weights(path)
+    try:
+        adapted = adapt(
+            from_diffusers(tensors) if kind == "diffusers" else tensors,
+            network,
+            num_classes=len(old_names) if old_names else None,
+            names=(old_names, class_names) if old_names and class_names else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"the weights at {str(path)!r} do not fit: {error}") from None
+    network.load_state_dict(adapted.state)
+    return adapted
 
 
 def sampler_help() -> str:

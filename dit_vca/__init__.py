@@ -1,7 +1,8 @@
 """Diffusion: DiT, its betas and hybrid loss, and samplers on diffusers' schedulers. Time is an integer, 0 the cleanest."""
 
 from dit_vca.diffusion import BETAS, Diffusion
+from dit_vca.interop import from_diffusers
 from dit_vca.model import DiT
 from dit_vca.sampler import DDIM, DDPM, SAMPLERS, DPMSolver, respace
 
-__all__ = ["BETAS", "DDIM", "DDPM", "SAMPLERS", "DPMSolver", "DiT", "Diffusion", "respace"]
+__all__ = ["BETAS", "DDIM", "DDPM", "SAMPLERS", "DPMSolver", "DiT", "Diffusion", "from_diffusers", "respace"]

@@ -54,6 +54,9 @@ class Diffusion:
         betas: Name in `BETAS`: linear or cosine.
         num_timesteps: Steps T of training.
 
+    Attributes:
+        end_time: Above the largest step, T.
+
     Raises:
         ValueError: Unknown betas, or so few steps that a beta reaches 1.
     """
@@ -61,7 +64,7 @@ class Diffusion:
     def __init__(self, *, betas: str = "linear", num_timesteps: int = 1000) -> None:
         if num_timesteps < 2:
             raise ValueError(f"process.num_timesteps is {num_timesteps}; choose at least 2.")
-        self.num_timesteps = num_timesteps
+        self.num_timesteps = self.end_time = num_timesteps
         self.betas = lookup(BETAS, betas, "process.betas")(num_timesteps)  # (T,) float64
         if self.betas.max() >= 1:
             raise ValueError(
@@ -113,7 +116,7 @@ class Diffusion:
             ValueError: The model does not give 2C channels.
         """
         if t is None:
-            t = torch.randint(self.num_timesteps, (len(x),), device=x.device)  # (B,)
+            t = self.times(torch.rand(len(x), dtype=torch.float64, device=x.device))  # (B,)
         if noise is None:
             noise = torch.randn_like(x)
         c = self.at(t, like=x)
@@ -128,6 +131,10 @@ class Diffusion:
         mse = (noise - predicted).square().flatten(1).mean(1)  # (B,)
         vb = self._bound(x, x_t, predicted.detach(), v, t, c)  # (B,)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+    def times(self, u: Tensor) -> Tensor:
+        """The steps of training (B,), int64 and uniform, of which u (B,) in (0, 1), float64, are the quantiles."""
+        return (u * self.num_timesteps).long()
 
     def sampler(self, spec: str | Mapping[str, Any]) -> Sampler:
         """The sampler that `spec` names, `{"name": "ddpm", "num_steps": 250}`, as a function of (predict, noise).

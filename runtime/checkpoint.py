@@ -1,84 +1,107 @@
 """Checkpoints: a folder a step, safetensors and JSON only, written aside and renamed, so that each one is whole.
 
-RUN/checkpoints/step-00002000/{model,ema,optimizer}.safetensors, checkpoint.json
+RUN/checkpoints/step-00002000/{model,ema,ema-0.05,ema-0.1,optimizer,meter}.safetensors, checkpoint.json
+RUN/snapshots/step-00002000/{ema-0.05,ema-0.1}.safetensors, checkpoint.json
 """
 
+import functools
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import uuid
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from runtime.shards import like
 
 RECORD = "checkpoint.json"
 FORMAT = 1
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+Parts = Mapping[str, Mapping[str, Tensor]]
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    record: dict[str, Any],
-) -> Path:
-    """Write the checkpoint of a step and return its folder.
+def folder_of(run_dir: Path, step: int, kind: str = CHECKPOINTS) -> Path:
+    """Where the checkpoint, or snapshot, of a step is."""
+    return run_dir / kind / f"step-{step:08d}"
+
+
+def save(final: Path, step: int, parts: Parts, record: Mapping[str, Any]) -> None:
+    """Write a checkpoint.
 
     Args:
-        run_dir: The run's folder.
+        final: Its folder; one that is there is replaced.
         step: Optimizer steps done.
-        model: Trained weights.
-        ema: Averaged weights, of the same keys.
-        optimizer: Its state is stored under the names of the model's parameters, which it holds in their order.
-        record: What else to keep, JSON values: `config` and `shape`. The record also gets an id of its own.
+        parts: Name of a file -> its tensors.
+        record: What else to keep, JSON values: `config` and `shape` at least. The record also gets an id of its own.
 
     Raises:
         OSError: The disk is full, say; nothing is left behind, and the earlier checkpoints are untouched.
     """
-    final = run_dir / "checkpoints" / f"step-{step:08d}"
-    temporary = final.with_name(f".{final.name}-{uuid.uuid4().hex[:8]}")
+    temporary, old = (
+        final.with_name(f".{name}") for name in (f"{final.name}-{uuid.uuid4().hex[:8]}", f"old-{final.name}")
+    )
     try:
         temporary.mkdir(parents=True)
-        for name, tensors in (
-            ("model", model.state_dict()),
-            ("ema", ema.state_dict()),
-            ("optimizer", _optimizer_tensors(model, optimizer)),
-        ):
+        for name, tensors in parts.items():
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
         record = {"format": FORMAT, "step": step, "id": uuid.uuid4().hex, **record}
         (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
-        _flush(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # an earlier try at this step
+        for written in temporary.iterdir():
+            _flush(written)  # the bytes are on the disk before the name is
+        if final.exists():  # an earlier try at this step; `recover` brings it back if we die between the two lines
+            os.rename(final, old)
         os.rename(temporary, final)
+        with suppress(OSError):  # not every file system can
+            _flush(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"the checkpoint of step {step} could not be written to {final}: {error}") from error
-    return final
 
 
-def steps(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    folders = (run_dir / "checkpoints").glob("step-*")
-    return sorted(f for f in folders if re.fullmatch(r"step-\d+", f.name) and (f / RECORD).is_file())
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state under the names of the model's parameters, which it holds in their order: NAME/exp_avg."""
+    state = optimizer.state_dict()["state"]
+    names = [name for name, _ in model.named_parameters()]
+    return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
 
 
-def remove_partial(run_dir: Path) -> None:
-    """Delete what a killed process left of a checkpoint that it was writing."""
-    for folder in (run_dir / "checkpoints").glob(".step-*"):
-        shutil.rmtree(folder)
+def steps(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
+    """The checkpoints, or snapshots, of a run, oldest first."""
+    found = (run_dir / kind).glob("step-*")
+    return sorted(f for f in found if re.fullmatch(r"step-\d{8,}", f.name) and (f / RECORD).is_file())
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for folder in steps(run_dir)[:-keep]:
-        shutil.rmtree(folder)
+def recover(run_dir: Path) -> None:
+    """Mend what a killed process left of what it was writing or deleting."""
+    for folder in (run_dir / CHECKPOINTS, run_dir / SNAPSHOTS):
+        for old in folder.glob(".old-step-*"):
+            final = folder / old.name.removeprefix(".old-")
+            if (old / RECORD).is_file() and not final.exists():
+                os.rename(old, final)
+        for left in (*folder.glob(".step-*"), *folder.glob(".old-step-*")):
+            shutil.rmtree(left)
+
+
+def prune(run_dir: Path, newest: int, every: int | None = None, spare: Collection[int] = ()) -> None:
+    """Delete all checkpoints but the newest ones, those of steps that are multiples of `every`, and those to spare."""
+    for folder in steps(run_dir)[:-newest]:
+        step = int(folder.name.removeprefix("step-"))
+        if step not in spare and not (every and step % every == 0):
+            gone = folder.with_name(f".{folder.name}-old")  # a half-deleted one must not look whole
+            os.rename(folder, gone)
+            shutil.rmtree(gone)
 
 
 def find(path: str | Path) -> Path:
@@ -120,14 +143,33 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def read(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a part of a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such part; says which there are.
+        ValueError: The file is truncated or not safetensors.
+    """
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
+        there = sorted(f.stem for f in folder.glob("*.safetensors"))
+        raise FileNotFoundError(
+            f"the checkpoint lacks {str(file)!r}; it has {there}. Remove its folder to use the checkpoint before it."
+        )
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}.") from None
+
+
 def load_weights(folder: Path, name: str, model: nn.Module) -> None:
-    """Load `name` ("model" or "ema") of a checkpoint into a model.
+    """Load a part of a checkpoint, `model` or an average as `ema`, into a model.
 
     Raises:
         FileNotFoundError: The file is missing.
         ValueError: The file is truncated, not safetensors, or of another architecture; says which keys or shapes.
     """
-    tensors = _read(folder / f"{name}.safetensors")
+    tensors = read(folder, name)
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     shapes = [k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape]
@@ -141,41 +183,46 @@ def load_weights(folder: Path, name: str, model: nn.Module) -> None:
     model.load_state_dict(tensors)
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's state.
+def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load the optimizer's state, sharded as the model's parameters are.
 
     Raises:
         FileNotFoundError: The file is missing.
         ValueError: The file is truncated or not safetensors.
     """
-    tensors = _read(folder / "optimizer.safetensors")
-    state: dict[int, dict[str, Tensor]] = {}
-    for index, (name, _) in enumerate(model.named_parameters()):
-        prefix = f"{name}/"
-        state[index] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    tensors = read(folder, "optimizer")
+    state: dict[int, dict[str, Tensor]] = {i: {} for i, _ in enumerate(model.parameters())}
+    index = {name: (i, p) for i, (name, p) in enumerate(model.named_parameters())}
+    for key, value in tensors.items():
+        i, parameter = index[key.rpartition("/")[0]]
+        state[i][key.rpartition("/")[2]] = like(value, parameter) if value.shape == parameter.shape else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    names = [name for name, _ in model.named_parameters()]
-    return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(f"the checkpoint lacks {str(file)!r}; remove its folder to use the one before it.")
+@functools.cache
+def origin() -> dict[str, Any]:
+    """Where a checkpoint comes from: versions of Python and packages, and the revision of this repository, if known."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "accelerate", "diffusers", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}.") from None
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        revision = None
+    return {"versions": found, "revision": revision}
 
 
-def _flush(folder: Path) -> None:
-    """Make sure that the bytes are on the disk before the name is."""
-    for file in folder.iterdir():
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _some(names: list[str]) -> str:

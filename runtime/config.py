@@ -79,15 +79,29 @@ class TrainConfig:
         warmup_steps: Steps over which the learning rate rises linearly from 0.
         schedule: After that: constant, or cosine to 0 at num_steps.
         max_grad_norm: Gradients are scaled down to this norm; not given means never.
+        max_skipped: A step whose loss or gradient is not finite is skipped; after so many in a row training stops.
         ema_decay: Decay of the averaged weights, which are the ones that are sampled.
-        ema_warmup: Use min(ema_decay, (1 + step) / (10 + step)), for short runs.
+        ema_warmup: Use min(ema_decay, (1 + step) / (10 + step)), so that the start does not dominate a short run.
+        ema_stds: Relative widths of power-function averages that are kept beside it, of which python -m runtime.ema
+            makes any other width afterwards (EDM2); [] means none.
+        snapshot_every: Steps between two snapshots of these; one is written at the end, too.
         precision: Of the network's arithmetic; auto is bf16 on a GPU that has it and float32 elsewhere.
+        tf32: Let GPUs round the inputs of float32 products to TF32.
+        compile: Compile each block with torch.compile.
+        fused: AdamW as one kernel; otherwise a step has to wait for the device to know whether it is skipped.
+        grad_checkpointing: Compute the activations of each block again in the backward pass, to save memory.
+        channels_last: The autoencoder's convolutions in the layout of memory that GPUs prefer; on a CPU without effect.
+        preload: Keep all cached latents in the memory of the device.
         num_workers: Processes that load data, for each training process; not given means up to 4 for images, and none for
             cached latents, which are there sooner than another process could hand them over.
+        timeout: Minutes that a process waits for data or for another process before the run ends with an error; longer
+            than a preview takes.
         log_every: Steps between two lines of metrics.jsonl.
+        tracker: Where else they are shown: tensorboard, wandb, trackio or none.
         sample_every: Steps between two preview grids.
         checkpoint_every: Steps between two checkpoints; one is written at the end, too.
         keep_checkpoints: Number of newest checkpoints to keep; not given keeps all.
+        keep_every: Checkpoints of steps that are multiples of this are kept for ever.
     """
 
     num_steps: int = 400_000
@@ -99,17 +113,30 @@ class TrainConfig:
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     max_grad_norm: float | None = None
+    max_skipped: int = 10
     ema_decay: float = 0.9999
-    ema_warmup: bool = False
+    ema_warmup: bool = True
+    ema_stds: list[float] = field(default_factory=lambda: [0.05, 0.1])
+    snapshot_every: int = 20_000
     precision: Literal["auto", "no", "bf16"] = "auto"
+    tf32: bool = True
+    compile: bool = False
+    fused: bool = True
+    grad_checkpointing: bool = False
+    channels_last: bool = True
+    preload: bool = False
     num_workers: int | None = None
+    timeout: int = 30
     log_every: int = 100
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
     sample_every: int = 10_000
     checkpoint_every: int = 10_000
     keep_checkpoints: int | None = None
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("num_steps", "batch_size", "accumulate", "log_every", "sample_every", "checkpoint_every"):
+        periods = ("log_every", "sample_every", "checkpoint_every", "snapshot_every")
+        for key in ("num_steps", "batch_size", "accumulate", "max_skipped", "timeout", *periods):
             require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "choose at least 1")
         require(self.lr > 0, "train.lr", self.lr, "choose a positive number")
         require(all(0 <= b < 1 for b in self.betas), "train.betas", list(self.betas), "choose two numbers in [0, 1)")
@@ -117,8 +144,16 @@ class TrainConfig:
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "choose at least 0")
         require((self.num_workers or 0) >= 0, "train.num_workers", self.num_workers, "choose at least 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "choose [0, 1)")
+        widths = all(0 < std <= 12**-0.5 for std in self.ema_stds) and len(set(self.ema_stds)) == len(self.ema_stds)
+        require(widths, "train.ema_stds", self.ema_stds, "choose different numbers above 0 and at most 0.288")
+        for key in ("keep_checkpoints", "keep_every"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"train.{key}", value, "choose at least 1")
         keep, norm = self.keep_checkpoints, self.max_grad_norm
-        require(keep is None or keep > 0, "train.keep_checkpoints", keep, "choose at least 1")
+        if self.keep_every and not keep:
+            raise ValueError(
+                "train.keep_every is given, but all checkpoints are kept; give train.keep_checkpoints, too."
+            )
         require(norm is None or norm > 0, "train.max_grad_norm", norm, "choose a positive number")
 
     def workers(self, cached: bool = False) -> int:
@@ -126,6 +161,15 @@ class TrainConfig:
         if self.num_workers is not None:
             return self.num_workers
         return 0 if cached else min(4, os.cpu_count() or 1)
+
+    def kept(self) -> list[int]:
+        """The steps whose checkpoints are there at the end."""
+        every = self.checkpoint_every
+        steps = sorted({*range(every, self.num_steps + 1, every), self.num_steps})
+        if not self.keep_checkpoints:
+            return steps
+        old, newest = steps[: -self.keep_checkpoints], steps[-self.keep_checkpoints :]
+        return [s for s in old if self.keep_every and s % self.keep_every == 0] + newest
 
 
 @dataclass(frozen=True)
@@ -219,6 +263,8 @@ class Config:
         process: Process by name with its options: diffusion (a DiT) or flow (a SiT).
         data: Images by name with their options: folder (images: a folder or .zip; image_size), mnist, digits.
         codec: Codec by name with its options: vae (path or hub name) or pixels.
+        init: Weights to start from: a run, or one of its checkpoints; a .safetensors or published .pt file; a folder of
+            diffusers. Not given means random ones.
         latents: Folder of cached latents, made by cache_latents.py with the same config; not given means that images
             are read and encoded in every step.
         cache: How those are made.
@@ -233,6 +279,7 @@ class Config:
     process: Spec
     data: Spec
     codec: Spec
+    init: str | None = None
     latents: str | None = None
     cache: CacheConfig = field(default_factory=CacheConfig)
     seed: int = 0
@@ -253,12 +300,12 @@ def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: s
     A user's mistake ends the program with one sentence and exit code 2.
     """
     parser = _parser(cls, prog=prog, description=description, epilog=epilog)
+    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else map(str, argv))]
     try:
-        return _instantiate(cls, parser, parser.parse_args(argv))
+        return _instantiate(cls, parser, parser.parse_args(words))
     except (ArgumentError, ValueError, TypeError) as error:
         message = str(error)
         if "Problems parsing config" in message or "Unexpected config" in message:
-            words = list(sys.argv[1:] if argv is None else map(str, argv))
             files = [w.removeprefix("--config=") for w in words if w.endswith((".yaml", ".yml"))]
             message = f"{', '.join(files)} is not a YAML file of settings: {message}"
         print(f"{prog}: {_sentence(message, list(keys(cls)))}", file=sys.stderr)
@@ -340,6 +387,14 @@ def _parser(cls: type, **texts: str) -> ArgumentParser:
 def _instantiate(cls: type[T], parser: ArgumentParser, values: Any) -> T:
     fields = vars(parser.instantiate(values))
     return cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls)})
+
+
+def _underscored(word: str) -> str:
+    """`--dry-run` is `--dry_run`; the value after an = is as it was."""
+    if not word.startswith("--"):
+        return word
+    name, *value = word.split("=", 1)
+    return "=".join(["--" + name[2:].replace("-", "_"), *value])
 
 
 def _plain(value: Any) -> Any:

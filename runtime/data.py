@@ -7,18 +7,22 @@ A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it 
 import hashlib
 import io
 import itertools
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from runtime.folder import ImageFiles, centre_crop, classes_of, read_image
 from runtime.images import from_uint8
 from runtime.seeds import mix
+from runtime.stop import leave_process_group
 
 
 class Images(Dataset):
@@ -121,6 +125,32 @@ class MNIST(PackedImages):
         table = np.loadtxt(folder / "mnist_5k.csv.gz", delimiter=",", dtype=np.int64)  # (5000, 784 + label)
         images = table[:, :-1].reshape(-1, 28, 28).astype(np.uint8)
         super().__init__(np.pad(images, ((0, 0), (2, 2), (2, 2))), table[:, -1], split, num_test=1000)
+
+
+class DeadWorkerError(OSError):
+    """A process that loads data died, or hangs."""
+
+
+def load(dataset: Dataset, order: Sampler, *, num_workers: int, minutes: int, pin: bool) -> Iterator[Any]:
+    """The batches of `order`, read by `num_workers` processes, or by this one.
+
+    Raises:
+        DeadWorkerError: One of them died, or gave nothing for so many minutes.
+    """
+    workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group}
+    if num_workers:
+        workers["timeout"] = 60 * minutes
+    try:
+        yield from DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate, pin_memory=pin, **workers)
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two if it died while it handed over
+        said = " ".join(str(error).split())
+        if said.startswith("Caught") or (isinstance(error, RuntimeError) and not said.startswith("DataLoader")):
+            raise  # of the data itself
+        for _ in range(2):  # torch's handler would raise once more, wherever the program then is; maybe it does so here
+            with suppress(RuntimeError):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        text = f"has given nothing for {minutes} minutes (train.timeout)" if "timed out" in said else f"died ({said})"
+        raise DeadWorkerError(f"a process that loads data {text}; is the disk there, and memory enough?") from error
 
 
 class UnreadableImageError(ValueError):

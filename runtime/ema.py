@@ -1,26 +1,214 @@
-"""Exponential moving average of the weights."""
+"""Averages of the weights as they are trained, and averages of any width rebuilt afterwards from snapshots.
 
-import copy
+    python -m runtime.ema reconstruct runs/sit_b2_vca --std 0.07           writes a checkpoint folder for sample.py
+    python -m runtime.ema reconstruct runs/sit_b2_vca --std 0.07 --step 200000 --out runs/wide
 
+A power-function average of relative width std at step t weighs the weights after step j by
+
+    c_j = (j/t)^(gamma+1) - ((j-1)/t)^(gamma+1),   which is the recursion  w_ema <- beta w_ema + (1 - beta) w,
+    beta_t = (1 - 1/t)^(gamma+1),   std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)),
+
+and any other is a combination of snapshots, by least squares between these profiles.
+
+Source: Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv:2312.02696, section 3
+and appendix C (equations 121 to 127).
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from runtime import checkpoint
+from runtime.config import report_errors
+from runtime.shards import like
+
+MAX_CELLS = 20_000  # of the axis of steps on which profiles are compared; up to so many steps it is exact
 
 
 class Ema:
-    """A copy of a model whose weights follow it: w_ema <- decay w_ema + (1 - decay) w.
+    """An average that follows the weights of a model: w_ema <- beta w_ema + (1 - beta) w, in float32 at least.
 
     Args:
-        model: The model to follow; the copy starts equal to it, in evaluation mode.
-        decay: 0 ... 1; 0.9999 in the published runs.
-        warmup: Use min(decay, (1 + step) / (10 + step)), so that a short run is not dominated by its start.
+        model: The model to follow; the average starts equal to it.
+        beta: Of the number of the step, from 1: `constant` or `power`.
+
+    Attributes:
+        weights: Name of a parameter -> its average, sharded as the parameter is.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay, self.warmup = decay, warmup
+    def __init__(self, model: nn.Module, beta: Callable[[int], float]) -> None:
+        self.beta = beta
+        self.weights: dict[str, Tensor] = {
+            name: p.detach().clone().to(torch.promote_types(p.dtype, torch.float32))
+            for name, p in model.named_parameters()
+        }
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Follow `model` after optimizer step number `step`, from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        weights = list(self.weights.values())
+        torch._foreach_lerp_(
+            weights, [p.to(w.dtype) for p, w in zip(model.parameters(), weights, strict=True)], 1 - self.beta(step)
+        )
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the averages out of a checkpoint's tensors, which hold buffers, too."""
+        for name, weight in self.weights.items():
+            weight.copy_(like(tensors[name], weight))
+
+
+def constant(decay: float, warmup: bool) -> Callable[[int], float]:
+    """`decay` at every step; with warm-up min(decay, (1 + step) / (10 + step)), so that the start does not dominate."""
+    return lambda step: min(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+def power(std: float) -> Callable[[int], float]:
+    """(1 - 1/step)^(gamma + 1), of the power function of relative width `std`."""
+    exponent = gamma_of(std) + 1
+    return lambda step: (1 - 1 / step) ** exponent
+
+
+def gamma_of(std: float) -> float:
+    """The exponent gamma >= 0 of the power function of relative width `std`, in (0, 1/sqrt(12)].
+
+    Raises:
+        ValueError: Any other width.
+    """
+    if not 0 < std <= 12**-0.5:
+        raise ValueError(f"the relative width of an average is {std}; choose one above 0 and at most 0.288.")
+    # std^2 (g + 2)^2 (g + 3) = g + 1, a cubic with one root above -1
+    s = std**-2
+    roots = np.roots([1, 7, 16 - s, 12 - s])
+    return max(0.0, float(roots.real[np.abs(roots.imag) < 1e-6 * np.abs(roots)].max()))
+
+
+def name_of(std: float) -> str:
+    """The file of a power-function average: ema-0.05."""
+    return f"ema-{std:g}"
+
+
+def profile(step: int, gamma: float, edges: np.ndarray) -> np.ndarray:
+    """Shares of the cells between `edges` (K+1,), steps from 0, in the average at `step`: (K,), which sum to 1."""
+    cumulative = (np.minimum(edges, step) / step) ** (gamma + 1)
+    return np.diff(cumulative)
+
+
+def solve(snapshots: Sequence[tuple[int, float]], step: int, std: float) -> tuple[np.ndarray, float]:
+    """How to combine snapshots to the average of width `std` at `step`.
+
+    Args:
+        snapshots: (step, width) of each.
+        step: The step to average up to, at most that of the last snapshot.
+        std: The width that is asked for.
+
+    Returns:
+        The coefficients (S,), and how far the combined profile is from the wanted one, relative to the latter.
+    """
+    last = max(step, *(at for at, _ in snapshots))
+    kinks = [at for at, _ in snapshots] + [step]
+    edges = np.unique(np.concatenate([np.linspace(0, last, min(last, MAX_CELLS) + 1).round(), kinks]))
+    width = np.diff(edges) ** 0.5  # a profile's L2 norm over steps: sum of (share / width)^2 width
+    basis = np.stack([profile(at, gamma_of(s), edges) / width for at, s in snapshots], axis=1)  # (K, S)
+    target = profile(step, gamma_of(std), edges) / width
+    coefficients = np.linalg.lstsq(basis, target, rcond=None)[0]
+    error = np.linalg.norm(basis @ coefficients - target) / np.linalg.norm(target)
+    return coefficients, float(error)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` made: the folder, the step, the number of snapshots, and the relative error of the profile."""
+
+    folder: Path
+    step: int
+    num_snapshots: int
+    error: float
+
+
+def reconstruct(run_dir: Path, std: float, step: int | None = None, out: Path | None = None) -> Reconstruction:
+    """Rebuild the average of relative width `std` from the snapshots of a run, as a checkpoint folder with an `ema`.
+
+    Args:
+        run_dir: The run's folder.
+        std: Relative width, e.g. 0.07.
+        step: The snapshot to end at; the last if not given.
+        out: Folder to write; RUN/reconstructed/step-STEP-std-STD if not given.
+
+    Raises:
+        FileNotFoundError: There is no such run.
+        ValueError: It has no snapshots, or none of that step, or the width is none.
+    """
+    gamma_of(std)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"no run at {str(run_dir)!r}: there is no such folder.")
+    folders = checkpoint.steps(run_dir, checkpoint.SNAPSHOTS)
+    if not folders:
+        raise ValueError(
+            f"{str(run_dir)!r} has no snapshots of power-function averages; they are written every "
+            "train.snapshot_every steps and at the end, unless train.ema_stds is []."
+        )
+    records = {int(f.name.removeprefix("step-")): checkpoint.read_record(f) for f in folders}
+    step = max(records) if step is None else step
+    if step not in records:
+        raise ValueError(f"there is no snapshot of step {step}; there are those of {sorted(records)}.")
+    files = [
+        (at, width, folder / f"{name_of(width)}.safetensors")
+        for (at, record), folder in zip(records.items(), folders, strict=True)
+        for width in record["ema_stds"]
+        if at <= step
+    ]
+    coefficients, error = solve([(at, width) for at, width, _ in files], step, std)
+    tensors = dict(_combined([file for *_, file in files], coefficients))
+    record = {**records[step], "ema": {"std": std, "snapshots": len(files), "profile_error": error}}
+    del record["format"], record["step"], record["id"], record["ema_stds"]
+    folder = out or run_dir / "reconstructed" / f"step-{step:08d}-std-{std:g}"
+    if folder.exists() and not (folder / checkpoint.RECORD).is_file():
+        raise ValueError(f"{str(folder)!r} is there already and is no checkpoint; choose another --out.")
+    checkpoint.save(folder, step, {"ema": tensors}, record)
+    return Reconstruction(folder, step, len(files), error)
+
+
+def _combined(files: Sequence[Path], coefficients: np.ndarray) -> Iterator[tuple[str, Tensor]]:
+    """Name -> the weighted sum of the files' tensors, one at a time; what never changes, as a buffer, stays as it is."""
+    try:
+        opened = [safe_open(file, framework="pt") for file in files]
+        for key in list(opened[-1].keys()):
+            last, changes = opened[-1].get_tensor(key), False
+            total = torch.zeros_like(last, dtype=torch.float64)
+            for coefficient, file in zip(coefficients.tolist(), opened, strict=True):
+                tensor = file.get_tensor(key)
+                total += coefficient * tensor.double()
+                changes = changes or not torch.equal(tensor, last)
+            yield key, total.to(last.dtype) if changes else last
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"a snapshot is missing or damaged: {error}.") from None
+
+
+@report_errors("python -m runtime.ema")
+def main(argv: Sequence[str] | None = None) -> None:
+    """See the module."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m runtime.ema", description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("reconstruct", help="rebuild an average of any width")
+    command.add_argument("run", type=Path, help="the run's folder")
+    width = "relative width, e.g. 0.07: the share of the training that the average spans"
+    command.add_argument("--std", type=float, required=True, help=width)
+    command.add_argument("--step", type=int, help="the snapshot to end at; the last if not given")
+    command.add_argument("--out", type=Path, help="folder to write; RUN/reconstructed/step-STEP-std-STD if not given")
+    args = parser.parse_args(argv)
+    made = reconstruct(args.run, args.std, args.step, args.out)
+    print(
+        f"wrote {made.folder}: width {args.std:g} at step {made.step}, from {made.num_snapshots} snapshots, whose "
+        f"profile is {made.error:.2%} from the wanted one. Sample with: python sample.py --checkpoint {made.folder}"
+    )
+
+
+if __name__ == "__main__":
+    main()

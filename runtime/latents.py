@@ -80,6 +80,7 @@ class LatentDataset(Dataset):
                     f"latents {path!r} are damaged: {shard['file']} {found}; cache_latents.py makes it anew."
                 )
         self._maps: dict[int, np.ndarray] = {}
+        self._loaded: tuple[Tensor, Tensor] | None = None  # moments (N, 1 or 2, K, h, w) and labels, on a device
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,6 +92,10 @@ class LatentDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
         """A batch of (index, flip) at once -> (B, K, h, w) float16, labels (B,)."""
+        if self._loaded:
+            moments, labels = self._loaded
+            index, flip = torch.tensor([(i, int(f)) for i, f in keys]).to(labels.device, non_blocking=True).unbind(1)
+            return moments[index, flip], labels[index]
         indices = np.fromiter((index for index, _ in keys), np.int64, len(keys))
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         rows = indices - self.starts[shards]
@@ -104,6 +109,25 @@ class LatentDataset(Dataset):
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """A batch is whole as it comes."""
         return batch
+
+    def preload(self, device: torch.device) -> None:
+        """Read all of it into the memory of a device, from which batches come from now on, in this process.
+
+        Raises:
+            ValueError: There is not enough memory; says how much is needed.
+        """
+        size = 2 * len(self) * math.prod(self.row_shape)
+        try:
+            moments = torch.empty((len(self), *self.row_shape), dtype=torch.float16, device=device)
+        except RuntimeError:  # OutOfMemoryError of a GPU is one, too
+            raise ValueError(
+                f"train.preload: the latents of {self.path!r} take {size / 1e9:.1f} GB, more than {device} has free."
+            ) from None
+        for k, start in enumerate(self.starts[:-1]):
+            shard = torch.from_numpy(np.array(self._map(k)))
+            moments[start : start + len(shard)] = shard
+            del self._maps[k]
+        self._loaded = moments, torch.from_numpy(self.labels).to(device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # else another process would get the latents themselves

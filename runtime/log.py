@@ -1,81 +1,181 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, loss.png."""
+"""What a run says of itself: metrics.jsonl, a tracker, pictures of the loss, and previews with their film."""
 
+import hashlib
 import json
+import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from PIL import Image
+from tqdm import tqdm
 
 from runtime.files import write_text, written_aside
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogFormatter
+
+PROJECT = "vca-diffusion"  # of W&B and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
+MAX_FRAMES = 60  # of the film
 
 
 class Log:
-    """Metrics of a run, one JSON object a line, also in TensorBoard. Lines after `step`, which a resumed run repeats, go.
+    """Metrics of a run, one JSON object a line, and in a tracker. Lines after `step`, which a resumed run repeats, go.
+
+    A disk that is full stops nothing: what could not be written is said, and written later.
 
     Args:
         run_dir: The run's folder.
         step: Optimizer steps already done.
+        trackers: Of accelerate, started.
     """
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        self.file = run_dir / "metrics.jsonl"
-        self.plot_file = run_dir / "loss.png"
+    def __init__(self, run_dir: Path, step: int, trackers: Sequence[GeneralTracker] = ()) -> None:
+        self.run_dir, self.file = run_dir, run_dir / "metrics.jsonl"
         self.lines = [line for line in read_metrics(self.file) if line["step"] <= step]
-        write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+        self._rewrite()
+        self.whole = True  # whether the file holds all lines
+        self.trackers = trackers
 
-    def add(self, step: int, **values: float) -> None:
-        """Write one line."""
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Write one line; `loss_by_t` may be a list, one value for each bin of t."""
         line = {"step": step, **values}
         self.lines.append(line)
-        with open(self.file, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
-        self.add_scalars(step, values)
+        self.attempt("metrics.jsonl", self._append if self.whole else self._rewrite)
+        bins = values.get("loss_by_t", [])
+        by_t = {f"loss_by_t/{k / len(bins):g}-{(k + 1) / len(bins):g}": v for k, v in enumerate(bins)}
+        self.add_scalars(step, {**values, **by_t})
 
     def add_scalars(self, step: int, values: dict[str, Any]) -> None:
-        """Show those of the values that are numbers in TensorBoard."""
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(name, value, step)
+        """Show those of the values that are numbers in the tracker."""
+        numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
+        for tracker in self.trackers:
+            self.attempt(tracker.name, lambda tracker=tracker: tracker.log(numbers, step=step))
 
-    def add_image(self, step: int, image: np.ndarray) -> None:
-        """Show an image (H, W, 3) uint8 in TensorBoard."""
-        self.board.add_image("samples", image, step, dataformats="HWC")
+    def add_preview(self, step: int, image: np.ndarray) -> None:
+        """Show a preview (H, W, 3) uint8 in the tracker, and make previews/progress.gif anew."""
+        for tracker in self.trackers:
+            if tracker.name == "trackio":
+                import trackio  # only who asks for it has it
+
+                show = lambda tracker=tracker: tracker.log({"samples": trackio.Image(image)}, step=step)  # noqa: E731
+            else:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                show = lambda t=tracker, kw=layout: t.log_images({"samples": image[None]}, step=step, **kw)  # noqa: E731
+            self.attempt(tracker.name, show)
+        self.attempt("progress.gif", lambda: save_film(self.run_dir / "previews"))
 
     def plot(self) -> None:
-        """Draw loss.png: the logged means, and their running mean."""
-        self.board.flush()
-        if not self.lines:
+        """Draw loss.png: the logged means and their running mean, and beside it the running mean in each bin of t."""
+        lines = [line for line in self.lines if line["loss"] is not None]
+        if not lines:
             return
-        steps = np.array([line["step"] for line in self.lines])
-        loss = np.array([line["loss"] for line in self.lines])
+        steps, loss = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
         window = 2 * (len(loss) // 40) + 1
-        kernel = np.ones(window)
-        smooth = np.convolve(loss, kernel, "same") / np.convolve(np.ones_like(loss), kernel, "same")
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        axes.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
-        axes.plot(steps, smooth, color="tab:blue", linewidth=2, label=f"running mean of {window}")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+        figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.13)
+        left.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
+        left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
         low, high = np.quantile(loss, [0, 0.98])
         # Without the loss of the first steps, which would hide the rest.
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
-        axes.set(xlabel="optimizer step", ylabel="training loss", title=f"{self.plot_file.parent.name}: training loss")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        with written_aside(self.plot_file) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
+        left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
+        by_t = [line.get("loss_by_t", []) for line in lines]
+        num = max(map(len, by_t))
+        table = np.array([row or [None] * num for row in by_t], dtype=float)  # (lines, bins), None is nan
+        for k, colour in enumerate(plt.get_cmap("viridis")(np.linspace(0, 0.95, num))):
+            there = ~np.isnan(table[:, k])
+            if there.any():
+                label = f"t {k / num:g} to {(k + 1) / num:g}"
+                right.plot(steps[there], smooth(table[there, k], window), color=colour, linewidth=1.5, label=label)
+        right.set_yscale("log")
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        left.set_title(f"{self.run_dir.name}: training loss")
+        right.set_title(f"by t over its end, running mean of {window}")
+        for axes in (left, right):
+            axes.set_xlabel("optimizer step")
+            axes.grid(alpha=0.3)
+        left.legend(fontsize="small", loc="upper right")
+        right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+        def write() -> None:
+            with written_aside(self.run_dir / "loss.png") as temporary:
+                figure.savefig(temporary, dpi=110, format="png")
+
+        self.attempt("loss.png", write)
         plt.close(figure)
 
-    def close(self) -> None:
-        """Finish the TensorBoard file."""
-        self.board.close()
+    def attempt(self, what: str, write: Callable[[], Any]) -> None:
+        """Call `write`; if the disk does not take it, say so, and that training goes on."""
+        try:
+            write()
+        except OSError as error:
+            self.warn(what, error)
+
+    def warn(self, what: str, error: Exception) -> None:
+        """Say that something could not be written, and that training goes on."""
+        tqdm.write(f"warning: {what} could not be written, training goes on: {error}")
+
+    def _append(self) -> None:
+        self.whole = False
+        with open(self.file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(self.lines[-1]) + "\n")
+        self.whole = True
+
+    def _rewrite(self) -> None:
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.whole = True
 
 
-def read_metrics(file: Path) -> list[dict[str, float]]:
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """The running mean (N,) of values (N,), over fewer than `window` at the ends."""
+    kernel = np.ones(window)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int, config: dict[str, Any]) -> None:
+    """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it."""
+    name = run_dir.resolve().name
+    key = f"{name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": name, "id": key, "resume": "allow", "dir": str(run_dir), "config": config},
+        "trackio": {"name": key, "resume": "allow", "config": config},
+    }
+    project = "tensorboard" if kind == "tensorboard" else os.environ.get(f"{kind.upper()}_PROJECT", PROJECT)
+    accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+
+
+def check_tracker(name: str) -> None:
+    """Raises ValueError if the package of a tracker is not installed."""
+    if name not in ("none", "tensorboard") and find_spec(name) is None:
+        raise ValueError(f"train.tracker is {name!r}, which is not installed; run: pip install {name}")
+
+
+def save_film(folder: Path) -> None:
+    """Make progress.gif of the previews step-*.png in a folder, of at most `MAX_FRAMES` evenly chosen ones."""
+    files = sorted(folder.glob("step-*.png"))
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(len(files), MAX_FRAMES)).round().astype(int)]
+    last = Image.open(files[-1]).convert("RGB")
+    scale = min(1.0, 1024 / last.width)
+    size = (round(last.width * scale), round(last.height * scale))
+    frames = []
+    for file in chosen:
+        frame = Image.open(file).convert("RGB")
+        if frame.size == last.size:  # others were drawn with other settings
+            frames.append(frame.resize(size, Image.Resampling.LANCZOS) if scale < 1 else frame)
+    durations = [250] * (len(frames) - 1) + [2000]
+    with written_aside(folder / "progress.gif") as temporary:
+        frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off is dropped; [] if there is no file."""
     lines = []
     if file.is_file():

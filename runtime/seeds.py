@@ -19,8 +19,8 @@ def mix(*parts: int) -> int:
 def normal(seed: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers, those of each position a function of (seed, position) alone, on any device.
 
-    Box and Muller's transform of a SplitMix64 stream for each position: of the two halves u, v of a 64-bit number in
-    units of 2^32, (-2 log u)^(1/2) cos(2 pi v) and the same with sin. Devices differ by the rounding of log and cos.
+    Box and Muller's transform: of the two halves u, v of a 64-bit number in units of 2^32, (-2 log u)^(1/2) cos(2 pi v)
+    and the same with sin. Devices differ by the rounding of log and cos.
 
     Args:
         seed: Of the whole set, not negative.
@@ -29,17 +29,28 @@ def normal(seed: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
 
     Returns:
         (B, *shape) float32.
-
-    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
     """
     num = math.prod(shape)
-    starts = _finalise(_finalise(positions.long() * GOLDEN) + mix(seed))  # (B,)
-    counts = torch.arange(1, (num + 1) // 2 + 1, device=positions.device)  # (num / 2,)
-    bits = _finalise(starts[:, None] + counts * GOLDEN)  # (B, num / 2)
+    bits = _stream(seed, positions, (num + 1) // 2)  # (B, num / 2)
     u, v = (((half & 0xFFFFFFFF).double() + 0.5).div(2**32).float() for half in (bits, bits >> 32))
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
     pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :num]
     return pairs.unflatten(1, tuple(shape))
+
+
+def uniform(seed: int, positions: Tensor, num: int) -> Tensor:
+    """Numbers in (0, 1), those of each position (B,) a function of (seed, position) alone: (B, num) float64."""
+    return ((_stream(seed, positions, num) >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
+
+
+def _stream(seed: int, positions: Tensor, num: int) -> Tensor:
+    """The first `num` 64-bit numbers of the SplitMix64 stream of each position, (B, num) int64.
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
+    """
+    starts = _finalise(_finalise(positions.long() * GOLDEN) + mix(seed))  # (B,)
+    counts = torch.arange(1, num + 1, device=positions.device)  # (num,)
+    return _finalise(starts[:, None] + counts * GOLDEN)
 
 
 def _finalise(z: Tensor) -> Tensor:

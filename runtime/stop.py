@@ -1,40 +1,63 @@
-"""A clean stop on Ctrl-C and SIGTERM."""
+"""A clean stop on Ctrl-C, SIGTERM and SIGUSR1."""
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import distributed
+
+STOPPED = (
+    75  # exit code of a program that was stopped by a signal and goes on if started again; EX_TEMPFAIL of sysexits.h
+)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAME = 5.0  # seconds within which a second Ctrl-C is the first one, passed on by a launcher
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a stop after the current step, agreed on by all processes; a second kills.
+    """Turns Ctrl-C, SIGTERM or SIGUSR1 into a stop after the current step, agreed on by all processes.
 
-    Args:
-        accelerator: The processes.
+    Before `begin` there is nothing to save, and the program ends at once. Ctrl-C once more, after some seconds, kills.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+    def __init__(self) -> None:
+        self.received: float | None = None
+        self.group: Any = None
+        self.num_processes = 0
+        for number in SIGNALS:
             signal.signal(number, self._receive)
 
-    def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
-        signal.signal(number, signal.SIG_DFL)
+    def begin(self, accelerator: Accelerator) -> None:
+        """From now on a step is finished first. All processes call this."""
+        self.num_processes = accelerator.num_processes
+        if self.num_processes > 1:  # on the CPU, where asking does not wait for a GPU
+            self.group = distributed.new_group(backend="gloo")
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`. Several processes ask each other at every 10th step only: asking takes time."""
-        if self.accelerator.num_processes == 1:
-            return self.received
-        if step % 10:
+    def requested(self, step: int | None = None) -> bool:
+        """Whether to stop. All processes call this; of numbered steps only every 10th asks, for asking takes time."""
+        if self.num_processes == 1:
+            return self.received is not None
+        if step is not None and step % 10:
             return False
-        flag = torch.tensor(float(self.received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+        flag = torch.tensor(self.received is not None, dtype=torch.uint8)
+        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if not self.num_processes:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise SystemExit(STOPPED)
+        if self.received is None:
+            self.received = now
+        elif number == signal.SIGINT and now - self.received > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def leave_process_group(worker: int) -> None:
@@ -43,6 +66,8 @@ def leave_process_group(worker: int) -> None:
     The trainer needs their batches until its step is done, and ends them itself.
     """
     os.setpgrp()
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

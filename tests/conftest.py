@@ -17,7 +17,7 @@ def _seed():
 @pytest.fixture
 def as_in_a_new_process():
     """For tests that call a script's main: what accelerate remembers and the signal handlers are as at the start."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     yield

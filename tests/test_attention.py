@@ -83,6 +83,13 @@ def loop_differential(positive, negative, state, stage, layer_index):
     return np.stack(rows)
 
 
+def loop_norm(rows, state, name):
+    """gain row / sqrt(mean row^2 + 1e-6), where the layer has such a norm."""
+    if f"{name}.weight" not in state:
+        return rows
+    return np.stack([state[f"{name}.weight"] * row / math.sqrt(sum(row**2) / len(row) + 1e-6) for row in rows])
+
+
 def loop_layer(module, x, grid, prefix, head):
     """The frame of all three layers: split into heads, `head(q, k, v, index of the head)`, convolution, projection."""
     state, h = numpy_state(module), module.num_heads
@@ -93,7 +100,8 @@ def loop_layer(module, x, grid, prefix, head):
         q, k, v = qkv[:, :dim], qkv[:, dim : 2 * dim], qkv[:, 2 * dim :]
         width = dim // h
         heads = [slice(i * width, (i + 1) * width) for i in range(h)]
-        o = np.concatenate([head(q[:, s], k[:, s], v[:, s], i) for i, s in enumerate(heads)], axis=1)
+        parts = [(loop_norm(q[:, s], state, "q_norm"), loop_norm(k[:, s], state, "k_norm"), v[:, s]) for s in heads]
+        o = np.concatenate([head(*part, i) for i, part in enumerate(parts)], axis=1)
         if "dwc.weight" in state:
             image = loop_conv(v[prefix:].reshape(*grid, dim), state["dwc.weight"], state["dwc.bias"])
             o[prefix:] += image.reshape(-1, dim)
@@ -147,9 +155,11 @@ def test_vca_equals_its_formulas_for_every_ablation(stages, positive, negative):
     ("grid", "contrast_grid", "expected_grid"),
     [((4, 6), None, (2, 3)), ((3, 5), None, (1, 2)), ((1, 7), None, (1, 3)), ((3, 2), [3, 2], (3, 2))],
 )
-@pytest.mark.parametrize(("prefix", "qkv_bias", "dwc", "layer_index"), [(0, True, True, 0), (1, False, False, 11)])
+@pytest.mark.parametrize(
+    ("prefix", "qkv_bias", "dwc", "layer_index", "qk_norm"), [(0, True, True, 0, False), (1, False, False, 11, True)]
+)
 def test_vca_equals_its_formulas_for_every_geometry(
-    grid, contrast_grid, expected_grid, prefix, qkv_bias, dwc, layer_index
+    grid, contrast_grid, expected_grid, prefix, qkv_bias, dwc, layer_index, qk_norm
 ):
     module = perturb(
         VisualContrastAttention(
@@ -160,6 +170,7 @@ def test_vca_equals_its_formulas_for_every_geometry(
             contrast_grid=contrast_grid,
             num_prefix_tokens=prefix,
             qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
             dwc=dwc,
         )
     )
@@ -169,9 +180,10 @@ def test_vca_equals_its_formulas_for_every_geometry(
     torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize(("prefix", "dwc", "qkv_bias"), [(0, False, True), (0, True, False), (2, True, True)])
-def test_self_attention_equals_its_formula(prefix, dwc, qkv_bias):
-    module = perturb(SelfAttention(12, 3, (3, 5), layer_index=4, dwc=dwc, qkv_bias=qkv_bias))
+def test_self_attention_equals_its_formula(prefix, dwc, qkv_bias, qk_norm):
+    module = perturb(SelfAttention(12, 3, (3, 5), layer_index=4, dwc=dwc, qkv_bias=qkv_bias, qk_norm=qk_norm))
     x = torch.randn(2, prefix + 15, 12, dtype=torch.float64)
 
     def head(q, k, v, i):
@@ -250,6 +262,7 @@ def test_initial_values_are_those_of_the_specification():
 ABLATIONS = (
     [(name, {}) for name in ATTENTIONS]
     + [(name, {"dwc": dwc}) for name in ATTENTIONS for dwc in (False, True)]
+    + [(name, {"qk_norm": True}) for name in ("vca", "mhsa")]
     + [
         ("vca", {"stages": stages, "positive": positive, "negative": negative})
         for stages, positive, negative in itertools.product(STAGES, STREAMS, STREAMS)
@@ -379,6 +392,21 @@ def test_autocast_stays_near_float32(name):
     assert (out.float() - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("name", ["vca", "mhsa"])
+def test_normalised_queries_and_keys_bound_the_logits(name):
+    """|q . k| / sqrt d <= sqrt d at gains of 1, however large the input; computed in float32 under autocast."""
+    module = ATTENTIONS[name](16, 2, (4, 4), layer_index=1, qk_norm=True)
+    x = torch.randn(2, 16, 16) * 1000
+    q, k, _ = module.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+    logits = module.q_norm(q) @ module.k_norm(k).mT / 8**0.5
+    assert logits.abs().max() <= 8**0.5 * 1.0001
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = module.q_norm(q.bfloat16())
+    assert normed.dtype == torch.bfloat16
+    torch.testing.assert_close(normed, module.q_norm(q.bfloat16().float()).bfloat16(), rtol=0, atol=0)
+    assert {k for k in module.state_dict() if "_norm" in k} == {"q_norm.weight", "k_norm.weight"}
+
+
 def test_wrong_values_end_in_a_sentence():
     def vca(**options):
         return lambda: VisualContrastAttention(16, 2, (8, 6), layer_index=0, **options)
@@ -398,7 +426,10 @@ def test_wrong_values_end_in_a_sentence():
         (vca(negative="none"), r"negative is 'none'; choose one of"),
         (named("vac"), r"model.attention.name is 'vac'; did you mean 'vca'\? choose one of \['differential'"),
         (named({"name": "vca", "contrast_gird": [2, 2]}), r"takes no 'contrast_gird'; did you mean 'contrast_grid'\?"),
-        (named({"name": "mhsa", "stages": ["plain", "plain"]}), r"'mhsa' takes no 'stages'.*'dwc', 'qkv_bias'"),
+        (
+            named({"name": "mhsa", "stages": ["plain", "plain"]}),
+            r"'mhsa' takes no 'stages'.*'dwc', 'qk_norm', 'qkv_bias'",
+        ),
         (named({"name": "vca", "layer_index": 3}), r"takes no 'layer_index'"),
         (named({"dwc": True}), r"needs a name, one of \['differential', 'mhsa', 'vca'\]"),
         (lambda: vca(num_prefix_tokens=1)()(torch.zeros(1, 48, 16)), r"got 48 tokens; .* 1 prefix .* 8x6 grid, 49 in"),

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from runtime import checkpoint
-from runtime.ema import Ema
+from runtime.config import TrainConfig
+from runtime.ema import Ema, constant
 
 
 def network(width=6):
@@ -16,22 +17,27 @@ def network(width=6):
 
 
 def trained(model, steps=3):
-    """An optimizer and an average with a state that is not their initial one."""
+    """The tensors of a checkpoint whose optimizer and average have a state that is not their initial one."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    ema = Ema(model, 0.9)
+    ema = Ema(model, constant(0.9, False))
     for step in range(steps):
         model(torch.randn(5, 3)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         ema.update(model, step + 1)
-    return optimizer, ema.model
+    average = {**model.state_dict(), **ema.weights}
+    return optimizer, {
+        "model": model.state_dict(),
+        "ema": average,
+        "optimizer": checkpoint.optimizer_tensors(model, optimizer),
+    }
 
 
 def save(run, step, model=None, **given):
-    model = model or network()
-    optimizer, ema = trained(model)
-    record = {"config": {"seed": 1}, "shape": {}, **given}
-    return checkpoint.save(run, step, model=model, ema=ema, optimizer=optimizer, record=record)
+    _, parts = trained(model or network())
+    folder = checkpoint.folder_of(run, step)
+    checkpoint.save(folder, step, parts, {"config": {"seed": 1}, "shape": {}, **given})
+    return folder
 
 
 def snapshot(folder):
@@ -44,10 +50,9 @@ def equal(a, b):
 
 def test_model_average_and_optimizer_come_back_bit_for_bit(tmp_path):
     model = network()
-    optimizer, ema = trained(model)
-    folder = checkpoint.save(
-        tmp_path, 3, model=model, ema=ema, optimizer=optimizer, record={"config": {"a": [1, "x"]}, "shape": {}}
-    )
+    optimizer, parts = trained(model)
+    folder = checkpoint.folder_of(tmp_path, 3)
+    checkpoint.save(folder, 3, parts, {"config": {"a": [1, "x"]}, "shape": {}})
     assert folder == tmp_path / "checkpoints" / "step-00000003"
     assert {f.name for f in folder.iterdir()} == {f"{n}.safetensors" for n in ("model", "ema", "optimizer")} | {
         "checkpoint.json"
@@ -58,7 +63,7 @@ def test_model_average_and_optimizer_come_back_bit_for_bit(tmp_path):
     checkpoint.load_weights(folder, "ema", average)
     checkpoint.load_optimizer(folder, again, other)
     assert equal(model.state_dict(), again.state_dict())
-    assert equal(ema.state_dict(), average.state_dict())
+    assert equal(parts["ema"], average.state_dict())
     assert not equal(model.state_dict(), average.state_dict())
     old, new = optimizer.state_dict(), other.state_dict()
     assert old["param_groups"] == new["param_groups"]
@@ -187,34 +192,69 @@ def test_a_step_saved_again_replaces_the_earlier_try(tmp_path):
     assert [f.name for f in folder.parent.iterdir()] == [folder.name]
 
 
-@pytest.mark.parametrize("keep, left", [(1, [4]), (2, [3, 4]), (4, [1, 2, 3, 4]), (9, [1, 2, 3, 4])])
-def test_prune_keeps_the_newest(tmp_path, keep, left):
-    for step in (1, 2, 3, 4):
+def test_a_kill_between_the_two_renames_of_a_step_loses_nothing(tmp_path, monkeypatch):
+    """A step that is saved again makes room for itself first; whoever dies there leaves the old one, which comes back."""
+    folder = save(tmp_path, 4, config={"try": 1})
+    rename, calls = checkpoint.os.rename, []
+
+    def killed(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 4, config={"try": 2})
+    monkeypatch.setattr(checkpoint.os, "rename", rename)
+    assert checkpoint.steps(tmp_path) == []
+    checkpoint.recover(tmp_path)
+    assert checkpoint.steps(tmp_path) == [folder]
+    assert checkpoint.read_record(folder)["config"] == {"try": 1}
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_no_half_one(tmp_path, monkeypatch):
+    for step in (1, 2):
         save(tmp_path, step)
-    checkpoint.prune(tmp_path, keep)
+
+    def killed(folder):
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
+    assert [f.name for f in checkpoint.steps(tmp_path)] == ["step-00000002"]
+    checkpoint.recover(tmp_path)
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+KEPT = [
+    ({"newest": 1}, [6]),
+    ({"newest": 2}, [5, 6]),
+    ({"newest": 9}, [1, 2, 3, 4, 5, 6]),
+    ({"newest": 1, "every": 2}, [2, 4, 6]),
+    ({"newest": 2, "every": 3}, [3, 5, 6]),
+    ({"newest": 1, "every": 4, "spare": {1, 9}}, [1, 4, 6]),
+]
+
+
+@pytest.mark.parametrize("options, left", KEPT)
+def test_prune_keeps_the_newest_and_every_mth_and_the_spared(tmp_path, options, left):
+    for step in range(1, 7):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, **options)
     assert [json.loads((f / "checkpoint.json").read_text())["step"] for f in checkpoint.steps(tmp_path)] == left
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
 
 
-@pytest.mark.parametrize("warmup", [False, True])
-def test_the_average_has_its_closed_form(warmup):
-    """w_ema after k updates is the start times all decays, plus each w_j times (1 - d_j) and the decays after it."""
-    model = nn.Linear(3, 2).double()
-    ema = Ema(model, 0.9, warmup)
-    assert not any(p.requires_grad for p in ema.model.parameters())
-    assert not ema.model.training
-    weights, decays = [model.weight.detach().clone()], []
-    for step in range(1, 200):
-        with torch.no_grad():
-            model.weight.normal_()
-        ema.update(model, step)
-        weights.append(model.weight.detach().clone())
-        decays.append(min(0.9, (1 + step) / (10 + step)) if warmup else 0.9)
-        if step in (1, 2, 100, 199):
-            after = (
-                torch.tensor([1.0, *decays[:0:-1]], dtype=torch.float64).cumprod(0).flip(0)
-            )  # product of later decays
-            expected = weights[0] * torch.tensor(decays, dtype=torch.float64).prod()
-            for w, d, later in zip(weights[1:], decays, after, strict=True):
-                expected = expected + (1 - d) * later * w
-            torch.testing.assert_close(ema.model.weight.detach(), expected, rtol=1e-12, atol=1e-14)
+def test_the_number_of_kept_checkpoints_is_known_beforehand(tmp_path):
+    cfg = TrainConfig(num_steps=7, checkpoint_every=2, keep_checkpoints=2, keep_every=4)
+    for step in (2, 4, 6, 7):
+        save(tmp_path, step)
+        checkpoint.prune(tmp_path, cfg.keep_checkpoints, cfg.keep_every)
+    assert [int(f.name[5:]) for f in checkpoint.steps(tmp_path)] == cfg.kept() == [4, 6, 7]
+    assert TrainConfig(num_steps=7, checkpoint_every=2).kept() == [2, 4, 6, 7]

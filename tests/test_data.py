@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from runtime.data import DATASETS, EndlessBatches, Folder, Images, UnreadableImageError
 from runtime.folder import centre_crop, read_image
 from runtime.images import from_uint8, to_uint8
-from runtime.seeds import mix, normal
+from runtime.seeds import mix, normal, uniform
 
 
 def test_the_two_pixel_conversions_are_inverse_for_all_256_values():
@@ -83,6 +83,22 @@ def test_normal_is_a_function_of_seed_and_position_and_is_normal():
     assert share == pytest.approx([0.02275, 0.15866, 0.5, 0.84134, 0.97725], abs=5 * (0.25 / n) ** 0.5)
     correlation = np.corrcoef(z.flatten(1)[:100].numpy())  # positions beside each other
     assert np.abs(correlation - np.eye(100)).max() < 5.5 / 123**0.5
+
+
+def test_uniform_is_a_function_of_seed_and_position_and_is_uniform():
+    positions = torch.tensor([0, 7, 10**12, 3])
+    u = uniform(5, positions, 3)
+    assert (u.shape, u.dtype) == ((4, 3), torch.float64)
+    assert torch.equal(uniform(5, positions[[2]], 3), u[[2]])
+    assert torch.equal(uniform(5, positions, 2), u[:, :2])
+    assert not torch.equal(uniform(6, positions, 3), u)
+    many = uniform(1, torch.arange(20000), 2)
+    assert many.min() > 0
+    assert many.max() < 1
+    counts = (many[:, :, None] * 10).long().eq(torch.arange(10)).double().mean(0)
+    assert (counts - 0.1).abs().max() < 5 * (0.09 / 20000) ** 0.5
+    assert abs(np.corrcoef(many.T.numpy())[0, 1]) < 5 / 20000**0.5
+    assert abs(np.corrcoef(many[:-1, 0].numpy(), many[1:, 0].numpy())[0, 1]) < 5 / 20000**0.5
 
 
 def keys_of(dataset):

@@ -25,16 +25,17 @@ SMALL = (
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """An empty folder to run in, where subprocess.run runs Python programs in this process, and keeps their names."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        commands = []
+        commands, plain = [], subprocess.run
 
-        def run(command):
+        def run(command, **options):
+            if command[0] != sys.executable:
+                return plain(command, **options)
             AcceleratorState._reset_state(True)
             GradientState._reset_state()
-            python, *argv = command
-            assert python == sys.executable
+            argv = list(command[1:])
             module = argv.pop(0) == "-m"
             name = argv.pop(0) if module else command[1]
             commands.append(name)

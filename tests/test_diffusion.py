@@ -505,3 +505,18 @@ def test_so_few_steps_that_a_beta_reaches_one_get_a_sentence(num_timesteps):
     with pytest.raises(ValueError, match=f"num_timesteps is {num_timesteps}; so few linear betas reach"):
         Diffusion(betas="linear", num_timesteps=num_timesteps)
     assert torch.isfinite(Diffusion(betas="linear", num_timesteps=21)._table).all()
+
+
+@pytest.mark.parametrize("num_timesteps", [1000, 7])
+def test_steps_of_training_are_the_quantiles_of_a_uniform_distribution(num_timesteps):
+    process = Diffusion(num_timesteps=num_timesteps, betas="cosine")
+    edges = torch.arange(num_timesteps, dtype=torch.float64)
+    assert process.times((edges + 0.5) / num_timesteps).tolist() == edges.tolist()
+    last = torch.tensor([2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+    assert process.times(last).tolist() == [0, num_timesteps - 1]
+    assert process.times(last).dtype == torch.int64
+    drawn = []
+    process.loss(lambda x_t, t, y: drawn.append(t) or torch.zeros(4000, 2, 1, 1), torch.zeros(4000, 1, 1, 1), None)
+    assert drawn[0].min() >= 0
+    assert drawn[0].max() < num_timesteps
+    assert drawn[0].double().mean() / (num_timesteps - 1) == pytest.approx(0.5, abs=4 * 0.29 / 4000**0.5)

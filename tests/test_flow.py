@@ -232,8 +232,9 @@ def test_intervals_of_the_sde(path, prediction):
 
 
 @pytest.mark.parametrize("path", ["linear", "vp"])
-@pytest.mark.parametrize("time", ["uniform", "logit-normal"])
+@pytest.mark.parametrize("time", ["uniform", "lognormal", {"name": "lognormal", "mean": 0.8, "std": 1.5}])
 def test_times_of_training_follow_their_distribution(path, time):
+    """Drawn in the loss or given as quantiles; (1 - t) / t of lognormal times is exp(mean + std z)."""
     count, seen = 20000, []
 
     def model(x_t, t, y):
@@ -246,9 +247,18 @@ def test_times_of_training_follow_their_distribution(path, time):
     (share,) = ((t - t0) / (t1 - t0) for t in seen)
     assert share.min() >= 0
     assert share.max() <= 1
-    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
-    below = (share[:, None] < (quantiles if time == "uniform" else torch.special.ndtri(quantiles).sigmoid())).float()
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)
+    options = time if isinstance(time, dict) else {}
+    log_ratio = options.get("mean", 0) + options.get("std", 1) * torch.special.ndtri(1 - quantiles)
+    expected = quantiles if time == "uniform" else 1 / (1 + log_ratio.exp())
+    torch.testing.assert_close(transport.times(quantiles), (t0 + (t1 - t0) * expected).float())
+    below = (share[:, None] < expected).double()
     assert ((below.mean(0) - quantiles).abs() < 4 * (quantiles * (1 - quantiles) / count).sqrt()).all()
+
+
+def test_a_width_of_times_has_to_be_positive():
+    with pytest.raises(ValueError, match=r"process.time.std is 0; choose a positive number"):
+        Transport(time={"name": "lognormal", "std": 0})
 
 
 def transport_exactly(path, x, t0, t1, mean=MEAN, std=STD):
@@ -533,7 +543,7 @@ def test_wrong_values_end_in_a_sentence():
         (process(path={"name": "vp", "beta_min": 3.0, "beta_max": 2.0}), r"0 < beta_min < beta_max; got 3.0 and 2.0"),
         (process(prediction="velocty"), r"process.prediction is 'velocty'; did you mean 'velocity'\?"),
         (process(weight="liklihood"), r"process.weight is 'liklihood'; did you mean 'likelihood'\?"),
-        (process(time="unifrom"), r"process.time is 'unifrom'; did you mean 'uniform'\?"),
+        (process(time="unifrom"), r"process.time.name is 'unifrom'; did you mean 'uniform'\?"),
         (ode(method="eulr"), r"sample.sampler.method is 'eulr'; did you mean 'euler'\? choose one of \['dopri5'"),
         (ode(num_steps=1), r"num_steps is 1; it counts points of time, so at least 2"),
         (ode(last_step="mean"), r"sample.sampler 'ode' takes no 'last_step'; it takes \['atol', 'method'"),

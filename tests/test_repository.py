@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 import build
 import dit_vca
@@ -19,7 +22,7 @@ from runtime.config import Config, parse
 
 ROOT = Path(build.__file__).parent
 PACKAGES = ("vca", "dit_vca", "sit_vca", "runtime", "fid", "demo")
-SCRIPTS = ("train", "sample", "cache_latents", "build")
+SCRIPTS = ("train", "sample", "cache_latents", "run", "build")
 OURS = {*PACKAGES, *SCRIPTS}
 FILES = [f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))] + [ROOT / f"{s}.py" for s in SCRIPTS]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -46,7 +49,8 @@ MAY_IMPORT = {
     "sit_vca": {"vca"},
     "demo": {"vca", "runtime", "fid", "build"},
     "build.py": {"vca", "dit_vca", "sit_vca", "runtime", "fid"},
-    "train.py": {"build", "runtime", "fid"},
+    "run.py": {"build", "runtime", "fid"},
+    "train.py": {"run", "build", "runtime"},
     "sample.py": {"build", "runtime", "fid"},
     "cache_latents.py": {"build", "runtime"},
 }
@@ -150,3 +154,26 @@ def test_everything_public_has_a_docstring(file):
                     yield from undocumented(child, f"{child.name}.")
 
     assert list(undocumented(tree, "")) == []
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=name_of)
+def test_every_file_for_accelerate_is_one_that_it_reads(file, monkeypatch):
+    """And its first comment says the command; FSDP cuts at a class that exists."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    command = " ".join(line.lstrip("# ").rstrip("\\") for line in lines if line.startswith("#   "))
+    assert command.startswith(f"accelerate launch --config_file configs/accelerate/{file.name} ")
+    args = launch_command_parser().parse_args(command.replace("HOST0", "127.0.0.1").split()[2:])
+    args, defaults, _ = _validate_launch_command(args)
+    assert defaults is not None
+    kinds = {"cpu": 1, "gpu1": 1, "gpu8": 8, "nodes2": 16, "fsdp8": 8}
+    assert args.num_processes == kinds[file.stem]
+    assert (ROOT / args.training_script_args[1]).is_file()
+    if file.stem == "fsdp8":
+        environment = prepare_multi_gpu_env(args)
+        assert environment["FSDP_VERSION"] == "2"
+        for key, value in environment.items():
+            if key.startswith(("FSDP", "ACCELERATE")):
+                monkeypatch.setenv(key, value)
+        plugin = FullyShardedDataParallelPlugin()
+        plugin.set_auto_wrap_policy(vca.Transformer(input_size=4, hidden_size=8, depth=1, num_heads=1))
+        assert plugin.auto_wrap_policy.keywords["transformer_layer_cls"] == {vca.transformer.Block}

@@ -1,27 +1,39 @@
 """A run that was stopped and resumed is the run that was not; what cannot work is said before the first step."""
 
+import errno
 import itertools
 import json
 import math
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from filelock import FileLock
+from PIL import Image, ImageSequence
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import cache_latents
 import fid
 import sample
 import train
 from runtime import checkpoint
+from runtime import log as logs
 from runtime.config import TrainConfig
+from runtime.data import DeadWorkerError, load
+from runtime.log import Log, read_metrics
+from runtime.meter import Meter
+from runtime.optimise import learning_rate
+from runtime.stop import SIGNALS, STOPPED
 from sit_vca import Transport
 
 ROOT = Path(train.__file__).parent
@@ -29,7 +41,8 @@ FLOW = "--process.name flow --sample.sampler.name ode --sample.sampler.method eu
 DIFFUSION = "--process.name diffusion --sample.sampler.name ddpm --sample.sampler.num_steps 3"
 SMALL = (
     "--data.name digits --codec.name pixels --model.hidden_size 16 --model.depth 2 --model.num_heads 2 --sample.rows 1 "
-    "--train.batch_size 8 --train.lr 1e-2 --train.num_workers 0 --train.log_every 1 --train.ema_decay 0.9"
+    "--train.batch_size 8 --train.lr 1e-2 --train.num_workers 0 --train.log_every 1 --train.ema_decay 0.9 "
+    "--train.ema_warmup false"
 )
 
 
@@ -53,6 +66,14 @@ def run(folder, num_steps, extra="", process=FLOW):
     return folder
 
 
+def stopped(folder, num_steps, extra="", process=FLOW):
+    """A run that a signal stops: it ends with an exit code of its own."""
+    with pytest.raises(SystemExit) as stop:
+        run(folder, num_steps, extra, process)
+    assert stop.value.code == STOPPED == 75
+    return folder
+
+
 def sentence(capsys, *args, main=train.main):
     """What the program says of a mistake, after it ended with exit code 2 and without a traceback."""
     with pytest.raises(SystemExit) as stop:
@@ -65,17 +86,20 @@ def sentence(capsys, *args, main=train.main):
 def tensors(folder, step=None):
     """All tensors of a checkpoint, of the newest if no step is given."""
     newest = checkpoint.find(folder if step is None else folder / "checkpoints" / f"step-{step:08d}")
-    return {
-        f"{part} {k}": v
-        for part in ("model", "ema", "optimizer")
-        for k, v in load_file(newest / f"{part}.safetensors").items()
-    }
+    parts = {file.stem: load_file(file) for file in newest.glob("*.safetensors")}
+    assert parts.keys() == {"model", "ema", "ema-0.05", "ema-0.1", "optimizer", "meter"}
+    return {f"{part} {k}": v for part, tensors in parts.items() for k, v in tensors.items()}
 
 
 def metrics(folder):
-    """(step, loss, learning rate) of every line."""
+    """(step, loss, learning rate, images, loss by t) of every line."""
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["lr"], line["images"]) for line in lines]
+    return [tuple(line[k] for k in ("step", "loss", "lr", "images", "loss_by_t", "grad_norm")) for line in lines]
+
+
+def pictures(folder):
+    """Name -> bytes of the previews."""
+    return {f.name: f.read_bytes() for f in (folder / "previews").iterdir()}
 
 
 def assert_same(a, b):
@@ -103,7 +127,7 @@ def test_previews_and_checkpoints_change_nothing(tmp_path):
     plain = run(tmp_path / "plain", 4)
     busy = run(tmp_path / "busy", 4, "--train.sample_every 1 --train.checkpoint_every 2 --sample.cfg_scale 2")
     assert_same(tensors(plain), tensors(busy))
-    assert len(list((busy / "previews").iterdir())) == 4
+    assert len(list((busy / "previews").glob("*.png"))) == 4
     assert len(checkpoint.steps(busy)) == 2
 
 
@@ -119,26 +143,29 @@ def test_the_seed_is_that_of_everything(tmp_path):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, capsys, monkeypatch, number):
     plain, calls = Transport.loss, []
 
-    def interrupted(self, model, x, y):
+    def interrupted(self, model, x, y, **draws):
         calls.append(0)
         if len(calls) == 3:
             os.kill(os.getpid(), number)
-        return plain(self, model, x, y)
+        return plain(self, model, x, y, **draws)
 
     monkeypatch.setattr(Transport, "loss", interrupted)
     options = "--train.schedule cosine --train.warmup_steps 2 --train.log_every 2"
-    folder = run(tmp_path / "cut", 6, options)
+    folder = stopped(tmp_path / "cut", 6, options)
     assert "stopped at step 3, with a checkpoint; run the same command to go on." in capsys.readouterr().out
     assert checkpoint.read_record(checkpoint.find(folder))["step"] == 3
-    assert [line[0] for line in metrics(folder)] == [2, 3]
-    assert_same(tensors(run(folder, 6, options)), tensors(run(tmp_path / "whole", 6, options)))
+    assert [line[0] for line in metrics(folder)] == [2]
+    whole = run(tmp_path / "whole", 6, options)
+    assert_same(tensors(run(folder, 6, options)), tensors(whole))
+    assert metrics(folder) == metrics(whole)  # the line of step 4 knows of step 3, which was before the stop
+    assert pictures(folder) == pictures(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT])
 def test_a_signal_to_the_whole_group_and_the_same_command_again(tmp_path, number):
     """Ctrl-C and launchers signal the data workers, too. Where it lands is not known: a cosine shows a step too many."""
     options = "--train.schedule cosine --train.warmup_steps 5"
@@ -157,7 +184,7 @@ def test_a_signal_to_the_whole_group_and_the_same_command_again(tmp_path, number
             out, err = (text.decode() for text in process.communicate(timeout=60))
         finally:
             process.kill()
-    assert process.returncode == 0, err
+    assert process.returncode == STOPPED, err
     stopped = checkpoint.read_record(checkpoint.find(tmp_path / "cut"))["step"]
     assert 0 < stopped < steps
     assert f"stopped at step {stopped}, with a checkpoint; run the same command to go on." in out
@@ -167,16 +194,9 @@ def test_a_signal_to_the_whole_group_and_the_same_command_again(tmp_path, number
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
-    """With times and noise that are functions of the image, the two halves of a batch make the step of the batch."""
-    plain = Transport.loss
-
-    def fixed(self, model, x, y):
-        t = (0.05 + 0.9 * y / 10).to(x)
-        return plain(self, model, x, y, t=t, noise=x.flip(0).flip(-1) * 0 + torch.ones_like(x) * 0.3)
-
-    monkeypatch.setattr(Transport, "loss", fixed)
-    options = "--model.class_dropout_prob 0 --train.max_grad_norm 0.1 --train.checkpoint_every 1 --train.accumulate"
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    """Times, noise and dropped labels are functions of the image, so the two halves of a batch make its step."""
+    options = "--model.class_dropout_prob 0.5 --train.max_grad_norm 0.1 --train.checkpoint_every 1 --train.accumulate"
     one, two = (run(tmp_path / str(n), 3, f"{options} {n}") for n in (1, 2))
     a, b = tensors(one, 1), tensors(two, 1)
     moments = [k for k in a if k.endswith("exp_avg")]
@@ -188,8 +208,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatc
     assert norm == pytest.approx(0.1, rel=1e-3)
     steps = {float(v) for k, v in tensors(two).items() if k.endswith("/step")}
     assert steps == {3.0}
-    losses = [[loss for _, loss, *_ in metrics(folder)] for folder in (one, two)]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    for line, other in zip(metrics(one), metrics(two), strict=True):
+        assert line[1] == pytest.approx(other[1], rel=1e-4)
+        assert [v is None for v in line[4]] == [v is None for v in other[4]]
+        assert [v for v in line[4] if v] == pytest.approx([v for v in other[4] if v], rel=1e-3)
     assert [line[3] for line in metrics(two)] == [8, 16, 24]
 
 
@@ -234,23 +256,73 @@ def test_the_number_of_steps_may_grow_under_a_constant_schedule_only(tmp_path, c
     assert "train.num_steps 1 (you gave 2)" in text
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+def exploding(monkeypatch, bad, value=math.nan):
+    """Make the losses of the calls in `bad` not finite."""
     plain, calls = Transport.loss, []
 
-    def explode(self, model, x, y):
+    def explode(self, model, x, y, **draws):
         calls.append(0)
-        return plain(self, model, x, y) * (math.nan if len(calls) == 2 * 4 - 1 else 1)
+        return plain(self, model, x, y, **draws) * (value if len(calls) in bad else 1)
 
     monkeypatch.setattr(Transport, "loss", explode)
-    options = "--train.accumulate 2 --train.checkpoint_every 2 --train.log_every 50"
-    text = sentence(capsys, settings(tmp_path, 20, options))
-    assert "the loss is nan at step 4" in text
-    assert "step-00000002, is untouched" in text
-    assert [f.name for f in checkpoint.steps(tmp_path)] == ["step-00000002"]
-    assert all(v.isfinite().all() for v in tensors(tmp_path).values())
-    monkeypatch.setattr(Transport, "loss", plain)
-    run(tmp_path, 4, options)
-    assert [line[0] for line in metrics(tmp_path)] == [2, 4]
+
+
+@pytest.mark.parametrize("fused", ["true", "false"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys, monkeypatch, value, fused):
+    """In whichever part of the batch it is; weights and the optimizer's state are those of the step before."""
+    options = f"--train.accumulate 2 --train.checkpoint_every 1 --train.log_every 2 --train.fused {fused}"
+    with monkeypatch.context() as patch:
+        exploding(patch, {5}, value)
+        folder = run(tmp_path / "run", 4, options)
+    before, after = tensors(folder, 2), tensors(folder, 3)
+    kept = [k for k in before if k.split()[0] in ("model", "optimizer")]
+    assert kept
+    assert all(torch.equal(before[k], after[k]) for k in kept)
+    assert all(v.isfinite().all() for k, v in tensors(folder).items() if k.split()[0] != "meter")
+    assert any(not torch.equal(after[k], v) for k, v in tensors(folder, 4).items())
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 1]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert "1 of the steps up to 4 skipped, since the loss or its gradient was not finite" in capsys.readouterr().out
+    assert {float(v) for k, v in tensors(folder).items() if k.endswith("/step")} == {3.0}
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, monkeypatch):
+    """sqrt at 0 has a finite value and an infinite slope."""
+    plain, calls = Transport.loss, []
+
+    def steep(self, model, x, y, **draws):
+        calls.append(0)
+        loss = plain(self, model, x, y, **draws)
+        return loss + (model.final_layer.linear.bias * 0).abs().sum().sqrt() if len(calls) == 2 else loss
+
+    monkeypatch.setattr(Transport, "loss", steep)
+    folder = run(tmp_path / "run", 3, "--train.checkpoint_every 1")
+    a, b = tensors(folder, 1), tensors(folder, 2)
+    assert all(torch.equal(a[k], b[k]) for k in a if k.startswith("model "))
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["skipped"], line["loss"] is None) for line in lines] == [(0, False), (1, True), (1, False)]
+
+
+def test_many_skipped_steps_in_a_row_stop_the_run_and_name_the_good_checkpoint(tmp_path, capsys, monkeypatch):
+    options = "--train.checkpoint_every 2 --train.log_every 2 --train.max_skipped 3"
+    with monkeypatch.context() as patch:
+        exploding(patch, {3, 4, 6, 7})
+        run(tmp_path / "luck", 8, options)  # two and two
+    with monkeypatch.context() as patch:
+        exploding(patch, {4, 5, 6})
+        text = sentence(capsys, settings(tmp_path / "run", 20, options))
+    assert "not finite in 3 steps in a row, up to step 6 (train.max_skipped 3)" in text
+    assert "step-00000004, is good" in text
+    assert "--init" in text
+    assert checkpoint.read_record(checkpoint.find(tmp_path / "run"))["skipped"] == [1, 1]
+    assert all(v.isfinite().all() for k, v in tensors(tmp_path / "run").items() if k[:5] != "meter")
+    with monkeypatch.context() as patch:
+        exploding(patch, {1, 2})  # steps 5 and 6 again, after the one that the checkpoint counts
+        assert "not finite in 3 steps in a row" in sentence(capsys, settings(tmp_path / "run", 20, options))
+    run(tmp_path / "run", 6, options)
+    assert [line[0] for line in metrics(tmp_path / "run")] == [2, 4, 6]
 
 
 MISTAKES = [
@@ -296,49 +368,69 @@ def test_a_run_folder_that_is_a_file_or_cannot_be_made(tmp_path, capsys):
     assert "file/inside" in sentence(capsys, settings(tmp_path / "file" / "inside", 2))
 
 
+FULL = ["previews/.step-00000002.png.partial", ".loss.png.partial", "previews/.progress.gif.partial"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
-@pytest.mark.parametrize("file", ["previews/.step-00000002.png.partial", ".loss.png.partial"])
-def test_a_full_disk_is_a_sentence_for_pictures_too(tmp_path, capsys, file):
+def test_a_full_disk_stops_nothing_and_is_said(tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "previews").mkdir(parents=True)
-    (tmp_path / "run" / file).symlink_to("/dev/full")
-    assert "No space left on device" in sentence(capsys, settings(tmp_path / "run", 2))
-    assert [f.name for f in checkpoint.steps(tmp_path / "run")] == ["step-00000002"]
+    for file in FULL:
+        (tmp_path / "run" / file).symlink_to("/dev/full")
+    write, saves = checkpoint.save_file, []
+
+    def full(values, file):
+        saves.append(file.parent.name[1:14])
+        if saves[-1] == "step-00000002":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(values, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    folder = run(tmp_path / "run", 4, "--train.checkpoint_every 1 --train.sample_every 2 --train.keep_checkpoints 2")
+    out = capsys.readouterr().out
+    assert "warning: the checkpoint could not be written, training goes on: the checkpoint of step 2" in out
+    for name in ("step-00000002.png", "loss.png", "progress.gif"):
+        assert f"warning: {name} could not be written, training goes on: " in out
+    assert [f.name for f in checkpoint.steps(folder)] == ["step-00000003", "step-00000004"]
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    assert_same(tensors(folder), tensors(run(tmp_path / "whole", 4)))
 
 
-def test_two_processes_make_one_run_and_the_samples_of_one(tmp_path):
-    """Each rank draws its own noise, so weights are not compared with those of one process; samples are."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+def test_a_line_that_the_disk_did_not_take_is_written_with_the_next(tmp_path, capsys, monkeypatch):
+    log = Log(tmp_path, 0)
+    append = Log._append
 
-    def two(script, *args):
-        command = [*launch, script, *args]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+    def full(self):
+        self.whole = False
+        with open(self.file, "a") as file:
+            file.write('{"step": 2, "lo')
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    out = two("train.py", *settings(tmp_path / "run", 3, "--train.checkpoint_every 2"))
-    assert "2 x cpu" in out
-    assert out.count("done: 3 steps") == 1
-    assert [f.name for f in checkpoint.steps(tmp_path / "run")] == ["step-00000002", "step-00000003"]
-    assert [(step, images) for step, _, _, images in metrics(tmp_path / "run")] == [(1, 8), (2, 16), (3, 24)]
-    assert all(math.isfinite(loss) for _, loss, _, _ in metrics(tmp_path / "run"))
-    assert all(v.isfinite().all() for v in tensors(tmp_path / "run").values())
+    log.add(1, {"loss": 0.5})
+    monkeypatch.setattr(Log, "_append", full)
+    log.add(2, {"loss": 0.25})
+    assert "warning: metrics.jsonl could not be written" in capsys.readouterr().out
+    monkeypatch.setattr(Log, "_append", append)
+    log.add(3, {"loss": 0.125})
+    log.add(4, {"loss": 0.0625})
+    assert [(line["step"], line["loss"]) for line in read_metrics(log.file)] == [(k, 2.0**-k) for k in (1, 2, 3, 4)]
 
-    request = ["--checkpoint", str(tmp_path / "run"), "--num", "10", "--batch_size", "3", "--out"]
-    two("sample.py", *request, str(tmp_path / "two.npz"))
-    sample.main([*request, str(tmp_path / "one.npz")])
-    one, both = (np.load(tmp_path / f"{n}.npz") for n in ("one", "two"))
-    assert (one["arr_1"] == both["arr_1"]).all()
-    assert np.abs(one["arr_0"].astype(int) - both["arr_0"]).max() <= 1
-    assert one["arr_0"].std() > 1
-    assert not (tmp_path / "two.npz.partial").exists()
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_fails(tmp_path, capsys, monkeypatch):
+    def full(values, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    text = sentence(capsys, settings(tmp_path / "run", 2))
+    assert "No space left on device" in text
 
 
 def test_the_lines_after_the_resumed_step_are_replaced(tmp_path):
     folder = run(tmp_path / "run", 2)
     file = folder / "metrics.jsonl"
     before = metrics(folder)
-    lost = [json.dumps({"step": s, "loss": 99.0, "lr": 1.0, "images": 0}) for s in (3, 4)]
+    lost = [
+        json.dumps({"step": s, "loss": 99.0, "lr": 1.0, "images": 0, "loss_by_t": [], "grad_norm": 1}) for s in (3, 4)
+    ]
     file.write_text(file.read_text() + "\n".join(lost) + '\n{"step": 5, "lo')
     run(folder, 4)
     lines = metrics(folder)
@@ -359,7 +451,8 @@ def test_the_pictures_exist_and_have_the_size_of_their_grid(tmp_path):
     folder = run(tmp_path / "run", 2, "--train.sample_every 1 --sample.classes [1,4,7] --sample.rows 2")
     loss = np.asarray(Image.open(folder / "loss.png").convert("L"))
     assert loss.std() > 5
-    assert [f.name for f in sorted((folder / "previews").iterdir())] == ["step-00000001.png", "step-00000002.png"]
+    names = ["progress.gif", "step-00000001.png", "step-00000002.png"]
+    assert [f.name for f in sorted((folder / "previews").iterdir())] == names
     picture = Image.open(folder / "previews" / "step-00000002.png")
     cell, gap, text = 64, 4, 16  # 8x8 images are enlarged to 64, a quarter of it is the text
     assert picture.size == (gap + 3 * (cell + gap), 2 * (text + 12) + 2 * (cell + gap))
@@ -377,17 +470,17 @@ def test_the_average_of_the_weights_is_that_of_the_checkpoints(tmp_path):
     parts = [tensors(folder, step) for step in (1, 2, 3, 4)]
     for before, after in itertools.pairwise(parts):
         for k, v in after.items():
-            if k.startswith("ema "):
+            if k.startswith("ema "):  # not those of a width
                 expected = 0.9 * before[k] + 0.1 * after["model" + k.removeprefix("ema")]
                 torch.testing.assert_close(v, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_learning_rate_warms_up_and_stays_or_falls_by_a_cosine():
     constant = TrainConfig(num_steps=100, lr=2.0, warmup_steps=10)
-    assert [train.learning_rate(constant, k) for k in (0, 4, 9, 10, 99)] == [0.2, 1.0, 2.0, 2.0, 2.0]
-    assert train.learning_rate(TrainConfig(lr=2.0), 0) == 2.0
+    assert [learning_rate(constant, k) for k in (0, 4, 9, 10, 99)] == [0.2, 1.0, 2.0, 2.0, 2.0]
+    assert learning_rate(TrainConfig(lr=2.0), 0) == 2.0
     cosine = TrainConfig(num_steps=110, lr=2.0, warmup_steps=10, schedule="cosine")
-    values = [train.learning_rate(cosine, k) for k in range(111)]
+    values = [learning_rate(cosine, k) for k in range(111)]
     assert values[4] == 1.0
     assert values[10] == 2.0
     assert values[10 + 25] == pytest.approx(1 + math.cos(math.pi / 4))
@@ -396,13 +489,13 @@ def test_the_learning_rate_warms_up_and_stays_or_falls_by_a_cosine():
     assert values[110] == pytest.approx(0.0, abs=1e-12)
     assert all(a > b for a, b in itertools.pairwise(values[10:]))
     short = TrainConfig(num_steps=5, lr=2.0, warmup_steps=9, schedule="cosine")
-    assert [train.learning_rate(short, k) for k in range(5)] == pytest.approx([2 * k / 9 for k in range(1, 6)])
+    assert [learning_rate(short, k) for k in range(5)] == pytest.approx([2 * k / 9 for k in range(1, 6)])
 
 
 def test_the_learning_rate_is_the_one_that_is_logged(tmp_path):
     lines = metrics(run(tmp_path / "run", 4, "--train.schedule cosine --train.warmup_steps 2"))
     cfg = TrainConfig(num_steps=4, lr=1e-2, warmup_steps=2, schedule="cosine")
-    assert [line[2] for line in lines] == [train.learning_rate(cfg, k) for k in range(4)]
+    assert [line[2] for line in lines] == [learning_rate(cfg, k) for k in range(4)]
     assert lines[-1][2] > 0
 
 
@@ -430,3 +523,244 @@ def test_measuring_needs_a_reference(capsys, tmp_path):
     assert "no fid.reference; name the file" in sentence(capsys, settings(tmp_path, 2, "--fid.every 2"))
     missing = settings(tmp_path, 2, "--fid.every 2 --fid.reference nowhere.npz --fid.extractor classifier")
     assert "the reference 'nowhere.npz' does not exist" in sentence(capsys, missing)
+
+
+def test_a_distance_names_its_number_of_images_and_the_best_step_is_kept(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    fid.Classifier(10, 8).eval().save(tmp_path / "judge.safetensors")
+    np.savez(tmp_path / "real.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
+    options = f"--fid.reference {tmp_path / 'real.npz'} --fid.extractor classifier --fid.metrics [fd] --fid.every 1"
+    options += f" --fid.weights {tmp_path / 'judge.safetensors'} --fid.num 20 --train.checkpoint_every 1"
+    shown, plain = [], fid.Result.to_dict
+    values = iter([5.0, 3.0, 4.0, 6.0])
+    monkeypatch.setattr(fid.Result, "to_dict", lambda self: {**plain(self), "fd": next(values)})
+    monkeypatch.setattr(Log, "add_scalars", lambda self, step, numbers: shown.append((step, set(numbers))))
+    folder = run(tmp_path / "run", 4, f"{options} --train.keep_checkpoints 1")
+    assert json.loads((folder / "best.json").read_text()) == {"fd-20": {"value": 3.0, "step": 2}}
+    assert [f.name for f in checkpoint.steps(folder)] == ["step-00000002", "step-00000004"]  # the best, and the newest
+    assert [step for step, names in shown if "fd-20" in names] == [1, 2, 3, 4]
+
+
+def test_what_a_killed_run_owed_is_made_by_the_next(tmp_path, monkeypatch):
+    options = "--train.sample_every 2 --train.checkpoint_every 2"
+    whole = run(tmp_path / "whole", 4, options)
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "preview", killed)
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "run", 4, options)
+    assert stop.value.code == 130
+    assert checkpoint.steps(tmp_path / "run")[-1].name == "step-00000002"
+    assert pictures(run(tmp_path / "run", 4, options)) == pictures(whole)
+    (whole / "previews" / "step-00000004.png").unlink()  # of a run that is done
+    assert pictures(run(whole, 4, options)) == pictures(tmp_path / "run")
+
+
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
+    """Reading a number off a tensor is what makes the program wait for a GPU: none is read between two lines."""
+    reads, plain = [], train.Run.update
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+                reads.append(len(steps))
+            return func(*args, **(kwargs or {}))
+
+    steps = []
+    monkeypatch.setattr(train.Run, "update", lambda self: (plain(self), steps.append(self.step)))
+    options = "--train.max_grad_norm 0.5 --train.accumulate 2 --train.log_every 4 --model.class_dropout_prob 0.5"
+    with Watch():
+        run(tmp_path / "run", 6, options, DIFFUSION)
+        slow = set(reads)
+        reads.clear(), steps.clear()
+        run(tmp_path / "other", 6, f"{options} --train.fused false", DIFFUSION)
+    assert not slow & {1, 2, 3, 5}  # after 4 and 6 steps a line is printed
+    assert slow & {4, 6}
+    assert set(reads) >= {1, 2, 3, 5}  # what is not fused has to ask
+
+
+def test_the_losses_of_a_line_are_those_of_its_bins(tmp_path):
+    """Of uniform times each bin has about as many; the mean of all is the mean of the bins, weighted by their counts."""
+    folder = run(tmp_path / "run", 20, "--train.log_every 20 --train.batch_size 64")
+    (line,) = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(line["loss_by_t"]) == 10
+    assert np.mean(line["loss_by_t"]) == pytest.approx(line["loss"], rel=0.1)
+    meter = Meter(SimpleNamespace(device=torch.device("cpu"), reduce=lambda t, reduction: t))
+    meter.add(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.0, 0.05, 1.0]))
+    meter.add(torch.tensor([8.0]), torch.tensor([0.31]))
+    meter.end_step(torch.tensor(3.0), torch.tensor(False))
+    meter.add(torch.tensor([math.nan]), torch.tensor([0.5]))
+    meter.end_step(torch.tensor(math.nan), torch.tensor(True))
+    line = meter.line()
+    assert line["loss_by_t"] == [1.5, None, None, 8.0, *[None] * 5, 4.0]
+    assert (line["loss"], line["grad_norm"], line["skipped"], line["most_in_a_row"]) == (3.75, 3.0, 1, 1)
+    assert meter.rows().shape == (0, 22)
+
+
+# Where a run begins
+
+
+def test_resume_none_auto_and_a_path(tmp_path, capsys):
+    whole = run(tmp_path / "whole", 4, "--train.checkpoint_every 1")
+    second = whole / "checkpoints" / "step-00000002"
+    text = sentence(capsys, settings(whole, 6, "--resume none"))
+    assert "--resume is none, but run_dir" in text
+    assert "step-00000004; choose another --run_dir" in text
+    branch = run(tmp_path / "branch", 4, f"--resume {second} --train.checkpoint_every 1")
+    assert f"resumes {second}" in capsys.readouterr().out
+    assert_same(tensors(branch), tensors(whole))
+    assert [f.name for f in checkpoint.steps(branch)] == ["step-00000003", "step-00000004"]
+    assert [line[0] for line in metrics(branch)] == [3, 4]
+    shutil.rmtree(branch / "checkpoints" / "step-00000004")
+    run(branch, 4, f"--resume {second}")  # the same command again goes on with its own
+    assert_same(tensors(branch), tensors(whole))
+    assert [line[0] for line in metrics(branch)] == [3, 4]
+    assert "holds other checkpoints, up to step-00000004" in sentence(capsys, settings(whole, 6, f"--resume {second}"))
+    assert "no checkpoint at 'nowhere'" in sentence(capsys, settings(tmp_path / "x", 6, "--resume nowhere"))
+    text = sentence(capsys, settings(tmp_path / "x", 6, f"--resume {second} --train.lr 1"))
+    assert "train.lr 0.01 (you gave 1.0)" in text
+    assert f"or --init {second} and another --run_dir" in text
+    assert not (tmp_path / "x").exists()
+    run(tmp_path / "new", 1, "--resume none")
+
+
+def test_a_run_may_start_from_weights(tmp_path, finished, capsys):
+    options = "--model.attention.name mhsa --train.lr 1e-9"
+    folder = run(tmp_path / "run", 1, f"--init {finished} {options}")
+    out = capsys.readouterr().out
+    assert f"starts from {finished}: " in out
+    assert "blocks.*.attn.positive_embed" in out  # which mhsa has not
+    before, after = tensors(finished), tensors(folder)
+    for key in ("x_embedder.proj.weight", "blocks.0.attn.qkv.weight"):
+        torch.testing.assert_close(after[f"model {key}"], before[f"ema {key}"], rtol=0, atol=1e-6)
+    assert "init None" not in sentence(capsys, settings(tmp_path / "x", 1, "--init nowhere"))
+    text = sentence(capsys, settings(folder, 2, f"{options} --init {tmp_path}"))
+    assert f"init '{finished}' (you gave '{tmp_path}')" in text
+
+
+def test_two_programs_never_write_into_one_folder(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert "another train.py is at work in run_dir" in sentence(capsys, settings(tmp_path / "run", 2))
+    run(tmp_path / "run", 1)
+    run(tmp_path / "run", 2)
+
+
+def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing(tmp_path, capsys):
+    options = "--train.checkpoint_every 10 --train.snapshot_every 50 --train.keep_checkpoints 2 --train.keep_every 40"
+    train.main(settings(tmp_path / "run", 100, f"--dry-run {options} --train.accumulate 2"))
+    out = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    parameters = int(re.search(r"SiT, ([\d,]+) parameters", out)[1].replace(",", ""))
+    assert "100 steps of 8 images (1 processes x 2 x 4): 800 images, 0.6 epochs" in out
+    assert "1,297 images of 10 classes, 8x8" in out
+    folder = run(tmp_path / "run", 1)
+    assert parameters == sum(v.numel() for k, v in tensors(folder).items() if k[:6] == "model ") - 16 * 16  # pos_embed
+    mib = sum(f.stat().st_size for f in checkpoint.find(folder).iterdir()) / 2**20
+    count, size = re.search(r"disk +(\d+) checkpoints of ([\d.]+) MiB, 2 snapshots", out).groups()
+    assert int(count) == 4 + 1  # 40, 80, 90, 100, and the one that is written before another goes
+    assert float(size) == pytest.approx(mib, rel=0.1)
+
+
+def test_a_dry_run_finds_what_would_stop_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    text = sentence(capsys, settings(tmp_path / "run", 100, "--dry-run --train.checkpoint_every 1"))
+    assert "the checkpoints do not fit on the disk of" in text
+    assert "give train.keep_checkpoints" in text
+    assert "class 17 does not exist" in sentence(
+        capsys, settings(tmp_path / "run", 2, "--dry-run --sample.classes [17]")
+    )
+
+    def full(values, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert "No space left on device" in sentence(capsys, settings(tmp_path / "run", 2, "--dry-run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# Processes that load data
+
+
+class Troubled(torch.utils.data.Dataset):
+    """Its worker dies at image 5, or hangs there: a pipe that nobody writes to is a disk that does not answer."""
+
+    collate = None
+
+    def __init__(self, pipe=None):
+        self.pipe = pipe
+
+    def __getitem__(self, index):
+        if index == 5 and self.pipe:
+            self.pipe.read_bytes()
+        elif index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_sentence():
+    batches = load(Troubled(), [[k] for k in range(8)], num_workers=1, minutes=1, pin=False)
+    with pytest.raises(DeadWorkerError, match=r"a process that loads data died .*memory enough"):
+        list(batches)
+
+
+def test_a_worker_that_hangs_ends_the_run_with_a_sentence(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    batches = load(Troubled(tmp_path / "pipe"), [[k] for k in range(8)], num_workers=1, minutes=1 / 60, pin=False)
+    with pytest.raises(DeadWorkerError, match=r"has given nothing for .* minutes \(train\.timeout\)"):
+        list(batches)
+
+
+def test_a_signal_that_takes_the_worker_first_loses_no_step(tmp_path, monkeypatch, capsys):
+    """Some schedulers signal every process: the batch never comes, but the steps before it are whole."""
+    options = "--train.accumulate 2"
+    plain, calls = train.Run.backward, []
+
+    def interrupted(self, *batch):
+        calls.append(0)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise DeadWorkerError("a process that loads data died")
+        plain(self, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "backward", interrupted)
+        stopped(tmp_path / "run", 4, options)
+    assert "stopped at step 1, with a checkpoint" in capsys.readouterr().out
+    assert_same(tensors(run(tmp_path / "run", 4, options)), tensors(run(tmp_path / "whole", 4, options)))
+
+
+def test_latents_may_be_preloaded(tmp_path):
+    argv = f"--latents {tmp_path / 'latents'}"
+    cache_latents.main(
+        [*FLOW.split(), "--run_dir", "-", "--data.name", "digits", "--codec.name", "pixels", *argv.split()]
+    )
+    plain = run(tmp_path / "plain", 3, argv)
+    loaded = run(tmp_path / "loaded", 3, f"{argv} --train.preload")
+    assert_same(tensors(plain), tensors(loaded))
+
+
+def test_preloading_needs_latents_and_no_workers(tmp_path, capsys):
+    assert "train.preload is for cached latents" in sentence(capsys, settings(tmp_path, 2, "--train.preload"))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, capsys, name, monkeypatch):
+    monkeypatch.setattr(logs, "find_spec", lambda package: None)
+    text = sentence(capsys, settings(tmp_path, 2, f"--train.tracker {name}"))
+    assert f"train.tracker is '{name}', which is not installed; run: pip install {name}" in text
+
+
+def test_the_film_shows_the_previews_in_their_order(tmp_path):
+    folder = run(tmp_path / "run", 3, "--train.sample_every 1 --sample.classes [1,4]")
+    film = Image.open(folder / "previews" / "progress.gif")
+    frames = [np.asarray(f.convert("RGB")).astype(int) for f in ImageSequence.Iterator(film)]
+    files = sorted((folder / "previews").glob("*.png"))
+    assert len(frames) == len(files) == 3
+    for frame, file in zip(frames, files, strict=True):
+        apart = [np.abs(frame - np.asarray(Image.open(f)).astype(int)).mean() for f in files]
+        assert int(np.argmin(apart)) == files.index(file)
+        assert min(apart) < 4  # a palette of 256 colours

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_vca import DiT
+from runtime.estimate import count_saved, multiply_adds
 from sit_vca import SiT
 from vca import ATTENTIONS, SIZES, LabelEmbedding, TimestepEmbedding, Transformer, parse_size, sincos_2d
 
@@ -330,6 +331,56 @@ def test_labels_are_dropped_in_training_only_and_with_their_probability(probabil
     assert torch.equal(seen[~dropped], y[~dropped].float())
     deviation = math.sqrt(probability * (1 - probability) / len(y))
     assert abs(dropped.float().mean().item() - probability) < 4 * deviation
+
+
+def test_labels_are_dropped_by_given_numbers():
+    embedding = LabelEmbedding(10, 4, 0.25)
+    y = torch.tensor([3, 4, 5, 6])
+    assert embedding.drop(y, torch.tensor([0.0, 0.249, 0.25, 0.9])).tolist() == [10, 10, 5, 6]
+    assert LabelEmbedding(10, 4, 0.0).drop(y, torch.zeros(4)).tolist() == y.tolist()
+
+
+@pytest.mark.parametrize("attention", ["mhsa", "vca"])
+def test_gradient_checkpointing_changes_the_memory_and_nothing_else(attention):
+    model = randomise(SiT(**TINY, attention=attention)).eval()
+    x_t, t, y = torch.randn(2, 4, 4, 6, dtype=torch.float64), torch.rand(2), torch.tensor([0, 3])
+    kept, gradients = [], []
+    for enabled in (False, True):
+        model.grad_checkpointing = enabled
+        model.zero_grad()
+        with count_saved(model) as saved:
+            loss = model(x_t, t, y).square().sum()
+        kept.append(saved.num_bytes)
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert kept[1] < kept[0] / 3
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x_t, t, y).square().sum(), loss.detach())
+
+
+PUBLISHED_GFLOPS = {"S/2": 6.06, "B/2": 23.01, "L/2": 80.71, "XL/2": 118.64}
+
+
+@pytest.mark.parametrize("size", PUBLISHED_GFLOPS)
+def test_multiply_adds_are_the_gflops_of_the_paper(size):
+    """Table of arXiv:2212.09748, where a multiply-add counts as one."""
+    with torch.device("meta"):
+        model = DiT(input_size=32, attention="mhsa", **parse_size(size))
+    assert multiply_adds(model) / 1e9 == pytest.approx(PUBLISHED_GFLOPS[size], rel=1e-3)
+
+
+def test_bytes_kept_for_the_backward_pass_are_counted_once():
+    """Of x W + b: the input. Of exp: its output. A view of something counted costs nothing."""
+    linear, x = torch.nn.Linear(6, 5), torch.randn(7, 6)
+    with count_saved(linear) as saved:
+        linear(x).sum()
+    assert saved.num_bytes == x.nbytes
+    with count_saved(linear) as saved:
+        y = linear(x).exp()
+        (y[:3] * y[3:6]).sum()
+    assert saved.num_bytes == x.nbytes + y.nbytes
 
 
 @torch.no_grad()

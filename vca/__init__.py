@@ -3,6 +3,7 @@
 Imports torch only and is usable alone: `from vca import VisualContrastAttention`.
 """
 
+from vca.adapt import Adapted, adapt
 from vca.attention import Differential, VisualContrastAttention, lambda_init
 from vca.baseline import DifferentialAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
@@ -12,6 +13,7 @@ from vca.transformer import ATTENTIONS, SIZES, Transformer, parse_size
 __all__ = [
     "ATTENTIONS",
     "SIZES",
+    "Adapted",
     "Differential",
     "DifferentialAttention",
     "LabelEmbedding",
@@ -19,6 +21,7 @@ __all__ = [
     "TimestepEmbedding",
     "Transformer",
     "VisualContrastAttention",
+    "adapt",
     "build",
     "defaults_of",
     "lambda_init",

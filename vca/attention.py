@@ -35,6 +35,29 @@ def check_heads(dim: int, num_heads: int) -> int:
     return dim // num_heads
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of the queries or keys of each head over its d channels (eps 1e-6), so that no logit outgrows bf16.
+
+    Computed in float32 at least, whatever autocast does, and returned in the dtype it was given.
+
+    Source: Dehghani et al. 2023, arXiv:2302.05442, section 3.2, there with LayerNorm; with RMSNorm as in Esser et al.
+    2024, arXiv:2403.03206, section 5.3.2.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+def head_norms(dim: int, qk_norm: bool) -> tuple[nn.Module, nn.Module]:
+    """The norms of the queries and of the keys of a head of width `dim`, or two that do nothing."""
+    return (HeadNorm(dim), HeadNorm(dim)) if qk_norm else (nn.Identity(), nn.Identity())
+
+
 def to_map(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
     """(B, h, H*W, d) tokens, row by row, as a (B, h*d, H, W) feature map."""
     return tokens.transpose(2, 3).flatten(1, 2).unflatten(2, grid_size)
@@ -110,6 +133,7 @@ class VisualContrastAttention(nn.Module):
         num_prefix_tokens: P tokens in front of the patches (a class token). They are keys and queries like the others,
             but are not pooled and have no convolution.
         qkv_bias: Whether `qkv` has a bias.
+        qk_norm: Whether queries (before they are pooled) and keys are normalised, by `HeadNorm`.
         dwc: Whether to add the depth-wise convolution of the values.
         stages: For Stage I and Stage II, `differential`, or `plain`: the positive stream only, no difference, no norm.
         positive: What t+ is: `pool` (t), `embed` (e+) or `pool+embed` (t + e+).
@@ -131,6 +155,7 @@ class VisualContrastAttention(nn.Module):
         contrast_grid: tuple[int, int] | None = None,
         num_prefix_tokens: int = 0,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
         dwc: bool = True,
         stages: tuple[Stage, Stage] = ("differential", "differential"),
         positive: Stream = "pool+embed",
@@ -150,6 +175,7 @@ class VisualContrastAttention(nn.Module):
         self.positive, self.negative = positive, negative
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm, self.k_norm = head_norms(head_dim, qk_norm)
         self.positive_embed = self._embedding(dim) if "embed" in positive else None
         self.negative_embed = self._embedding(dim) if "embed" in negative and "differential" in stages else None
         self.stage1 = Differential(head_dim, layer_index) if stages[0] == "differential" else None
@@ -161,6 +187,7 @@ class VisualContrastAttention(nn.Module):
         """(B, P+N, C) -> (B, P+N, C)."""
         self._check_tokens(x)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, h, P+N, d)
+        q, k = self.q_norm(q), self.k_norm(k)
         pooled = self.pool(q)  # (B, h, n, d)
         positive = self.stream(pooled, self.positive, self.positive_embed)  # (B, h, n, d)
         if self.stage1 or self.stage2:

@@ -6,7 +6,7 @@ Letters as in `vca/attention.py`: B batch, P prefix tokens, N patch tokens, C ch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention import DepthwiseConv, Differential, check_heads
+from vca.attention import DepthwiseConv, Differential, check_heads, head_norms
 
 
 class SelfAttention(nn.Module):
@@ -18,6 +18,7 @@ class SelfAttention(nn.Module):
         grid_size: (H, W) of the patch tokens; used by the convolution only.
         layer_index: Not used: this layer is the same in every block.
         qkv_bias: Whether `qkv` has a bias.
+        qk_norm: Whether queries and keys are normalised, by `HeadNorm`.
         dwc: Whether to add a depth-wise 3x3 convolution of the values, the control that separates VCA from its own.
 
     Raises:
@@ -32,19 +33,21 @@ class SelfAttention(nn.Module):
         *,
         layer_index: int = 0,
         qkv_bias: bool = True,
+        qk_norm: bool = False,
         dwc: bool = False,
     ) -> None:
         super().__init__()
-        check_heads(dim, num_heads)
+        head_dim = check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm, self.k_norm = head_norms(head_dim, qk_norm)
         self.dwc = DepthwiseConv(dim, tuple(grid_size)) if dwc else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, P+N, C) -> (B, P+N, C)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, h, P+N, d)
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, h, P+N, d)
+        out = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)  # (B, h, P+N, d)
         out = out.transpose(1, 2).flatten(2)  # (B, P+N, C)
         if self.dwc:
             out = out + self.dwc(v)

@@ -57,7 +57,9 @@ class LabelEmbedding(nn.Module):
     """A table of `num_classes` rows and, if labels are ever dropped, one more for the null class: (B,) -> (B, D).
 
     In training mode each label becomes the null class `num_classes` with probability `class_dropout_prob`; in
-    evaluation never. Source: Ho & Salimans 2022, arXiv:2207.12598.
+    evaluation never: then who trains may `drop` labels by random numbers of their own.
+
+    Source: Ho & Salimans 2022, arXiv:2207.12598.
     """
 
     def __init__(self, num_classes: int, dim: int, class_dropout_prob: float) -> None:
@@ -69,6 +71,9 @@ class LabelEmbedding(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """(B,) integers -> (B, D)."""
         if self.training and self.class_dropout_prob > 0:
-            dropped = torch.rand(y.shape, device=y.device) < self.class_dropout_prob
-            y = torch.where(dropped, self.num_classes, y)
+            y = self.drop(y, torch.rand(y.shape, device=y.device))
         return self.embedding_table(y)
+
+    def drop(self, y: Tensor, u: Tensor) -> Tensor:
+        """The labels y (B,), those with u < class_dropout_prob replaced by the null class; u (B,) uniform in [0, 1)."""
+        return torch.where(u < self.class_dropout_prob, self.num_classes, y)

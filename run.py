@@ -1,0 +1,433 @@
+"""A training run: what it consists of, a step of it, and what it writes. `train.py` is the loop around it."""
+
+import contextlib
+import copy
+import json
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import build
+import fid
+from runtime import checkpoint
+from runtime.checkpoint import CHECKPOINTS, SNAPSHOTS, folder_of
+from runtime.config import Config, TrainConfig, differences, save_yaml, to_dict
+from runtime.data import EndlessBatches, load
+from runtime.ema import Ema, constant, name_of, power
+from runtime.files import write_text
+from runtime.generation import check_guidance, check_labels, generate, random_label, spread
+from runtime.images import save_grid
+from runtime.latents import LatentDataset
+from runtime.log import Log, read_metrics, start_tracker
+from runtime.meter import Meter
+from runtime.optimise import clip, learning_rate, poison, set_tf32, step_unless
+from runtime.resume import CONFIG_FILE
+from runtime.seeds import mix, normal, uniform
+from runtime.shards import gather, whole
+from runtime.stop import StopSignal
+
+BEST_FILE = "best.json"
+
+
+class Run:
+    """What a run consists of, built and checked before the first step, at the step of the checkpoint it goes on from.
+
+    Args:
+        config: Its settings.
+        start: The checkpoint to go on from; None begins.
+    """
+
+    def __init__(self, config: Config, start: Path | None = None) -> None:
+        self.config, self.cfg, self.folder = config, config.train, Path(config.run_dir)
+        self.log: Log | None = None  # of the main process, once the run has its folder
+        self.lock: FileLock | None = None
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # else several processes on a CPU would not find each other
+            mixed_precision=precision(self.cfg),
+            gradient_accumulation_steps=self.cfg.accumulate,
+            log_with=None if self.cfg.tracker == "none" else self.cfg.tracker,
+            project_dir=config.run_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=self.cfg.timeout))],
+        )
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        set_tf32(self.cfg.tf32)
+
+        self.data = LatentDataset(config.latents) if config.latents else build.build_images(config)
+        self.shape = build.shape_of(self.data)
+        self.codec = build.build_codec(config, self.shape.channels).to(self.device)
+        if self.cfg.channels_last and self.device.type == "cuda":
+            self.codec.to(memory_format=torch.channels_last)
+        if config.latents:
+            self.data.check(build.needed_latents(config, self.codec))
+        self.to_latents = build.to_latents(config, self.codec)
+        self.process = build.build_process(config)
+        self.sampler = build.build_sampler(config, self.process)
+
+        torch.manual_seed(config.seed)
+        network = build.build_model(config, self.shape, self.codec)
+        self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
+        self.classes = config.sample.classes or spread(range(self.num_classes))  # columns of the previews
+        check_labels(self.classes, self.num_classes)
+        check_guidance(network, config.sample.cfg_scale, config.sample.guided_channels)
+        self.evaluator = build.build_evaluator(config, self.device) if config.fid.every else None
+        if self.evaluator:
+            self.evaluator.prepare()  # a broken reference is found before the first step
+
+        self.step, self.resumed_from, self.notes = 0, None, []
+        if start:
+            record = checkpoint.read_record(start)
+            self._check_shape(record["shape"])
+            checkpoint.load_weights(start, "model", network)
+            self.step, self.resumed_from = record["step"], record["resumed_from"]
+            if start.resolve().parent != (self.folder / CHECKPOINTS).resolve():
+                self.resumed_from = record["id"]
+                self.notes.append(f"resumes {start}")
+        elif config.init:
+            self.notes.append(
+                f"starts from {config.init}: {build.initialise(network, config.init, self.shape.class_names)}"
+            )
+        self._prepare(network)
+        self.meter = Meter(self.accelerator)
+        if start:
+            for name, ema in self.averages.items():
+                ema.load(checkpoint.read(start, name))
+            checkpoint.load_optimizer(start, self.network, self.optimizer)
+            self.meter.load(checkpoint.read(start, "meter")["rows"], record["skipped"])
+        self.order = self._order()
+        if self.cfg.preload:
+            self._preload()
+
+    def _prepare(self, network: nn.Module) -> None:
+        """The network on its device, wrapped or sharded, its optimizer and averages, and a copy to draw with."""
+        cfg = self.cfg
+        self.drawer = copy.deepcopy(network).eval().requires_grad_(False).to(self.device)
+        self._return_weights()
+        network.grad_checkpointing = cfg.grad_checkpointing
+        if cfg.compile:
+            for block in network.blocks:
+                block.compile()  # in place, so the keys stay
+        network = network.to(self.device)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=cfg.fused
+        )
+        self.model, optimizer = self.accelerator.prepare(network, optimizer)
+        self.network, self.optimizer = self.accelerator.unwrap_model(self.model), optimizer.optimizer
+        self.model.train()
+        self.network.y_embedder.eval()  # `draws` drops the labels
+        self.ema = Ema(self.network, constant(cfg.ema_decay, cfg.ema_warmup))
+        self.averages = {"ema": self.ema} | {name_of(std): Ema(self.network, power(std)) for std in cfg.ema_stds}
+
+    def __enter__(self) -> Self:
+        """Take the run's folder, and say what begins. All processes call this."""
+        if self.main:
+            self._lock()
+            save_yaml(self.config, self.folder / CONFIG_FILE)
+            checkpoint.recover(self.folder)
+        if self.cfg.tracker != "none":
+            start_tracker(self.accelerator, self.cfg.tracker, self.folder, self.step, to_dict(self.config))
+        if self.main:
+            self.log = Log(self.folder, self.step, self.accelerator.trackers)
+            print("\n".join([str(self), *self.notes]), flush=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the log, and leave the folder to others."""
+        self.accelerator.end_training()
+        if self.lock:
+            self.lock.release()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: {type(self.drawer).__name__}, {self.num_parameters:,} parameters; {len(self.data):,} images, "
+            f"{self.num_classes:,} classes; {self.cfg.num_steps:,} steps of {self.cfg.batch_size} images, "
+            f"{self.step:,} done; {self.accelerator.num_processes} x {self.device.type}, precision "
+            f"{self.accelerator.mixed_precision}"
+        )
+
+    # A step
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of this process on its device: images or moments, labels, and positions in the run, (B,) each.
+
+        The next batch is on its way while a step runs.
+        """
+        workers = self.cfg.workers(cached=self.config.latents is not None)
+        pin = self.device.type == "cuda" and not self.cfg.preload
+        loader = load(self.data, self.order, num_workers=workers, minutes=self.cfg.timeout, pin=pin)
+        ahead = None
+        for number, batch in enumerate(loader, self.order.start):
+            x, y = (z.to(self.device, non_blocking=True) for z in batch)
+            where = self.order.positions(number)
+            if ahead:
+                yield ahead
+            ahead = x, y, torch.arange(where.start, where.stop, device=self.device)
+
+    def backward(self, x: Tensor, y: Tensor, positions: Tensor) -> None:
+        """Add the gradients of a batch; all that is random is a function of (seed, position)."""
+        seed = self.config.seed
+        x = self.to_latents(x, positions)  # (B, C, h, w)
+        noise = normal(mix(seed, 1), positions, x.shape[1:])
+        u = uniform(mix(seed, 2), positions, 2)
+        t, y = self.process.times(u[:, 0]), self.network.y_embedder.drop(y, u[:, 1])
+        with self.accelerator.accumulate(self.model):
+            losses = self.process.loss(self.model, x, y, t=t, noise=noise)  # (B,)
+            self.accelerator.backward(poison(losses.mean()))
+        self.meter.add(losses.detach(), t / self.process.end_time)
+
+    def update(self) -> None:
+        """Take an optimizer step with the gradients, unless they are not finite, and let the averages follow."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, self.step)
+        norm = clip(self.network.parameters(), self.cfg.max_grad_norm)
+        skipped = ~norm.isfinite()
+        step_unless(self.optimizer, skipped)
+        self.optimizer.zero_grad()
+        self.step += 1
+        for ema in self.averages.values():
+            ema.update(self.network, self.step)
+        self.meter.end_step(norm, skipped)
+
+    # What is written
+
+    def report(self, seconds: float, steps: int) -> dict[str, Any]:
+        """Write the line of this step, with the speed of so many steps in so many seconds, and return it.
+
+        Raises:
+            ValueError: Too many steps in a row had to be skipped; names the last checkpoint.
+        """
+        values = self.meter.line()
+        before, most = values.pop("skipped_before"), values.pop("most_in_a_row")
+        rate = round(steps * self.cfg.batch_size / seconds, 2)
+        values |= {"lr": self.optimizer.param_groups[0]["lr"], "images": self.step * self.cfg.batch_size}
+        values |= {"images_per_second": rate, "memory_gib": round(peak_memory(self.device) / 2**30, 3)}
+        if self.log:
+            self.log.add(self.step, values)
+            if values["skipped"] > before:
+                tqdm.write(
+                    f"warning: {values['skipped'] - before} of the steps up to {self.step} skipped, since the loss or its "
+                    "gradient was not finite"
+                )
+        if most >= self.cfg.max_skipped:
+            kept = checkpoint.steps(self.folder)
+            where = f"the last checkpoint, {kept[-1]}, is good" if kept else "there is no checkpoint yet"
+            raise ValueError(
+                f"the loss or its gradient was not finite in {most} steps in a row, up to step {self.step} "
+                f"(train.max_skipped {self.cfg.max_skipped}); {where}. A new run with a lower train.lr, train.max_grad_norm "
+                f"1.0 or train.precision no may help{f'; it can start from --init {kept[-1]}' if kept else ''}."
+            )
+        return values
+
+    def save(self, last: bool = False) -> None:
+        """Write the checkpoint of this step, and draw the loss. All processes call this.
+
+        Raises:
+            OSError: It is the last one, and cannot be written; another one may fail.
+        """
+        record = self._record() | {"skipped": [self.meter.skipped, self.meter.in_a_row]}
+        parts = {"model": self.network.state_dict(), "meter": {"rows": self.meter.rows()}}
+        parts["optimizer"] = checkpoint.optimizer_tensors(self.network, self.optimizer)
+        parts = {name: gather(tensors, self.main) for name, tensors in {**parts, **self._averaged()}.items()}
+        if self.log:
+            final = folder_of(self.folder, self.step)
+            try:
+                checkpoint.save(final, self.step, parts, record)
+                self._prune()
+            except OSError as error:
+                if last:
+                    raise
+                self.log.warn("the checkpoint", error)
+            self.log.plot()
+        self.accelerator.wait_for_everyone()
+
+    def snapshot(self) -> None:
+        """Write the power-function averages of this step. All processes call this."""
+        averages = {name: gather(t, self.main) for name, t in self._averaged().items() if name != "ema"}
+        if self.log and averages:
+            record = self._record() | {"ema_stds": self.cfg.ema_stds}
+            final = folder_of(self.folder, self.step, SNAPSHOTS)
+            self.log.attempt("the snapshot", lambda: checkpoint.save(final, self.step, averages, record))
+
+    def preview(self) -> None:
+        """Draw a grid with the averaged weights, a column a class. All processes call this."""
+        with self.averaged() as network:
+            if self.log:
+                s = self.config.sample
+                labels = self.classes * s.rows
+                images = self._draw(network, labels, range(len(labels)))
+                images = images.reshape(s.rows, len(self.classes), *images.shape[1:])
+                file = preview_file(self.folder, self.step)
+                names = [self.shape.class_names[k] for k in self.classes]
+                title = f"step {self.step}, cfg {s.cfg_scale:g}"
+
+                def write() -> None:
+                    self.log.add_preview(self.step, save_grid(images, names, file, title))
+
+                self.log.attempt(file.name, write)
+        self.accelerator.wait_for_everyone()
+
+    def measure(self, stop: StopSignal) -> bool:
+        """Draw `fid.num` images with the averaged weights, as sample.py would, and measure them; no image is kept.
+
+        Returns:
+            Whether it came to its end, before a stop signal. All processes call this.
+        """
+        num, rank, world = self.config.fid.num, self.accelerator.process_index, self.accelerator.num_processes
+        size = self.evaluator.batch_size
+        self.evaluator.reset()
+        with self.averaged() as network:
+            for first in range(0, num, world * size):
+                if stop.requested():
+                    return False
+                index = range(min(first + rank * size, num), min(first + (rank + 1) * size, num))
+                labels = [random_label(self.config.sample.seed, i, self.num_classes) for i in index]
+                if labels:
+                    images = self._draw(network, labels, index)
+                    self.evaluator.update(torch.from_numpy(images), index, labels)
+        sample = {**self._drawing, "sampler": self.config.sample.sampler, "weights": "ema", "num": num}
+        result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=self.step, sample=sample)
+        if self.log:
+            self.log.attempt("fid.jsonl", lambda: self._write_result(result))
+            tqdm.write(f"step {self.step}, {num} images: {result}")
+        self.accelerator.wait_for_everyone()
+        return True
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """A whole network with the averaged weights, on every process, in the block. All processes call this."""
+        for name, p in self.drawer.named_parameters():
+            p.data = whole(self.ema.weights[name])
+        try:
+            yield self.drawer
+        finally:
+            self._return_weights()
+
+    # Parts of the above
+
+    @property
+    def _drawing(self) -> dict[str, Any]:
+        """How images are drawn."""
+        s = self.config.sample
+        return {"seed": s.seed, "cfg_scale": s.cfg_scale, "guided_channels": s.guided_channels}
+
+    def _draw(self, network: nn.Module, labels: Sequence[int], index: Sequence[int]) -> Any:
+        return generate(network, self.sampler, self.codec.decode, labels, index, **self._drawing)
+
+    def _return_weights(self) -> None:
+        for p in self.drawer.parameters():
+            p.data = torch.empty(0, device=self.device)
+
+    def _averaged(self) -> dict[str, dict[str, Tensor]]:
+        """The averages as state dicts, with the network's buffers."""
+        keys = self.network.state_dict().keys()
+        buffers = {name: b for name, b in self.network.named_buffers() if name in keys}
+        return {name: {**buffers, **ema.weights} for name, ema in self.averages.items()}
+
+    def _record(self) -> dict[str, Any]:
+        """What checkpoints and snapshots say of themselves."""
+        return {
+            "config": to_dict(self.config),
+            "shape": to_dict(self.shape),
+            "codec": self.codec.identity,
+            "resumed_from": self.resumed_from,
+            **checkpoint.origin(),
+        }
+
+    def _prune(self) -> None:
+        if self.cfg.keep_checkpoints:
+            best = read_best(self.folder)
+            spare = {entry["step"] for entry in best.values()}
+            checkpoint.prune(self.folder, self.cfg.keep_checkpoints, self.cfg.keep_every, spare)
+
+    def _write_result(self, result: fid.Result) -> None:
+        """Add a measurement to fid.jsonl, fid.png, the tracker and best.json."""
+        file = self.folder / "fid.jsonl"
+        records = [r for r in read_metrics(file) if r["step"] < self.step] + [result.to_dict()]
+        write_text(file, "".join(json.dumps(record) + "\n" for record in records))
+        same = ("extractor", "protocol", "num_samples", "reference")
+        shown = [r for r in records if all(r[k] == records[-1][k] for k in same)]
+        fid.curve(shown, self.folder / "fid.png", f"{self.folder.name}, {result.record['protocol']}")
+        num = self.config.fid.num
+        self.log.add_scalars(self.step, {f"{name}-{num}": value for name, value in result.values.items()})
+        name = next((n for n in ("fid", "fd") if n in result.values), None)
+        if name:
+            least = min(shown, key=lambda r: r[name])
+            best = {**read_best(self.folder), f"{name}-{num}": {"value": least[name], "step": least["step"]}}
+            write_text(self.folder / BEST_FILE, json.dumps(best, indent=2) + "\n")
+
+    def _order(self) -> EndlessBatches:
+        """What each batch of this process holds, from this step on."""
+        if self.cfg.batch_size % self.cfg.accumulate:
+            raise ValueError(
+                f"train.batch_size {self.cfg.batch_size} is not a multiple of train.accumulate {self.cfg.accumulate}."
+            )
+        return EndlessBatches(
+            len(self.data),
+            self.cfg.batch_size // self.cfg.accumulate,
+            seed=self.config.seed,
+            flip=self.data.flip,
+            start=self.step * self.cfg.accumulate,
+            rank=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+
+    def _preload(self) -> None:
+        if not self.config.latents:
+            raise ValueError("train.preload is for cached latents; name their folder with --latents.")
+        if self.cfg.workers(cached=True):
+            raise ValueError(f"train.preload needs no train.num_workers, but you gave {self.cfg.num_workers}.")
+        self.data.preload(self.device)
+
+    def _check_shape(self, before: dict[str, Any]) -> None:
+        if different := differences(before, to_dict(self.shape)):
+            text = ", ".join(f"{k} {a!r} (now {b!r})" for k, (a, b) in different.items())
+            raise ValueError(f"run_dir {self.config.run_dir!r} was trained on other data: {text}.")
+
+    def _lock(self) -> None:
+        """Two programs in one folder would take turns to ruin it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot make the folder run_dir {str(self.folder)!r}: {error}") from error
+        self.lock = FileLock(self.folder / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another train.py is at work in run_dir {str(self.folder)!r}; wait for it, or stop it."
+            ) from None
+        except (OSError, NotImplementedError):  # a file system without locks
+            self.lock = None
+
+
+def preview_file(folder: Path, step: int) -> Path:
+    """The preview of a step."""
+    return folder / "previews" / f"step-{step:08d}.png"
+
+
+def read_best(folder: Path) -> dict[str, dict[str, Any]]:
+    """best.json of a run: name of a distance -> its best value and the step of that."""
+    file = folder / BEST_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has had on the GPU, or in the computer's memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def precision(cfg: TrainConfig) -> str:
+    """What accelerate calls it: `auto` is bf16 on a GPU that has it; a CPU emulates bf16, many times slower."""
+    if cfg.precision != "auto":
+        return cfg.precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

@@ -1,0 +1,139 @@
+"""Weights to start from: out of a run of ours, a torch file, a safetensors file, or a folder of diffusers.
+
+What a path holds is told by its content, not its name, and reading it never runs code.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from runtime import checkpoint
+
+DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older versions of diffusers
+DIFFUSERS_FILE = "diffusion_pytorch_model"
+WRAPPERS = ("ema", "model", "state_dict")  # the averaged weights first: published results are theirs
+
+
+class Weights(NamedTuple):
+    """What `read_weights` found.
+
+    Attributes:
+        tensors: Key -> tensor on the CPU, of the file's own shapes and dtypes.
+        kind: `ours`, `torch`, `safetensors` or `diffusers`; the keys of the last are those of diffusers.
+        class_names: Of the labels; known for `ours` only.
+    """
+
+    tensors: dict[str, Tensor]
+    kind: str
+    class_names: list[str] | None = None
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The tensors that a path holds; of several sets, the averaged ones.
+
+    Args:
+        path: A run's folder or one of its checkpoints; a safetensors file; a file of `torch.save` that holds a state
+            dict, or one under `ema`, `model` or `state_dict`; or a folder saved by a diffusers DiT or its pipeline.
+
+    Raises:
+        FileNotFoundError: There is no such path, or a folder lacks one of its files.
+        ValueError: A damaged file, one that needs code to be loaded, or something else than weights.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder.")
+    tensors, kind, class_names = _read_folder(path) if path.is_dir() else _read_file(path)
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", key): tensor for key, tensor in tensors.items()}
+    if any(key.startswith("transformer_blocks.") for key in tensors):
+        kind = "diffusers"
+    return Weights(tensors, kind, class_names)
+
+
+def _read_folder(path: Path) -> Weights:
+    if (path / checkpoint.RECORD).is_file() or checkpoint.steps(path):
+        folder = checkpoint.find(path)
+        class_names = checkpoint.read_record(folder)["shape"].get("class_names")
+        return Weights(checkpoint.read(folder, "ema"), "ours", class_names)
+    folder = path / "transformer" if (path / "model_index.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{str(path)!r} holds no weights; give a run's folder, one of its checkpoints/step-* folders, a folder of "
+            f"diffusers' DiT, or a file."
+        )
+    name = _read_json(folder / "config.json").get("_class_name")
+    if name not in DIFFUSERS_CLASSES:
+        raise ValueError(f"{str(folder)!r} holds a {name}; of diffusers, only a {DIFFUSERS_CLASSES[0]} can be read.")
+    return Weights(_read_shards(folder), "diffusers")
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    for file in (folder / f"{DIFFUSERS_FILE}{ending}" for ending in (".safetensors", ".bin")):
+        index = file.with_name(f"{file.name}.index.json")
+        if index.is_file():
+            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            return {key: tensor for shard in shards for key, tensor in _read_file(folder / shard).tensors.items()}
+        if file.is_file():
+            return _read_file(file).tensors
+    raise FileNotFoundError(f"{str(folder)!r} lacks its weights, {DIFFUSERS_FILE}.safetensors or .bin.")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}.") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _read_file(file: Path) -> Weights:
+    """The tensors of one file: safetensors start with a length and a brace, torch files as a zip or a pickle."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(file)!r} is missing.")
+    with open(file, "rb") as f:
+        head = f.read(9)
+    if head[8:] == b"{":
+        try:
+            return Weights(load_file(file), "safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}.") from None
+    zipped = head.startswith(b"PK\x03\x04")
+    if not zipped and not head.startswith(b"\x80"):
+        raise ValueError(f"{str(file)!r} is empty, or neither a safetensors nor a torch file.")
+    return Weights(_state_dict(_load_torch(file, memory_mapped=zipped), file), "torch")
+
+
+def _load_torch(file: Path, memory_mapped: bool) -> Any:
+    """What `torch.save` wrote, tensors and plain values only; the published files also hold a Namespace of options."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=memory_mapped)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise ValueError(f"{str(file)!r} is damaged, or would need code to be loaded.") from None
+        raise ValueError(
+            f"{str(file)!r} holds a {code[1]}, and loading that would run its code, which this program never does; if "
+            f"the file is whole and you trust it, load it yourself and save its state dict alone."
+        ) from None
+    except Exception as error:  # a damaged pickle raises almost anything
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{str(file)!r} is truncated or not a file of weights: {reason}") from None
+
+
+def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
+    wrapped = [content.get(name) for name in WRAPPERS] if isinstance(content, Mapping) else []
+    for candidate in (*wrapped, content):
+        if isinstance(candidate, Mapping):
+            tensors = {k: v for k, v in candidate.items() if isinstance(k, str) and isinstance(v, Tensor)}
+            if tensors:
+                return tensors
+    raise ValueError(f"{str(file)!r} holds no state dict, neither itself nor under one of {', '.join(WRAPPERS)}.")

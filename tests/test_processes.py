@@ -1,0 +1,196 @@
+"""Two processes train as one does, stopped or not, whole or sharded. One torchrun does all of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+import cache_latents
+import fid
+import sample
+import train
+from runtime import checkpoint
+from runtime.stop import SIGNALS
+
+ROOT = Path(train.__file__).parent
+SETTINGS = (
+    "--process.name flow --sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3 "
+    "--data.name folder --data.image_size 16 --data.images {root}/images --model.hidden_size 16 --model.depth 2 "
+    "--model.num_heads 2 --sample.rows 1 --train.batch_size 8 --train.lr 1e-2 --train.num_workers 0 "
+    "--train.max_grad_norm 0.5 --train.accumulate 2 --train.log_every 2 --train.checkpoint_every 3 --train.tracker none "
+    "--model.class_dropout_prob 0.3"
+)
+DATA = {
+    "images": "--codec.name pixels",
+    "latents": "--codec.name vae --codec.path {root}/vae --latents {root}/latents",
+}
+STEPS = 6  # of 8 of 11 images: the third step is in the middle of an epoch
+
+
+def argv(root, run, data, num_steps, extra=""):
+    text = f"{SETTINGS} {DATA[data]} --run_dir {root}/{run} --train.num_steps {num_steps} {extra}"
+    return text.format(root=root).split()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Runs with one process, with two, and with two that share the weights; each whole, and of two parts."""
+    root = tmp_path_factory.mktemp("processes")
+    rng, state = np.random.default_rng(0), torch.get_rng_state()
+    for i in range(11):
+        folder = root / "images" / "abc"[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        latent_channels=4,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    ).save_pretrained(root / "vae")
+    torch.set_rng_state(state)
+    fid.Classifier(3, 16).eval().save(root / "judge.safetensors")
+
+    todo = {kind: [] for kind in ("one", "two", "sharded")}
+    for kind, jobs in todo.items():
+        for data in DATA if kind != "sharded" else ["images"]:
+            for name, steps in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
+                jobs.append(argv(root, f"{kind}-{data}-{name}", data, steps))
+    measured = f"--fid.every 3 --fid.num 23 --fid.reference {root}/images --fid.extractor classifier "
+    measured += f"--fid.weights {root}/judge.safetensors --fid.metrics [fd]"
+    for kind, jobs in todo.items():
+        jobs.append(argv(root, f"{kind}-measured", "images", 4, measured))
+    # A run of one process that two go on with, and one of two that one does, both without accumulation from there.
+    todo["one"].append(argv(root, "moved-up", "images", 3))
+    todo["two"].append(argv(root, "moved-down", "images", 3))
+    todo["two"].append(argv(root, "moved-up", "images", STEPS, "--train.accumulate 1"))
+    moved_down = argv(root, "moved-down", "images", STEPS, "--train.accumulate 1")
+    drawn = f"--checkpoint {root}/one-images-whole --num 10 --batch_size 3 --out {root}".split()
+
+    cache_latents.main(argv(root, "-", "latents", 1))
+    in_one_process(train.main, todo["one"])
+    jobs = [["train", a] for a in todo["two"]] + [["sharded", a] for a in todo["sharded"]]
+    jobs += [["sample", [*drawn[:-1], f"{root}/two.npz"]]]
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += ["tests/processes.py", str(root / "jobs.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count("done: 6 steps") == 7  # said once, not by each process
+    in_one_process(train.main, [moved_down])
+    in_one_process(sample.main, [[*drawn[:-1], f"{root}/one.npz"]])
+    return root
+
+
+def in_one_process(main, commands):
+    """Without what accelerate keeps, and with the handlers of signals as they were."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for command in commands:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        main(command)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def tensors(root, run):
+    newest = checkpoint.find(root / run)
+    return {f"{f.stem} {k}": v for f in newest.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
+def lines(root, run):
+    found = [json.loads(text) for text in (root / run / "metrics.jsonl").read_text().splitlines()]
+    for line in found:
+        del line["images_per_second"], line["memory_gib"]
+    return {line.pop("step"): line for line in found}
+
+
+CASES = [("one", "images"), ("one", "latents"), ("two", "images"), ("two", "latents"), ("sharded", "images")]
+
+
+@pytest.mark.parametrize("kind, data", CASES)
+def test_n_and_n_steps_are_2n_steps_bit_for_bit(root, kind, data):
+    """Mid-epoch, with accumulation: weights, averages, optimizer, losses, gradients' norms, previews."""
+    whole, parts = (f"{kind}-{data}-{name}" for name in ("whole", "parts"))
+    a, b = tensors(root, whole), tensors(root, parts)
+    assert a.keys() == b.keys()
+    assert {k.split()[0] for k in a} == {"model", "ema", "ema-0.05", "ema-0.1", "optimizer", "meter"}
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+    expected, found = lines(root, whole), lines(root, parts)
+    assert found.pop(3)["loss"] > 0  # the last line of the first part, which has to end with one
+    assert list(expected) == list(found) == [2, 4, 6]
+    assert (expected[2], expected[6]) == (found[2], found[6])
+    preview = f"previews/step-{STEPS:08d}.png"
+    assert (root / whole / preview).read_bytes() == (root / parts / preview).read_bytes()
+
+
+@pytest.mark.parametrize("data", DATA)
+def test_two_processes_make_the_run_of_one(root, data):
+    """The same data order, times, noise, dropped labels: the same losses, to rounding, and the same files."""
+    check_close(root, f"one-{data}-whole", f"two-{data}-whole")
+    files = [
+        sorted(str(f.relative_to(root / r)) for f in (root / r).rglob("*"))
+        for r in (f"one-{data}-whole", f"two-{data}-whole")
+    ]
+    assert files[0] == files[1]
+
+
+def test_sharded_weights_make_the_run_of_whole_ones(root):
+    check_close(root, "one-images-whole", "sharded-images-whole")
+    assert checkpoint.read_record(checkpoint.find(root / "sharded-images-whole"))["step"] == STEPS
+
+
+@pytest.mark.parametrize("run", ["moved-up", "moved-down"])
+def test_a_run_moves_to_another_number_of_processes(root, run):
+    check_close(root, "one-images-whole", run, steps=[2, 6])
+
+
+def test_the_distance_is_the_same_from_any_number_of_processes(root):
+    """Of 23 images, so that the shares of two are not equal."""
+    found = {}
+    for kind in ("one", "two", "sharded"):
+        records = [json.loads(text) for text in (root / f"{kind}-measured" / "fid.jsonl").read_text().splitlines()]
+        assert [(r["step"], r["num_samples"]) for r in records] == [(3, 23), (4, 23)]
+        found[kind] = [r["fd"] for r in records]
+        best = json.loads((root / f"{kind}-measured" / "best.json").read_text())["fd-23"]
+        assert best == {"value": min(found[kind]), "step": 3 + found[kind].index(min(found[kind]))}
+    assert found["one"] == pytest.approx(found["two"], rel=1e-3)
+    assert found["one"] == pytest.approx(found["sharded"], rel=1e-3)
+
+
+def test_two_processes_draw_the_images_of_one(root):
+    one, two = (np.load(root / f"{name}.npz") for name in ("one", "two"))
+    assert (one["arr_1"] == two["arr_1"]).all()
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    assert one["arr_0"].std() > 1
+    assert not (root / "two.npz.partial").exists()
+
+
+def check_close(root, one, two, steps=(2, 4, 6)):
+    """Losses and weights to rounding; other noise would change the losses by some 10 %, and the weights altogether."""
+    a, b = lines(root, one), lines(root, two)
+    for step in steps:
+        for key in ("loss", "grad_norm"):
+            assert a[step][key] == pytest.approx(b[step][key], rel=1e-4)
+        for x, y in zip(a[step]["loss_by_t"], b[step]["loss_by_t"], strict=True):
+            assert x == pytest.approx(y, rel=1e-3) if x is not None else y is None
+    a, b = tensors(root, one), tensors(root, two)
+    assert a.keys() == b.keys()
+    for k in a:
+        if k.startswith(("model ", "ema")) and k.split()[1] != "pos_embed":
+            assert (a[k] - b[k]).norm() <= 2e-3 * a[k].norm() + 1e-5, k

@@ -1,0 +1,177 @@
+"""Weights of one network for another of the same width and depth: other classes, resolution, attention or output."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vca.transformer import Transformer
+
+TABLE = "y_embedder.embedding_table.weight"
+
+
+@dataclass
+class Adapted:
+    """What `adapt` made of the weights.
+
+    Attributes:
+        state: For `model.load_state_dict`, complete: what the weights lack has the model's own values.
+        loaded: Names that were taken as they are.
+        changed: Name -> what of it was taken, or what was done to it.
+        missing: Names in the model only; they keep their initial values.
+        unused: Names in the weights only.
+    """
+
+    state: dict[str, Tensor]
+    loaded: list[str] = field(default_factory=list)
+    changed: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """A line of counts, and a line each for what was changed, is missing and is unused."""
+        taken = len(self.loaded) + len(self.changed)
+        lines = [f"{taken} of {taken + len(self.missing)} tensors loaded"]
+        for title, names in (
+            ("changed", (f"{name} ({what})" for name, what in self.changed.items())),
+            ("not in the file, so with their initial values", self.missing),
+            ("not in the model, so unused", self.unused),
+        ):
+            if compact := _compact(names):
+                lines.append(f"  {title}: {', '.join(compact)}")
+        return "\n".join(lines)
+
+
+def adapt(
+    tensors: Mapping[str, Tensor],
+    model: Transformer,
+    *,
+    num_classes: int | None = None,
+    names: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> Adapted:
+    """Fit weights of a DiT or SiT to a model whose classes, resolution, attention or output may be others.
+
+    The position table is always the model's own. Class rows are kept by index, the null row as the null row. Contrast
+    embeddings are interpolated to the model's contrast grid; one of as many tokens is taken to be of that grid, any
+    other to be square. An output of 2C channels gives its first C to one of C, and the reverse. All else that both
+    have is taken as it is, in the dtype of the model.
+
+    Args:
+        tensors: Published key -> tensor.
+        model: The model to fit them to; not changed.
+        num_classes: Classes of the weights, without the null class. If neither this nor `names` is given, the table is
+            taken to have a null row, as published ones do, or, if it has the model's size, the rows of the model.
+        names: Class names of the weights and of the model. If they share any, rows go by name and not by index.
+
+    Raises:
+        ValueError: No weights of a DiT or SiT, of another width, depth, patch or input, or not finite.
+    """
+    own = model.state_dict()
+    _check_depth(tensors, model)
+    result = Adapted(state=own)
+    for key in [key for key in own if key != "pos_embed"]:
+        if key not in tensors:
+            result.missing.append(key)
+            continue
+        initial, tensor, what = own[key], tensors[key].to(own[key]), ""
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} holds values that are not finite; the weights are of a run that has diverged.")
+        if key == TABLE and tensor.shape[1:] == initial.shape[1:]:
+            tensor, what = _class_rows(tensor, initial, model, num_classes, names)
+        elif tensor.shape == initial.shape:
+            pass
+        elif key.startswith("final_layer.linear.") and tensor.shape[1:] == initial.shape[1:]:
+            tensor, what = _channels(tensor, initial, model.patch_size**2)
+        elif key.endswith((".positive_embed", ".negative_embed")) and tensor.shape[::2] == initial.shape[::2]:
+            tensor, what = _interpolate(key, tensor, model.get_submodule(key.rpartition(".")[0]).contrast_grid)
+        if tensor.shape != initial.shape:
+            raise ValueError(_misfit(key, tuple(tensor.shape), tuple(initial.shape)))
+        result.state[key] = tensor
+        if what:
+            result.changed[key] = what
+        else:
+            result.loaded.append(key)
+    result.unused = [key for key in tensors if key not in own]
+    return result
+
+
+def _check_depth(tensors: Mapping[str, Tensor], model: Transformer) -> None:
+    found = {match[1] for key in tensors if (match := re.fullmatch(r"blocks\.(\d+)\.adaLN_modulation\.1\.weight", key))}
+    if not found:
+        raise ValueError("it holds no weights of a DiT or SiT: there is no blocks.0.adaLN_modulation.1.weight.")
+    if len(found) != len(model.blocks):
+        raise ValueError(
+            f"blocks.*.adaLN_modulation.1.weight is there for {len(found)} blocks, and the model has "
+            f"{len(model.blocks)}; weights of another depth cannot be converted, so choose the size of the file."
+        )
+
+
+def _class_rows(
+    tensor: Tensor,
+    initial: Tensor,
+    model: Transformer,
+    num_classes: int | None,
+    names: tuple[Sequence[str], Sequence[str]] | None,
+) -> tuple[Tensor, str]:
+    """The table (old rows, D) in the place of `initial` (new rows, D), and what of it was taken."""
+    old_names, new_names = names or ((), ())
+    assert len(new_names) in (0, model.num_classes), "one name for each class of the model"
+    if num_classes is None and names:
+        num_classes = len(old_names)
+    elif num_classes is None:
+        num_classes = model.num_classes if len(tensor) == len(initial) else len(tensor) - 1
+    if len(tensor) - num_classes not in (0, 1):
+        raise ValueError(f"{TABLE} has {len(tensor)} rows, which do not belong to {num_classes} classes.")
+    if set(old_names) & set(new_names):
+        rows = [(old_names.index(name), new) for new, name in enumerate(new_names) if name in old_names]
+    else:
+        rows = [(i, i) for i in range(min(num_classes, model.num_classes))]
+    kept = len(rows)
+    if has_null := len(tensor) > num_classes and model.null_class is not None:
+        rows.append((num_classes, model.null_class))
+    old, new = torch.tensor(rows, dtype=torch.long).reshape(-1, 2).T
+    if torch.equal(old, new) and len(rows) == len(tensor) == len(initial):
+        return tensor, ""
+    result = initial.clone()
+    result[new] = tensor[old]
+    what = f"{kept} of {num_classes} class rows" + " and the null row" * has_null
+    left = len(initial) - len(rows)
+    return result, what + f"; {left} keep their initial values" * (left > 0)
+
+
+def _channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tensor, str]:
+    """Rows in the order pixel, channel: the first half of twice the channels, or all as the first half of twice."""
+    if len(tensor) not in (2 * len(initial), len(initial) / 2):
+        return tensor, ""
+    old = tensor.unflatten(0, (num_pixels, -1))  # (p*p, C_old, ...)
+    new = initial.clone().unflatten(0, (num_pixels, -1))  # (p*p, C_new, ...)
+    kept = min(old.shape[1], new.shape[1])
+    new[:, :kept] = old[:, :kept]
+    left = f"; {kept} keep their initial values" * (new.shape[1] > kept)
+    return new.flatten(0, 1), f"{kept} of {old.shape[1]} output channels{left}"
+
+
+def _interpolate(key: str, embed: Tensor, grid: tuple[int, int]) -> tuple[Tensor, str]:
+    """(1, n, C) on a square grid -> (1, a b, C), bilinear, so that nothing overshoots; smoothed first if it shrinks."""
+    side = math.isqrt(embed.shape[1])
+    if side**2 != embed.shape[1]:
+        raise ValueError(f"{key} has {embed.shape[1]} contrast tokens, not a square, so its grid is not known.")
+    image = embed.transpose(1, 2).unflatten(2, (side, side))  # (1, C, side, side)
+    image = F.interpolate(image, grid, mode="bilinear", align_corners=False, antialias=True)  # (1, C, a, b)
+    return image.flatten(2).transpose(1, 2), f"interpolated from {side}x{side} to {grid[0]}x{grid[1]}"
+
+
+def _misfit(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> str:
+    what = "another width"
+    if key.startswith("final_layer.linear.") or (key == "x_embedder.proj.weight" and old[:1] == new[:1]):
+        what = "another patch size or number of channels"
+    return f"{key} is {old} in the file and {new} in the model; weights of {what} cannot be converted."
+
+
+def _compact(names: Iterable[str]) -> list[str]:
+    """Each name once for all blocks: blocks.0.x, blocks.1.x -> blocks.*.x."""
+    return list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))
