@@ -111,10 +111,10 @@ def train(run: Run, stop: StopSignal) -> bool:
             bar.set_postfix({k: "-" if v is None else f"{v:.4g}" for k, v in shown.items()}, refresh=False)
             since, steps = time.perf_counter(), 0
         paused = time.perf_counter()
+        if last or due(run.step, cfg.snapshot_every):
+            run.snapshot()  # before the checkpoint: a run that is killed between the two comes here again
         if last or stopped or due(run.step, cfg.checkpoint_every):
             run.save(last=last or stopped)
-        if last or due(run.step, cfg.snapshot_every):
-            run.snapshot()
         if not stopped:
             stopped = not finish(run, stop)
         since += time.perf_counter() - paused
@@ -124,6 +124,8 @@ def train(run: Run, stop: StopSignal) -> bool:
 
 def finish(run: Run, stop: StopSignal) -> bool:
     """Draw and measure what is due at the run's step and not there yet. Gives False if a signal stopped it."""
+    if not due_at(run.config, run.step):
+        return True
     what = owed(run.config, run.step)
     run.accelerator.wait_for_everyone()  # all have looked before one writes
     if "preview" in what:
@@ -131,17 +133,22 @@ def finish(run: Run, stop: StopSignal) -> bool:
     return run.measure(stop) if "fid" in what else True
 
 
+def due_at(config: Config, step: int) -> list[str]:
+    """`preview` and `fid`, if they are due at `step`."""
+    last = step == config.train.num_steps
+    found = ["preview"] if last or due(step, config.train.sample_every) else []
+    return found + (["fid"] if config.fid.every and (last or due(step, config.fid.every)) else [])
+
+
 def owed(config: Config, step: int) -> list[str]:
-    """`preview` and `fid`, if they are due at `step` and not in the run's folder."""
-    folder, last = Path(config.run_dir), step == config.train.num_steps
-    found = []
-    if (last or due(step, config.train.sample_every)) and not preview_file(folder, step).exists():
-        found.append("preview")
-    if config.fid.every and (last or due(step, config.fid.every)):
-        measured = [r for r in read_metrics(folder / "fid.jsonl") if r["step"] == step]
-        if not any(r["num_samples"] == config.fid.num for r in measured):
-            found.append("fid")
-    return found
+    """Those of `due_at` that are not in the run's folder."""
+    folder = Path(config.run_dir)
+    lines = read_metrics(folder / "fid.jsonl")
+    done = {
+        "preview": preview_file(folder, step).exists(),
+        "fid": any((line["step"], line["num_samples"]) == (step, config.fid.num) for line in lines),
+    }
+    return [what for what in due_at(config, step) if not done[what]]
 
 
 def dry_run(config: Config, stop: StopSignal) -> None:

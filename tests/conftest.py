@@ -6,6 +6,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from runtime.log import Log
+
 torch.set_num_threads(1)
 
 
@@ -15,8 +17,13 @@ def _seed():
 
 
 @pytest.fixture
-def as_in_a_new_process():
-    """For tests that call a script's main: what accelerate remembers and the signal handlers are as at the start."""
+def as_in_a_new_process(request, monkeypatch):
+    """For tests that call a script's main: what accelerate remembers and the signal handlers are as at the start.
+
+    The loss is drawn only for tests marked `drawn`: it takes as long as the rest of a small run.
+    """
+    if "drawn" not in request.keywords:
+        monkeypatch.setattr(Log, "plot", lambda self: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     AcceleratorState._reset_state(True)
     GradientState._reset_state()

@@ -123,6 +123,7 @@ def test_n_and_n_steps_are_2n_steps_bit_for_bit(tmp_path, process, accumulate):
     assert any(not torch.equal(half[k], v) for k, v in tensors(parts).items())
 
 
+@pytest.mark.drawn
 def test_previews_and_checkpoints_change_nothing(tmp_path):
     plain = run(tmp_path / "plain", 4)
     busy = run(tmp_path / "busy", 4, "--train.sample_every 1 --train.checkpoint_every 2 --sample.cfg_scale 2")
@@ -169,7 +170,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, capsys, monke
 def test_a_signal_to_the_whole_group_and_the_same_command_again(tmp_path, number):
     """Ctrl-C and launchers signal the data workers, too. Where it lands is not known: a cosine shows a step too many."""
     options = "--train.schedule cosine --train.warmup_steps 5"
-    steps = 150
+    steps = 80
     command = [sys.executable, "train.py", *settings(tmp_path / "cut", steps, f"{options} --train.num_workers 2")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
@@ -372,6 +373,7 @@ FULL = ["previews/.step-00000002.png.partial", ".loss.png.partial", "previews/.p
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
+@pytest.mark.drawn
 def test_a_full_disk_stops_nothing_and_is_said(tmp_path, capsys, monkeypatch):
     (tmp_path / "run" / "previews").mkdir(parents=True)
     for file in FULL:
@@ -447,6 +449,7 @@ def test_a_logged_loss_is_the_mean_since_the_line_before(tmp_path):
     assert [line[1] for line in pairs] == pytest.approx(means, rel=1e-12)
 
 
+@pytest.mark.drawn
 def test_the_pictures_exist_and_have_the_size_of_their_grid(tmp_path):
     folder = run(tmp_path / "run", 2, "--train.sample_every 1 --sample.classes [1,4,7] --sample.rows 2")
     loss = np.asarray(Image.open(folder / "loss.png").convert("L"))
