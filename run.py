@@ -5,6 +5,7 @@ import copy
 import json
 import resource
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any, Self
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 import build
@@ -30,7 +33,7 @@ from runtime.latents import LatentDataset
 from runtime.log import Log, read_metrics, start_tracker
 from runtime.meter import Meter
 from runtime.optimise import clip, learning_rate, poison, set_tf32, step_unless
-from runtime.resume import CONFIG_FILE
+from runtime.resume import CONFIG_FILE, read_origin, write_origin
 from runtime.seeds import mix, normal, uniform
 from runtime.shards import gather, whole
 from runtime.stop import StopSignal
@@ -38,27 +41,49 @@ from runtime.stop import StopSignal
 BEST_FILE = "best.json"
 
 
+def accelerator_of(config: Config) -> Accelerator:
+    """The processes and devices, as the launcher and accelerate's config file say."""
+    cfg = config.train
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # else several processes on a CPU would not find each other
+        mixed_precision=precision(cfg),
+        gradient_accumulation_steps=cfg.accumulate,
+        log_with=None if cfg.tracker == "none" else cfg.tracker,
+        project_dir=config.run_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.timeout))],
+    )
+    if accelerator.is_fsdp2:
+        # accelerate's would round weights, inputs and exchanged gradients to bf16; ours is autocast, as without shards.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    return accelerator
+
+
+def agree(accelerator: Accelerator, value: Any, what: str) -> None:
+    """Raise ValueError on all processes unless each has the same `value`, say because `what` is not on a shared disk."""
+    if len({str(v) for v in gather_object([value])}) > 1:
+        raise ValueError(
+            f"the processes find different things in {what}; it has to be on a disk that all machines share."
+        )
+
+
 class Run:
     """What a run consists of, built and checked before the first step, at the step of the checkpoint it goes on from.
 
     Args:
         config: Its settings.
+        accelerator: Its processes, as `accelerator_of` gives them.
         start: The checkpoint to go on from; None begins.
+        resume: What --resume said.
     """
 
-    def __init__(self, config: Config, start: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, accelerator: Accelerator, start: Path | None = None, resume: str = "auto"
+    ) -> None:
         self.config, self.cfg, self.folder = config, config.train, Path(config.run_dir)
         self.log: Log | None = None  # of the main process, once the run has its folder
         self.lock: FileLock | None = None
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),  # else several processes on a CPU would not find each other
-            mixed_precision=precision(self.cfg),
-            gradient_accumulation_steps=self.cfg.accumulate,
-            log_with=None if self.cfg.tracker == "none" else self.cfg.tracker,
-            project_dir=config.run_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=self.cfg.timeout))],
-        )
-        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        self.accelerator, self.start, self.resume = accelerator, start, resume
+        self.device, self.main = accelerator.device, accelerator.is_main_process
         set_tf32(self.cfg.tf32)
 
         self.data = LatentDataset(config.latents) if config.latents else build.build_images(config)
@@ -82,21 +107,20 @@ class Run:
         if self.evaluator:
             self.evaluator.prepare()  # a broken reference is found before the first step
 
-        self.step, self.resumed_from, self.notes = 0, None, []
+        self.step, self.notes = 0, []
         if start:
             record = checkpoint.read_record(start)
-            self._check_shape(record["shape"])
+            self._check_data(record)
             checkpoint.load_weights(start, "model", network)
-            self.step, self.resumed_from = record["step"], record["resumed_from"]
-            if start.resolve().parent != (self.folder / CHECKPOINTS).resolve():
-                self.resumed_from = record["id"]
+            self.step = record["step"]
+            if self._borrowed:
                 self.notes.append(f"resumes {start}")
         elif config.init:
             self.notes.append(
                 f"starts from {config.init}: {build.initialise(network, config.init, self.shape.class_names)}"
             )
         self._prepare(network)
-        self.meter = Meter(self.accelerator)
+        self.meter = Meter(accelerator)
         if start:
             for name, ema in self.averages.items():
                 ema.load(checkpoint.read(start, name))
@@ -122,7 +146,7 @@ class Run:
         self.model, optimizer = self.accelerator.prepare(network, optimizer)
         self.network, self.optimizer = self.accelerator.unwrap_model(self.model), optimizer.optimizer
         self.model.train()
-        self.network.y_embedder.eval()  # `draws` drops the labels
+        self.network.y_embedder.eval()  # `backward` drops the labels
         self.ema = Ema(self.network, constant(cfg.ema_decay, cfg.ema_warmup))
         self.averages = {"ema": self.ema} | {name_of(std): Ema(self.network, power(std)) for std in cfg.ema_stds}
 
@@ -132,15 +156,21 @@ class Run:
             self._lock()
             save_yaml(self.config, self.folder / CONFIG_FILE)
             checkpoint.recover(self.folder)
+            if self._borrowed:
+                write_origin(self.folder, str(self.start) if self.resume == "auto" else self.resume, self.start)
         if self.cfg.tracker != "none":
             start_tracker(self.accelerator, self.cfg.tracker, self.folder, self.step, to_dict(self.config))
         if self.main:
-            self.log = Log(self.folder, self.step, self.accelerator.trackers)
+            goes_on = self.step < self.cfg.num_steps
+            self.log = Log(self.folder, self.step, goes_on, self.accelerator.trackers)
             print("\n".join([str(self), *self.notes]), flush=True)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Close the log, and leave the folder to others."""
+        if self.log:
+            self.log.close()
+        self.accelerator.trackers = []  # they are closed
         self.accelerator.end_training()
         if self.lock:
             self.lock.release()
@@ -179,7 +209,7 @@ class Run:
         u = uniform(mix(seed, 2), positions, 2)
         t, y = self.process.times(u[:, 0]), self.network.y_embedder.drop(y, u[:, 1])
         with self.accelerator.accumulate(self.model):
-            losses = self.process.loss(self.model, x, y, t=t, noise=noise)  # (B,)
+            losses = self.process.loss(self._forward, x, y, t=t, noise=noise)  # (B,)
             self.accelerator.backward(poison(losses.mean()))
         self.meter.add(losses.detach(), t / self.process.end_time)
 
@@ -198,15 +228,17 @@ class Run:
 
     # What is written
 
-    def report(self, seconds: float, steps: int) -> dict[str, Any]:
-        """Write the line of this step, with the speed of so many steps in so many seconds, and return it.
+    def report(self, since: float, steps: int) -> dict[str, Any]:
+        """Write the line of this step, with the speed of so many steps since then (of `time.perf_counter`); return it.
 
         Raises:
             ValueError: Too many steps in a row had to be skipped; names the last checkpoint.
         """
-        values = self.meter.line()
+        partial = self.step % self.cfg.log_every > 0  # the last line, should the run end here for good
+        values = self.meter.line(partial)
+        rate = round(steps * self.cfg.batch_size / (time.perf_counter() - since), 2)  # the device is done, too
         before, most = values.pop("skipped_before"), values.pop("most_in_a_row")
-        rate = round(steps * self.cfg.batch_size / seconds, 2)
+        values |= {"partial": True} if partial else {}
         values |= {"lr": self.optimizer.param_groups[0]["lr"], "images": self.step * self.cfg.batch_size}
         values |= {"images_per_second": rate, "memory_gib": round(peak_memory(self.device) / 2**30, 3)}
         if self.log:
@@ -240,11 +272,12 @@ class Run:
             final = folder_of(self.folder, self.step)
             try:
                 checkpoint.save(final, self.step, parts, record)
-                self._prune()
             except OSError as error:
                 if last:
                     raise
                 self.log.warn("the checkpoint", error)
+            else:
+                self.log.attempt("what the removal of old checkpoints changes", self._prune)
             self.log.plot()
         self.accelerator.wait_for_everyone()
 
@@ -337,7 +370,8 @@ class Run:
             "config": to_dict(self.config),
             "shape": to_dict(self.shape),
             "codec": self.codec.identity,
-            "resumed_from": self.resumed_from,
+            "num_images": len(self.data),
+            "resumed_from": read_origin(self.folder),
             **checkpoint.origin(),
         }
 
@@ -354,11 +388,10 @@ class Run:
         write_text(file, "".join(json.dumps(record) + "\n" for record in records))
         same = ("extractor", "protocol", "num_samples", "reference")
         shown = [r for r in records if all(r[k] == records[-1][k] for k in same)]
-        fid.curve(shown, self.folder / "fid.png", f"{self.folder.name}, {result.record['protocol']}")
         num = self.config.fid.num
         self.log.add_scalars(self.step, {f"{name}-{num}": value for name, value in result.values.items()})
-        name = next((n for n in ("fid", "fd") if n in result.values), None)
-        if name:
+        if name := next((n for n in ("fid", "fd") if n in result.values), None):
+            fid.curve(shown, self.folder / "fid.png", f"{self.folder.name}, {result.record['protocol']}")
             least = min(shown, key=lambda r: r[name])
             best = {**read_best(self.folder), f"{name}-{num}": {"value": least[name], "step": least["step"]}}
             write_text(self.folder / BEST_FILE, json.dumps(best, indent=2) + "\n")
@@ -386,10 +419,23 @@ class Run:
             raise ValueError(f"train.preload needs no train.num_workers, but you gave {self.cfg.num_workers}.")
         self.data.preload(self.device)
 
-    def _check_shape(self, before: dict[str, Any]) -> None:
-        if different := differences(before, to_dict(self.shape)):
+    @property
+    def _borrowed(self) -> bool:
+        """Whether the run goes on from another's checkpoint."""
+        return self.start is not None and self.start.resolve().parent != (self.folder / CHECKPOINTS).resolve()
+
+    def _forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The network, wrapped or sharded, in the precision of the run, with a float32 output."""
+        with self.accelerator.autocast():
+            return self.model(x_t, t, y).float()
+
+    def _check_data(self, record: dict[str, Any]) -> None:
+        """Raise ValueError if a checkpoint was trained on other data, or through another autoencoder."""
+        keys = ("shape", "num_images", "codec")
+        now = {"shape": to_dict(self.shape), "num_images": len(self.data), "codec": self.codec.identity}
+        if different := differences({k: record[k] for k in keys}, now):
             text = ", ".join(f"{k} {a!r} (now {b!r})" for k, (a, b) in different.items())
-            raise ValueError(f"run_dir {self.config.run_dir!r} was trained on other data: {text}.")
+            raise ValueError(f"{str(self.start)!r} was trained on other data, or through another autoencoder: {text}.")
 
     def _lock(self) -> None:
         """Two programs in one folder would take turns to ruin it."""

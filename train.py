@@ -22,14 +22,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 import build
-from run import Run, peak_memory, preview_file
+from run import Run, accelerator_of, agree, peak_memory, preview_file
 from runtime import checkpoint, estimate
 from runtime.checkpoint import SNAPSHOTS
 from runtime.config import Config, parse, report_errors
-from runtime.data import DeadWorkerError
 from runtime.log import check_tracker, read_metrics
 from runtime.resume import check_same_run, starting_point
 from runtime.stop import STOPPED, StopSignal
@@ -56,78 +58,71 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)
     stop = StopSignal()
-    if args.dry_run:
-        dry_run(config, stop)
-        return
+    accelerator = accelerator_of(config)
     start = starting_point(config, args.resume)
-    check_same_run(config, start)
-    done = checkpoint.read_record(start)["step"] if start else 0
-    if done >= config.train.num_steps and not owed(config, done):
-        more = " A larger train.num_steps would go on." if config.train.schedule == "constant" else ""
-        print(f"done already: {done:,} steps in {config.run_dir}.{more}")
-        if config.fid.every and not (Path(config.run_dir) / "fid.jsonl").exists():
-            print(
-                f"Measure it with: python sample.py --checkpoint {config.run_dir} --num N --fid {config.fid.reference}"
-            )
+    agree(accelerator, checkpoint.read_record(start)["id"] if start else None, f"run_dir {config.run_dir!r}")
+    if start:
+        check_same_run(config, start, accelerator.print)
+    if args.dry_run:
+        dry_run(config, accelerator, stop)
         return
-    with Run(config, start) as run:
+    done = checkpoint.read_record(start)["step"] if start else 0
+    if done >= config.train.num_steps and not owed(config, done, accelerator):
+        more = " A larger train.num_steps would go on." if config.train.schedule == "constant" else ""
+        accelerator.print(f"done already: {done:,} steps in {config.run_dir}.{more}")
+        if config.fid.every and not (Path(config.run_dir) / "fid.jsonl").exists():
+            measure = f"python sample.py --checkpoint {config.run_dir} --num N --fid {config.fid.reference}"
+            accelerator.print(f"Measure it with: {measure}")
+        accelerator.end_training()
+        return
+    with Run(config, accelerator, start, args.resume) as run:
         stopped = train(run, stop)
-    if run.main and stopped:
-        print(f"stopped at step {run.step}, with a checkpoint; run the same command to go on.")
-    elif run.main:
-        print(f"done: {run.step:,} steps. Sample with: python sample.py --checkpoint {run.folder}")
     if stopped:
+        accelerator.print(f"stopped at step {run.step}, with a checkpoint; run the same command to go on.")
         raise SystemExit(STOPPED)
+    accelerator.print(f"done: {run.step:,} steps. Sample with: python sample.py --checkpoint {run.folder}")
 
 
 def train(run: Run, stop: StopSignal) -> bool:
-    """The loop, from the run's step to its last. Gives whether a signal stopped it before."""
-    cfg = run.cfg
-    stop.begin(run.accelerator)
+    """The loop, from the run's step to its last. Gives whether a signal stopped it."""
+    cfg, saved = run.cfg, run.step
+    stop.begin(run.accelerator, cfg.timeout)
     stopped = run.step > 0 and not finish(run, stop)  # what was due at this step when it was killed
-    if run.step >= cfg.num_steps:
-        return stopped
     bar = tqdm(total=cfg.num_steps, initial=run.step, desc="train", unit="step", disable=not run.log)
     batches = run.batches()
     since, steps = time.perf_counter(), 0
     while run.step < cfg.num_steps and not stopped:
-        try:
-            for _ in range(cfg.accumulate):
-                run.backward(*next(batches))
-        except DeadWorkerError:
-            if stop.received is None or run.accelerator.num_processes > 1:
-                raise
-            run.optimizer.zero_grad()
-            stopped = True  # the signal went to every process, and took the worker first
-        else:
-            run.update()
-            steps += 1
-            bar.update()
-            stopped = stop.requested(run.step) and run.step < cfg.num_steps
-        last = run.step == cfg.num_steps
+        for _ in range(cfg.accumulate):
+            run.backward(*next(batches))
+        run.update()
+        steps += 1
+        bar.update()
+        stopped, last = stop.requested(run.step), run.step == cfg.num_steps
         if last or due(run.step, cfg.log_every):
-            line = run.report(time.perf_counter() - since, steps)
+            line = run.report(since, steps)
             shown = {"loss": line["loss"], "img/s": line["images_per_second"], "GiB": line["memory_gib"]}
             bar.set_postfix({k: "-" if v is None else f"{v:.4g}" for k, v in shown.items()}, refresh=False)
             since, steps = time.perf_counter(), 0
         paused = time.perf_counter()
         if last or due(run.step, cfg.snapshot_every):
             run.snapshot()  # before the checkpoint: a run that is killed between the two comes here again
-        if last or stopped or due(run.step, cfg.checkpoint_every):
+        # With every FID, too, so that the best one is there to be used.
+        if last or stopped or due(run.step, cfg.checkpoint_every) or "fid" in due_at(run.config, run.step):
             run.save(last=last or stopped)
-        if not stopped:
+            saved = run.step
+        if not stopped or last:
             stopped = not finish(run, stop)
         since += time.perf_counter() - paused
+    if stopped and saved < run.step:
+        run.save(last=True)
     bar.close()
-    return stopped and run.step < cfg.num_steps
+    batches.close()
+    return stopped
 
 
 def finish(run: Run, stop: StopSignal) -> bool:
     """Draw and measure what is due at the run's step and not there yet. Gives False if a signal stopped it."""
-    if not due_at(run.config, run.step):
-        return True
-    what = owed(run.config, run.step)
-    run.accelerator.wait_for_everyone()  # all have looked before one writes
+    what = owed(run.config, run.step, run.accelerator)
     if "preview" in what:
         run.preview()
     return run.measure(stop) if "fid" in what else True
@@ -140,25 +135,28 @@ def due_at(config: Config, step: int) -> list[str]:
     return found + (["fid"] if config.fid.every and (last or due(step, config.fid.every)) else [])
 
 
-def owed(config: Config, step: int) -> list[str]:
-    """Those of `due_at` that are not in the run's folder."""
-    folder = Path(config.run_dir)
-    lines = read_metrics(folder / "fid.jsonl")
-    done = {
-        "preview": preview_file(folder, step).exists(),
-        "fid": any((line["step"], line["num_samples"]) == (step, config.fid.num) for line in lines),
-    }
-    return [what for what in due_at(config, step) if not done[what]]
+def owed(config: Config, step: int, accelerator: Accelerator) -> list[str]:
+    """Those of `due_at` that are not in the run's folder, as the main process sees it. All processes call this."""
+    folder, due = Path(config.run_dir), due_at(config, step)
+    if due and accelerator.is_main_process:
+        lines = read_metrics(folder / "fid.jsonl")
+        done = {
+            "preview": preview_file(folder, step).exists(),
+            "fid": any((line["step"], line["num_samples"]) == (step, config.fid.num) for line in lines),
+        }
+        due = [what for what in due if not done[what]]
+    return broadcast_object_list([due])[0] if due_at(config, step) else []
 
 
-def dry_run(config: Config, stop: StopSignal) -> None:
+def dry_run(config: Config, accelerator: Accelerator, stop: StopSignal) -> None:
     """Print what a run takes, and do two steps of everything in a temporary folder.
 
     Raises:
         ValueError: Something does not work, or the disk is too small for the checkpoints.
     """
-    cfg, gib = config.train, estimate.gib
-    parent = next(p for p in Path(config.run_dir).absolute().parents if p.is_dir())
+    cfg, gib, world = config.train, estimate.gib, accelerator.num_processes
+    folder = Path(config.run_dir).absolute()
+    parent = next(p for p in (folder, *folder.parents) if p.is_dir())
     free = shutil.disk_usage(parent).free
     if not os.access(parent, os.W_OK):
         raise ValueError(f"run_dir {config.run_dir!r} cannot be made: {str(parent)!r} is not yours to write.")
@@ -167,14 +165,16 @@ def dry_run(config: Config, stop: StopSignal) -> None:
         trial = dataclasses.replace(
             config,
             run_dir=f"{folder}/run",
-            sample=dataclasses.replace(config.sample, rows=1, classes=(config.sample.classes or [0])[:1]),
             train=dataclasses.replace(cfg, **periods, tracker="none"),
-            fid=dataclasses.replace(config.fid, num=2),
+            fid=dataclasses.replace(config.fid, num=min(config.fid.num, 64 * world)),
         )
-        run = Run(trial)
-        multiply_adds = estimate.multiply_adds(run.network) if run.main else 0
-        with contextlib.redirect_stdout(io.StringIO()) as said, estimate.count_saved(run.network) as saved, run:
-            train(run, stop)
+        run = Run(trial, accelerator)
+        with contextlib.redirect_stdout(io.StringIO()) as said, run:
+            if train(run, stop):
+                raise SystemExit(STOPPED)
+            peak = peak_memory(run.device)
+            with estimate.count_saved(run.network) as saved:
+                run.backward(*next(run.batches()))
         if not run.main:
             return
         checkpoints, snapshots = checkpoint.steps(run.folder), checkpoint.steps(run.folder, SNAPSHOTS)
@@ -182,17 +182,20 @@ def dry_run(config: Config, stop: StopSignal) -> None:
             raise ValueError(f"a step in {str(parent)!r} failed: {said.getvalue().strip()}")
         size, snapshot_size = estimate.size_of(*checkpoints), estimate.size_of(*snapshots)
         rate = read_metrics(run.folder / "metrics.jsonl")[-1]["images_per_second"]
+        with torch.device("meta"):
+            multiply_adds = estimate.multiply_adds(build.build_model(config, run.shape, run.codec))
 
-    world, num_images = run.accelerator.num_processes, cfg.num_steps * cfg.batch_size
-    weights = 4 * sum(p.numel() for p in run.network.parameters()) // (world if run.accelerator.is_fsdp2 else 1)
+    num_images, about = cfg.num_steps * cfg.batch_size, "at least" if cfg.grad_checkpointing or cfg.compile else "about"
+    weights = 4 * sum(p.numel() for p in run.network.parameters()) // (world if accelerator.is_fsdp2 else 1)
     memory = {
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights,
         f"{len(run.averages)} averages": len(run.averages) * weights,
-        "activations about": saved.num_bytes / (2 * cfg.accumulate),
+        f"activations {about}": saved.num_bytes,
     }
-    num_kept = len(cfg.kept()) + bool(cfg.keep_checkpoints)  # one more is written before an old one goes
+    # One more is written before an old one goes, and the best FID's is spared.
+    num_kept = len(cfg.kept()) + bool(cfg.keep_checkpoints) + bool(cfg.keep_checkpoints and config.fid.every)
     num_snapshots = math.ceil(cfg.num_steps / cfg.snapshot_every) * bool(cfg.ema_stds)
     disk = num_kept * size + num_snapshots * snapshot_size
     rows = {
@@ -203,7 +206,7 @@ def dry_run(config: Config, stop: StopSignal) -> None:
         f"{cfg.batch_size // world // cfg.accumulate}): {num_images:,} images, {num_images / len(run.data):,.1f} epochs",
         "time": f"{rate:,.1f} images/s in the second step: {num_images / rate / 3600:,.1f} hours, and previews",
         "memory": ", ".join(f"{name} {gib(num)}" for name, num in memory.items())
-        + f" of each process, whose measured peak is {gib(peak_memory(run.device))}",
+        + f" of each process, whose measured peak is {gib(peak)}",
         "disk": f"{num_kept} checkpoints of {gib(size)}, {num_snapshots} snapshots of {gib(snapshot_size)}: {gib(disk)}; "
         f"{gib(free)} are free",
     }
@@ -216,9 +219,9 @@ def dry_run(config: Config, stop: StopSignal) -> None:
         )
 
 
-def due(step: int, *periods: int) -> bool:
-    """Whether one of the periods ends at `step`."""
-    return any(step % every == 0 for every in periods)
+def due(step: int, every: int) -> bool:
+    """Whether a period of so many steps ends at `step`."""
+    return step % every == 0
 
 
 if __name__ == "__main__":

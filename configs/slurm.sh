@@ -13,6 +13,7 @@
 
 # One task a GPU, without a launcher between: so the signal reaches train.py, and its exit code reaches us.
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun --kill-on-bad-exit=0 --wait=120 bash -c \
     'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS exec python train.py "$@"' train "$@"
 code=$?

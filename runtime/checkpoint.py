@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from runtime.shards import like
+from runtime.shards import shard_like
 
 RECORD = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -91,7 +91,7 @@ def recover(run_dir: Path) -> None:
             if (old / RECORD).is_file() and not final.exists():
                 os.rename(old, final)
         for left in (*folder.glob(".step-*"), *folder.glob(".old-step-*")):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def prune(run_dir: Path, newest: int, every: int | None = None, spare: Collection[int] = ()) -> None:
@@ -101,7 +101,7 @@ def prune(run_dir: Path, newest: int, every: int | None = None, spare: Collectio
         if step not in spare and not (every and step % every == 0):
             gone = folder.with_name(f".{folder.name}-old")  # a half-deleted one must not look whole
             os.rename(folder, gone)
-            shutil.rmtree(gone)
+            shutil.rmtree(gone, ignore_errors=True)  # `recover` tries again
 
 
 def find(path: str | Path) -> Path:
@@ -159,7 +159,10 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}.") from None
+        raise ValueError(
+            f"{str(file)!r} is truncated or not a safetensors file: {error}. Remove its folder to use the checkpoint before "
+            "it."
+        ) from None
 
 
 def load_weights(folder: Path, name: str, model: nn.Module) -> None:
@@ -195,7 +198,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
     index = {name: (i, p) for i, (name, p) in enumerate(model.named_parameters())}
     for key, value in tensors.items():
         i, parameter = index[key.rpartition("/")[0]]
-        state[i][key.rpartition("/")[2]] = like(value, parameter) if value.shape == parameter.shape else value
+        state[i][key.rpartition("/")[2]] = shard_like(value, parameter) if value.shape == parameter.shape else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

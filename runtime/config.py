@@ -144,7 +144,9 @@ class TrainConfig:
         require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "choose at least 0")
         require((self.num_workers or 0) >= 0, "train.num_workers", self.num_workers, "choose at least 0")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "choose [0, 1)")
-        widths = all(0 < std <= 12**-0.5 for std in self.ema_stds) and len(set(self.ema_stds)) == len(self.ema_stds)
+        widths = all(0 < std <= 12**-0.5 for std in self.ema_stds) and len(
+            {f"{std:g}" for std in self.ema_stds}
+        ) == len(self.ema_stds)
         require(widths, "train.ema_stds", self.ema_stds, "choose different numbers above 0 and at most 0.288")
         for key in ("keep_checkpoints", "keep_every"):
             value = getattr(self, key)

@@ -8,9 +8,10 @@ import hashlib
 import io
 import itertools
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.util import find_spec
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -131,26 +132,46 @@ class DeadWorkerError(OSError):
     """A process that loads data died, or hangs."""
 
 
-def load(dataset: Dataset, order: Sampler, *, num_workers: int, minutes: int, pin: bool) -> Iterator[Any]:
+def load(dataset: Dataset, order: Sampler, *, num_workers: int, minutes: float, pin: bool) -> Iterator[Any]:
     """The batches of `order`, read by `num_workers` processes, or by this one.
 
     Raises:
         DeadWorkerError: One of them died, or gave nothing for so many minutes.
     """
-    workers = {"num_workers": num_workers, "worker_init_fn": leave_process_group}
-    if num_workers:
-        workers["timeout"] = 60 * minutes
+    options = {"batch_sampler": order, "collate_fn": dataset.collate, "pin_memory": pin}
+    if not num_workers:
+        yield from DataLoader(dataset, **options)
+        return
+    period = min(5, 60 * minutes)  # s, after which torch looks whether all live
+    options |= {"num_workers": num_workers, "worker_init_fn": leave_process_group, "timeout": period}
+    before = set(active_children())
+    batches, since = iter(DataLoader(dataset, **options)), time.monotonic()
+    workers = set(active_children()) - before
+    # Torch's handler would raise that a worker is dead in the middle of whatever this process does then.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        yield from DataLoader(dataset, batch_sampler=order, collate_fn=dataset.collate, pin_memory=pin, **workers)
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two if it died while it handed over
-        said = " ".join(str(error).split())
-        if said.startswith("Caught") or (isinstance(error, RuntimeError) and not said.startswith("DataLoader")):
-            raise  # of the data itself
-        for _ in range(2):  # torch's handler would raise once more, wherever the program then is; maybe it does so here
-            with suppress(RuntimeError):
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        text = f"has given nothing for {minutes} minutes (train.timeout)" if "timed out" in said else f"died ({said})"
-        raise DeadWorkerError(f"a process that loads data {text}; is the disk there, and memory enough?") from error
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, ConnectionError, EOFError) as error:  # the last two if it dies while it hands over
+                said = " ".join(str(error).split())
+                if said.startswith("Caught") or (isinstance(error, RuntimeError) and not said.startswith("DataLoader")):
+                    raise  # of the data itself
+                if "timed out" not in said:
+                    raise DeadWorkerError(f"a process that loads data died: {said}. Is there memory enough?") from error
+                if time.monotonic() - since > 60 * minutes:
+                    raise DeadWorkerError(
+                        f"the processes that load data have given nothing for {minutes:g} minutes (train.timeout); is "
+                        "the disk there?"
+                    ) from error
+                continue
+            yield batch
+            since = time.monotonic()
+    finally:
+        for worker in workers:  # they take no other signal, and one that hangs would not listen
+            worker.kill()
 
 
 class UnreadableImageError(ValueError):

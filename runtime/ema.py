@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from runtime import checkpoint
 from runtime.config import report_errors
-from runtime.shards import like
+from runtime.shards import shard_like
 
 MAX_CELLS = 20_000  # of the axis of steps on which profiles are compared; up to so many steps it is exact
 
@@ -60,7 +60,7 @@ class Ema:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the averages out of a checkpoint's tensors, which hold buffers, too."""
         for name, weight in self.weights.items():
-            weight.copy_(like(tensors[name], weight))
+            weight.copy_(shard_like(tensors[name], weight))
 
 
 def constant(decay: float, warmup: bool) -> Callable[[int], float]:

@@ -1,6 +1,5 @@
 """What a run will take: multiply-adds, memory, disk."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,19 +7,23 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 
 def multiply_adds(network: nn.Module) -> int:
-    """Multiply-adds of the matrix products of one forward pass of one sample: what papers call the FLOPs of a DiT."""
-    network = copy.deepcopy(network).to("meta").eval()
+    """Multiply-adds of the matrix products of one forward pass of one sample: what papers call the FLOPs of a DiT.
+
+    Args:
+        network: On the meta device.
+    """
     x, t, y = (
         torch.zeros(1, network.in_channels, *network.input_size, device="meta"),
         torch.zeros(1, device="meta"),
         torch.zeros(1, dtype=torch.long, device="meta"),
     )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(x, t, y)
+        network.eval()(x, t, y)
     return counter.get_total_flops() // 2
 
 
@@ -33,17 +36,17 @@ class Saved:
 
 @contextmanager
 def count_saved(network: nn.Module) -> Iterator[Saved]:
-    """Counts the bytes that autograd keeps in the block, each piece of memory once, parameters not.
+    """Counts the bytes that autograd keeps in the block, one forward pass, each piece of memory once, parameters not.
 
     What gradient checkpointing keeps is not seen; nor what a compiled block does.
     """
     found = Saved()
-    seen = {p.untyped_storage().data_ptr(): p for p in network.parameters()}
+    seen = {p.untyped_storage().data_ptr() for p in network.parameters() if not isinstance(p, DTensor)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()  # alive as long as the graph, so no other has its address
         if storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = tensor  # kept, so that no other gets its address
+            seen.add(storage.data_ptr())
             found.num_bytes += storage.nbytes()
         return tensor
 

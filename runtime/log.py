@@ -1,8 +1,8 @@
 """What a run says of itself: metrics.jsonl, a tracker, pictures of the loss, and previews with their film."""
 
-import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,19 +26,23 @@ MAX_FRAMES = 60  # of the film
 
 
 class Log:
-    """Metrics of a run, one JSON object a line, and in a tracker. Lines after `step`, which a resumed run repeats, go.
+    """Metrics of a run, one JSON object a line, and in a tracker.
+
+    What a resumed run repeats goes: lines after `step`, and the `partial` one that ended a run which now goes on.
 
     A disk that is full stops nothing: what could not be written is said, and written later.
 
     Args:
         run_dir: The run's folder.
         step: Optimizer steps already done.
+        goes_on: Whether there are more.
         trackers: Of accelerate, started.
     """
 
-    def __init__(self, run_dir: Path, step: int, trackers: Sequence[GeneralTracker] = ()) -> None:
+    def __init__(self, run_dir: Path, step: int, goes_on: bool = True, trackers: Sequence[GeneralTracker] = ()) -> None:
         self.run_dir, self.file = run_dir, run_dir / "metrics.jsonl"
-        self.lines = [line for line in read_metrics(self.file) if line["step"] <= step]
+        lines = [line for line in read_metrics(self.file) if line["step"] <= step]
+        self.lines = [line for line in lines if not (goes_on and line.get("partial"))]
         self._rewrite()
         self.whole = True  # whether the file holds all lines
         self.trackers = trackers
@@ -56,7 +60,7 @@ class Log:
         """Show those of the values that are numbers in the tracker."""
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
         for tracker in self.trackers:
-            self.attempt(tracker.name, lambda tracker=tracker: tracker.log(numbers, step=step))
+            self._track(tracker, lambda tracker=tracker: tracker.log(numbers, step=step))
 
     def add_preview(self, step: int, image: np.ndarray) -> None:
         """Show a preview (H, W, 3) uint8 in the tracker, and make previews/progress.gif anew."""
@@ -68,7 +72,7 @@ class Log:
             else:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 show = lambda t=tracker, kw=layout: t.log_images({"samples": image[None]}, step=step, **kw)  # noqa: E731
-            self.attempt(tracker.name, show)
+            self._track(tracker, show)
         self.attempt("progress.gif", lambda: save_film(self.run_dir / "previews"))
 
     def plot(self) -> None:
@@ -122,6 +126,20 @@ class Log:
         """Say that something could not be written, and that training goes on."""
         tqdm.write(f"warning: {what} could not be written, training goes on: {error}")
 
+    def close(self) -> None:
+        """Finish the trackers."""
+        for tracker in self.trackers:
+            self._track(tracker, tracker.finish)
+
+    def _track(self, tracker: GeneralTracker, show: Callable[[], Any]) -> None:
+        """Call `show`, whatever a tracker may raise; TensorBoard's is of no use after an error, and gets a new file."""
+        try:
+            show()
+        except Exception as error:
+            self.warn(f"what {tracker.name} shows", error)
+            if tracker.name == "tensorboard":
+                self.attempt("tensorboard's file", tracker.start)
+
     def _append(self) -> None:
         self.whole = False
         with open(self.file, "a", encoding="utf-8") as f:
@@ -141,8 +159,10 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int, config: dict[str, Any]) -> None:
     """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it."""
-    name = run_dir.resolve().name
-    key = f"{name}-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
+    name, file = run_dir.resolve().name, run_dir / ".tracker-id"
+    if accelerator.is_main_process and not file.is_file():
+        write_text(file, uuid.uuid4().hex[:8])
+    key = f"{name}-{file.read_text()}" if accelerator.is_main_process else name
     options = {
         "tensorboard": {"purge_step": step + 1},
         "wandb": {"name": name, "id": key, "resume": "allow", "dir": str(run_dir), "config": config},

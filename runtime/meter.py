@@ -53,8 +53,11 @@ class Meter:
             self.fresh = []
         return self.done
 
-    def line(self) -> dict[str, Any]:
-        """The means since the last line, without skipped steps; a new line begins. All processes call this.
+    def line(self, partial: bool = False) -> dict[str, Any]:
+        """The means since the last line, without skipped steps. All processes call this.
+
+        Args:
+            partial: The line goes on after this; else a new one begins.
 
         Returns:
             `loss` and `grad_norm`, None if there was no good step; `loss_by_t`, with None where a bin is empty; `skipped`,
@@ -62,18 +65,19 @@ class Meter:
             that reached into these.
         """
         rows = self.rows()
-        before, most = self.skipped, self.in_a_row
+        before, skipped, in_a_row, most = self.skipped, self.skipped, self.in_a_row, self.in_a_row
         for bad in (rows[:, BAD] > 0).tolist():
-            self.in_a_row = self.in_a_row + 1 if bad else 0
-            self.skipped += bad
-            most = max(most, self.in_a_row)
+            in_a_row = in_a_row + 1 if bad else 0
+            skipped += bad
+            most = max(most, in_a_row)
         good = rows[rows[:, BAD] == 0]
         sums, counts = good[:, :NUM_BINS].sum(0), good[:, NUM_BINS:BAD].sum(0)
         means = [s / c if c else None for s, c in zip(sums.tolist(), counts.tolist(), strict=True)]
         loss = float(sums.sum() / counts.sum()) if len(good) else None
         norm = float(good[:, NORM].mean()) if len(good) else None
-        self.done = rows[:0]
-        counts = {"skipped": self.skipped, "skipped_before": before, "most_in_a_row": most}
+        if not partial:
+            self.done, self.skipped, self.in_a_row = rows[:0], skipped, in_a_row
+        counts = {"skipped": skipped, "skipped_before": before, "most_in_a_row": most}
         return {"loss": loss, "grad_norm": norm, "loss_by_t": means, **counts}
 
     def _zeros(self) -> Tensor:

@@ -21,7 +21,7 @@ def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor, the same on all processes, on the device of `parameter` and sharded as that is."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor):

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ class StopSignal:
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
-    def begin(self, accelerator: Accelerator) -> None:
-        """From now on a step is finished first. All processes call this."""
+    def begin(self, accelerator: Accelerator, minutes: int) -> None:
+        """From now on a step is finished first; processes wait for each other so many minutes. All of them call this."""
         self.num_processes = accelerator.num_processes
         if self.num_processes > 1:  # on the CPU, where asking does not wait for a GPU
-            self.group = distributed.new_group(backend="gloo")
+            self.group = distributed.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
     def requested(self, step: int | None = None) -> bool:
         """Whether to stop. All processes call this; of numbered steps only every 10th asks, for asking takes time."""
@@ -61,12 +62,12 @@ class StopSignal:
 
 
 def leave_process_group(worker: int) -> None:
-    """For the processes that load data: Ctrl-C and a launcher's SIGTERM go to the group, and would take them too early.
+    """For the processes that load data: signals go to the group, or to all processes, and would take them too early.
 
-    The trainer needs their batches until its step is done, and ends them itself.
+    The trainer needs their batches until its step is done, and ends them itself; they end when it is gone, too.
     """
     os.setpgrp()
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -23,7 +23,7 @@ import train
 
 
 class Sharded(Accelerator):
-    """With FSDP2 on a CPU, as configs/accelerate/fsdp.yaml has it on GPUs."""
+    """With FSDP2 on a CPU, as configs/accelerate/fsdp8.yaml has it on GPUs."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -35,6 +35,8 @@ class Sharded(Accelerator):
         )
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)  # as accelerate does
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
