@@ -163,8 +163,7 @@ def load(dataset: Dataset, order: Sampler, *, num_workers: int, minutes: float, 
                     raise DeadWorkerError(f"a process that loads data died: {said}. Is there memory enough?") from error
                 if time.monotonic() - since > 60 * minutes:
                     raise DeadWorkerError(
-                        f"the processes that load data have given nothing for {minutes:g} minutes (train.timeout); is "
-                        "the disk there?"
+                        f"the processes that load data have given nothing for {minutes:g} minutes; is the disk there?"
                     ) from error
                 continue
             yield batch

@@ -18,15 +18,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from runtime.codecs import draw
 from runtime.config import CacheConfig, differences
-from runtime.data import Images, UnreadableImageError
+from runtime.data import Images, UnreadableImageError, load
 from runtime.files import write_text, written_aside
 from runtime.latents import LABELS, MANIFEST, VERSION, check_settings, file_size, sha256_of
-from runtime.stop import leave_process_group
 
 SETTINGS = "settings.json"
 INFORMATIVE = ("source", "codec_path", "on_error")  # where things were, which may move; and what changes no latent
@@ -193,9 +192,8 @@ class CacheWriter:
     def _read(self, shards: list[int]) -> Iterator[tuple[Tensor, list[str | None]]]:
         """Batch after batch of all shards: the readable ones, (b, H, W, C) uint8, and for each why it is not, or None."""
         order = [list(batch) for shard in shards for batch in self._batches(shard)]
-        workers = {"num_workers": self.num_workers, "worker_init_fn": leave_process_group}
         dataset = Pixels(self.images, skip=self.options.on_error == "skip")
-        return iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, **workers))
+        return load(dataset, order, num_workers=self.num_workers, minutes=60, pin=False)
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor, index: list[int]) -> np.ndarray:
@@ -309,12 +307,12 @@ class Pixels(Dataset):
                 ) from None
             return str(error)
 
-
-def collate(items: list[Tensor | str]) -> tuple[Tensor, list[str | None]]:
-    """The tensors among them, stacked, and for each item its text, or None."""
-    pixels = [item for item in items if not isinstance(item, str)]
-    why = [item if isinstance(item, str) else None for item in items]
-    return torch.stack(pixels) if pixels else torch.empty(0), why
+    @staticmethod
+    def collate(items: list[Tensor | str]) -> tuple[Tensor, list[str | None]]:
+        """The tensors among them, stacked, and for each item its text, or None."""
+        pixels = [item for item in items if not isinstance(item, str)]
+        why = [item if isinstance(item, str) else None for item in items]
+        return torch.stack(pixels) if pixels else torch.empty(0), why
 
 
 def reopen(path: str, expected: dict[str, Any]) -> None:
