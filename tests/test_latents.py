@@ -592,10 +592,8 @@ def test_a_run_is_not_gone_on_with_on_other_classes(tmp_path, images, vae, capsy
     other = [*argv, "--latents", str(tmp_path / "other"), "--train.num_steps", "6"]
     cache_latents.main(other)
     found = sentence(capsys, train.main, other)
-    assert (
-        "was trained on other data, or through another autoencoder: shape.class_names ['down', 'left', 'right', 'up'] (now ['above',"
-        in found
-    )
+    assert "was trained on other data, or through another autoencoder: shape.class_names ['down', 'left'," in found
+    assert "(now ['above'," in found
 
 
 def test_check_reads_everything(tmp_path, images, vae, capsys):
