@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +45,8 @@ BEST_FILE = "best.json"
 def accelerator_of(config: Config) -> Accelerator:
     """The processes and devices, as the launcher and accelerate's config file say."""
     cfg = config.train
+    # Of DDP, about the depth-wise convolution, whose gradient has a dimension of one that no stride matters for.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else several processes on a CPU would not find each other
         mixed_precision=precision(cfg),

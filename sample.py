@@ -52,7 +52,8 @@ class Arguments:
         rows: Rows of the grid.
         seed: Not given means as in the run's config.
         batch_size: Images drawn together on each process.
-        weights: The averaged weights, or those of the last training step.
+        weights: ema, the averaged weights; ema-0.05 and the like, the power-function averages; model, those of the last
+            training step.
         fid: With num, measure the images against this reference: a file of statistics, or images.
         fid_extractor: Network of the features; not given means as in the run's config, which is inception.
         fid_preset: Protocol of Inception: adm, pytorch-fid or clean; not given means as in the run's config.
@@ -73,7 +74,7 @@ class Arguments:
     rows: int | None = None
     seed: int | None = None
     batch_size: int = 64
-    weights: Literal["ema", "model"] = "ema"
+    weights: str = "ema"
     fid: str | None = None
     fid_extractor: Literal["inception", "dinov2", "classifier"] | None = None
     fid_preset: Literal["adm", "pytorch-fid", "clean"] | None = None
@@ -108,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_labels([*classes, *(config.sample.classes or [])], model.num_classes)
     check_guidance(model, config.sample.cfg_scale, config.sample.guided_channels)
     sampler = build.build_sampler(config, build.build_process(config))
+    if args.weights not in (there := checkpoint.weights_in(folder)):
+        raise ValueError(f"--weights is {args.weights!r}; {str(folder)!r} has {there}.")
     checkpoint.load_weights(folder, args.weights, model)
     model, codec = model.eval().to(state.device), codec.to(state.device)
 

@@ -165,6 +165,11 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
         ) from None
 
 
+def weights_in(folder: Path) -> list[str]:
+    """The parts of a checkpoint that are weights of the model."""
+    return sorted({file.stem for file in folder.glob("*.safetensors")} - {"optimizer", "meter"})
+
+
 def load_weights(folder: Path, name: str, model: nn.Module) -> None:
     """Load a part of a checkpoint, `model` or an average as `ema`, into a model.
 

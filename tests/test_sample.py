@@ -16,8 +16,8 @@ from PIL import Image
 import fid
 import sample
 import train
+from runtime import ema, stop
 from runtime import sink as sinks
-from runtime import stop
 
 SMALL = (
     "--data.name digits --codec.name pixels --process.name flow --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
@@ -279,6 +279,22 @@ def test_one_checkpoint_of_a_run_and_its_last_weights(draw, trained, tmp_path):
     run, step, model = (read(tmp_path / f"{name}.npz")[0] for name in ("run", "step", "model"))
     assert (run == step).all()
     assert apart(run, model) > 1
+
+
+def test_averages_of_any_width_may_be_drawn(draw, sentence, trained, tmp_path):
+    """The two that were kept, from checkpoint or snapshot; and one that is rebuilt, here from those two alone."""
+    folder = trained / "snapshots" / "step-00000030"
+    draw("--num", 3, "--out", tmp_path / "kept.npz", "--weights", "ema-0.1")
+    draw("--checkpoint", folder, "--num", 3, "--out", tmp_path / "snapshot.npz", "--weights", "ema-0.1")
+    ema.reconstruct(trained, 0.1, out=tmp_path / "wide")
+    draw("--checkpoint", tmp_path / "wide", "--num", 3, "--out", tmp_path / "wide.npz")
+    kept, snapshot, wide = (read(tmp_path / f"{name}.npz")[0] for name in ("kept", "snapshot", "wide"))
+    assert (kept == snapshot).all()
+    assert apart(kept, wide) <= 1
+    said = sentence("--num", 3, "--out", tmp_path / "x.npz", "--weights", "ema-0.2")
+    assert "--weights is 'ema-0.2'" in said
+    assert "has ['ema', 'ema-0.05', 'ema-0.1', 'model']" in said
+    assert "has ['ema-0.05', 'ema-0.1']" in sentence("--checkpoint", folder)
 
 
 def full():
