@@ -74,6 +74,7 @@ def root(tmp_path_factory):
         jobs.append(argv(root, f"{kind}-measured", "images", 4, measured))
     for kind in ("two", "sharded"):
         todo[kind].append(argv(root, f"{kind}-bf16", "images", 2, "--train.precision bf16"))
+        todo[kind].append(argv(root, f"{kind}-dry", "images", 50, "--dry-run"))
     # A run of one process that two go on with, and one of two that one does, both without accumulation from there.
     todo["one"].append(argv(root, "moved-up", "images", 3))
     todo["two"].append(argv(root, "moved-down", "images", 3))
@@ -92,6 +93,8 @@ def root(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count("done: 6 steps") == 7  # said once, not by each process
+    assert done.stdout.count("it works; nothing was kept") == 2
+    assert not list(root.glob("*-dry")) + list(root.glob(".dry-run-*"))
     in_one_process(train.main, [moved_down])
     in_one_process(sample.main, [[*drawn[:-1], f"{root}/one.npz"]])
     return root
