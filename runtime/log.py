@@ -19,7 +19,6 @@ from runtime.files import write_text, written_aside
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogFormatter
 
 PROJECT = "vca-diffusion"  # of W&B and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
 MAX_FRAMES = 60  # of the film
@@ -99,7 +98,8 @@ class Log:
                 right.plot(steps[there], smooth(table[there, k], window), color=colour, linewidth=1.5, label=label)
         right.set_yscale("log")
         right.yaxis.set_major_formatter("{x:g}")
-        right.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        small = np.nanmax(table, initial=1) < 10 * np.nanmin(table, initial=np.inf)
+        right.yaxis.set_minor_formatter("{x:g}" if small else "")
         left.set_title(f"{self.run_dir.name}: training loss")
         right.set_title(f"by t over its end, running mean of {window}")
         for axes in (left, right):
