@@ -332,6 +332,7 @@ class Run:
         result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=self.step, sample=sample)
         if self.log:
             self.log.attempt("fid.jsonl", lambda: self._write_result(result))
+            self.log.attempt("what the removal of old checkpoints changes", self._prune)  # of what was the best
             tqdm.write(f"step {self.step}, {num} images: {result}")
         self.accelerator.wait_for_everyone()
         return True

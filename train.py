@@ -44,7 +44,7 @@ class Arguments(Config):
     Args:
         resume: auto goes on from the newest checkpoint in run_dir, if there is one; none wants none to be there; a run or
             checkpoint is what a new run_dir goes on from.
-        dry_run: Say what the run takes, try one step of everything in a temporary folder, and keep nothing.
+        dry_run: Say what the run takes, try two steps of everything in a temporary folder, and keep nothing.
     """
 
     resume: str = "auto"
@@ -90,33 +90,32 @@ def train(run: Run, stop: StopSignal) -> bool:
     stopped = run.step > 0 and not finish(run, stop)  # what was due at this step when it was killed
     bar = tqdm(total=cfg.num_steps, initial=run.step, desc="train", unit="step", disable=not run.log)
     batches = run.batches()
-    since, steps = time.perf_counter(), 0
-    while run.step < cfg.num_steps and not stopped:
-        for _ in range(cfg.accumulate):
-            run.backward(*next(batches))
-        run.update()
-        steps += 1
-        bar.update()
-        stopped, last = stop.requested(run.step), run.step == cfg.num_steps
-        if last or due(run.step, cfg.log_every):
-            line = run.report(since, steps)
-            shown = {"loss": line["loss"], "img/s": line["images_per_second"], "GiB": line["memory_gib"]}
-            bar.set_postfix({k: "-" if v is None else f"{v:.4g}" for k, v in shown.items()}, refresh=False)
-            since, steps = time.perf_counter(), 0
-        paused = time.perf_counter()
-        if last or due(run.step, cfg.snapshot_every):
-            run.snapshot()  # before the checkpoint: a run that is killed between the two comes here again
-        # With every FID, too, so that the best one is there to be used.
-        if last or stopped or due(run.step, cfg.checkpoint_every) or "fid" in due_at(run.config, run.step):
-            run.save(last=last or stopped)
-            saved = run.step
-        if not stopped or last:
-            stopped = not finish(run, stop)
-        since += time.perf_counter() - paused
-    if stopped and saved < run.step:
-        run.save(last=True)
-    bar.close()
-    batches.close()
+    with bar, contextlib.closing(batches):
+        since, steps = time.perf_counter(), 0
+        while run.step < cfg.num_steps and not stopped:
+            for _ in range(cfg.accumulate):
+                run.backward(*next(batches))
+            run.update()
+            steps += 1
+            bar.update()
+            stopped, last = stop.requested(run.step), run.step == cfg.num_steps
+            if last or due(run.step, cfg.log_every):
+                line = run.report(since, steps)
+                shown = {"loss": line["loss"], "img/s": line["images_per_second"], "GiB": line["memory_gib"]}
+                bar.set_postfix({k: "-" if v is None else f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+                since, steps = time.perf_counter(), 0
+            paused = time.perf_counter()
+            if last or due(run.step, cfg.snapshot_every):
+                run.snapshot()  # before the checkpoint: a run that is killed between the two comes here again
+            # With every FID, too, so that the best one is there to be used.
+            if last or stopped or due(run.step, cfg.checkpoint_every) or "fid" in due_at(run.config, run.step):
+                run.save(last=last or stopped)
+                saved = run.step
+            if not stopped or last:
+                stopped = not finish(run, stop)
+            since += time.perf_counter() - paused
+        if stopped and saved < run.step:
+            run.save(last=True)
     return stopped
 
 
@@ -210,7 +209,7 @@ def dry_run(config: Config, accelerator: Accelerator, stop: StopSignal) -> None:
         "disk": f"{num_kept} checkpoints of {gib(size)}, {num_snapshots} snapshots of {gib(snapshot_size)}: {gib(disk)}; "
         f"{gib(free)} are free",
     }
-    print(f"{config.run_dir}: it works; nothing was kept.")
+    print(f"{config.run_dir}: every step works; nothing was kept.")
     print("\n".join(f"  {name:<9} {text}" for name, text in rows.items()))
     if disk > free:
         raise ValueError(

@@ -95,10 +95,17 @@ def recover(run_dir: Path) -> None:
 
 
 def prune(run_dir: Path, newest: int, every: int | None = None, spare: Collection[int] = ()) -> None:
-    """Delete all checkpoints but the newest ones, those of steps that are multiples of `every`, and those to spare."""
+    """Delete all checkpoints but the newest ones, those of steps that are multiples of `every`, and those to spare.
+
+    What was to be kept when it was written (its own config's keep_every) is kept, too.
+    """
     for folder in steps(run_dir)[:-newest]:
         step = int(folder.name.removeprefix("step-"))
-        if step not in spare and not (every and step % every == 0):
+        try:
+            then = read_record(folder)["config"].get("train", {}).get("keep_every")
+        except ValueError:  # a damaged one is not ours to judge
+            continue
+        if step not in spare and not any(period and step % period == 0 for period in (every, then)):
             gone = folder.with_name(f".{folder.name}-old")  # a half-deleted one must not look whole
             os.rename(folder, gone)
             shutil.rmtree(gone, ignore_errors=True)  # `recover` tries again
@@ -139,7 +146,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         if missing:
             raise ValueError(f"it lacks {sorted(missing)}")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {error}.") from None
+        raise ValueError(
+            f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {error}. Remove its folder to use the "
+            "checkpoint before it."
+        ) from None
     return record
 
 

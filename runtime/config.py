@@ -413,6 +413,8 @@ def _sentence(message: str, known: list[str]) -> str:
         wrong = (match[1] or match[2]).lstrip("-").split("=")[0]
     if wrong is not None:
         return f"{wrong!r} is not a setting;{_hint(wrong, known)} see --help for all."
+    if "arguments are required" in message and "run_dir" in known:
+        return f"{message}. They stand in a file of configs/, so give --config FILE; see --help."
     if match := re.search(r'Parser key "([^"]+)": Expected a typing.Literal\[(.+)\]\. Got value: (.*)', message):
         choices = [c.strip(" '\"") for c in match[2].split(",")]
         return f"{match[1]} is {match[3]!r};{_hint(match[3], choices)} choose one of {choices}."

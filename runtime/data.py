@@ -51,9 +51,19 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int]:
-        """(index, flip) -> image (C, H, W) in [-1, 1], label."""
+        """(index, flip) -> image (C, H, W) in [-1, 1], label.
+
+        Raises:
+            UnreadableImageError: The image is none; says what to do.
+        """
         index, flip = key
-        image = from_uint8(self.pixels(index))  # (C, H, W)
+        try:
+            image = from_uint8(self.pixels(index))  # (C, H, W)
+        except UnreadableImageError as error:
+            raise UnreadableImageError(
+                f"{error} Mend it, or put another image of its class in its place, and run the same command again. "
+                "cache_latents.py --cache.on_error skip finds all such files and leaves them out."
+            ) from None
         return image.flip(-1) if flip else image, int(self.labels[index])
 
     def pixels(self, index: int) -> np.ndarray:

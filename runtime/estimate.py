@@ -55,8 +55,8 @@ def count_saved(network: nn.Module) -> Iterator[Saved]:
 
 
 def gib(num_bytes: float) -> str:
-    """`12.3 GiB`, or MiB below a tenth of that."""
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:,.1f} MiB"
+    """`12.3 GiB`, or MiB below 1 GiB."""
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def size_of(*folders: Path) -> int:

@@ -19,6 +19,7 @@ from runtime.files import write_text, written_aside
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 PROJECT = "vca-diffusion"  # of W&B and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
 MAX_FRAMES = 60  # of the film
@@ -83,8 +84,9 @@ class Log:
         window = 2 * (len(loss) // 40) + 1
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
         figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.13)
-        left.plot(steps, loss, color="tab:blue", alpha=0.35, linewidth=1, label="loss")
-        left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
+        left.plot(steps, loss, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
+        if window > 1:
+            left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
         low, high = np.quantile(loss, [0, 0.98])
         # Without the loss of the first steps, which would hide the rest.
         left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
@@ -94,16 +96,18 @@ class Log:
         for k, colour in enumerate(plt.get_cmap("viridis")(np.linspace(0, 0.95, num))):
             there = ~np.isnan(table[:, k])
             if there.any():
-                label = f"t {k / num:g} to {(k + 1) / num:g}"
-                right.plot(steps[there], smooth(table[there, k], window), color=colour, linewidth=1.5, label=label)
+                label, marker = f"t {k / num:g} to {(k + 1) / num:g}", "." if there.sum() < 3 else None
+                line = {"color": colour, "linewidth": 1.5, "marker": marker, "label": label}
+                right.plot(steps[there], smooth(table[there, k], window), **line)
         right.set_yscale("log")
         right.yaxis.set_major_formatter("{x:g}")
         small = np.nanmax(table, initial=1) < 10 * np.nanmin(table, initial=np.inf)
         right.yaxis.set_minor_formatter("{x:g}" if small else "")
         left.set_title(f"{self.run_dir.name}: training loss")
-        right.set_title(f"by t over its end, running mean of {window}")
+        right.set_title(f"in ten parts of the range of t{f', running mean of {window}' if window > 1 else ''}")
         for axes in (left, right):
             axes.set_xlabel("optimizer step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
         left.legend(fontsize="small", loc="upper right")
         right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

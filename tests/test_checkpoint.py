@@ -251,6 +251,14 @@ def test_prune_keeps_the_newest_and_every_mth_and_the_spared(tmp_path, options, 
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
 
 
+def test_what_was_to_be_kept_for_ever_is_kept_when_the_setting_goes(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, config={"train": {"keep_every": 2}})
+    save(tmp_path, 5)
+    checkpoint.prune(tmp_path, 1)
+    assert [f.name[-1] for f in checkpoint.steps(tmp_path)] == ["2", "4", "5"]
+
+
 def test_the_number_of_kept_checkpoints_is_known_beforehand(tmp_path):
     cfg = TrainConfig(num_steps=7, checkpoint_every=2, keep_checkpoints=2, keep_every=4)
     for step in (2, 4, 6, 7):

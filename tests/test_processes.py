@@ -93,7 +93,7 @@ def root(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count("done: 6 steps") == 7  # said once, not by each process
-    assert done.stdout.count("it works; nothing was kept") == 2
+    assert done.stdout.count("every step works; nothing was kept") == 2
     assert not list(root.glob("*-dry")) + list(root.glob(".dry-run-*"))
     in_one_process(train.main, [moved_down])
     in_one_process(sample.main, [[*drawn[:-1], f"{root}/one.npz"]])
