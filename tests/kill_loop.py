@@ -105,7 +105,8 @@ def main() -> None:
         different = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k))
         if different:
             sys.exit(f"after {kills} kills these differ from the run left in peace: {different}")
-        left = [str(f.relative_to(cut)) for f in cut.rglob("*") if f.name.startswith(".") and f.name != ".lock"]
+        hidden = {f.relative_to(cut) for f in cut.rglob("*") if f.name.startswith(".")}
+        left = sorted(map(str, hidden - {f.relative_to(whole) for f in whole.rglob("*")}))
         if left:
             sys.exit(f"left behind: {left}")
         steps = sorted({step for step in resumed if step})
