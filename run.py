@@ -159,8 +159,8 @@ class Run:
             self._lock()
             save_yaml(self.config, self.folder / CONFIG_FILE)
             checkpoint.recover(self.folder)
-            if self._borrowed:
-                write_origin(self.folder, str(self.start) if self.resume == "auto" else self.resume, self.start)
+            if self._borrowed and self.resume != "auto":  # else it is noted already
+                write_origin(self.folder, self.resume, self.start)
         if self.cfg.tracker != "none":
             start_tracker(self.accelerator, self.cfg.tracker, self.folder, self.step, to_dict(self.config))
         if self.main:
@@ -290,7 +290,7 @@ class Run:
         if self.log and averages:
             record = self._record() | {"ema_stds": self.cfg.ema_stds}
             final = folder_of(self.folder, self.step, SNAPSHOTS)
-            self.log.attempt("the snapshot", lambda: checkpoint.save(final, self.step, averages, record))
+            self.log.attempt("the snapshot", checkpoint.save, final, self.step, averages, record)
 
     def preview(self) -> None:
         """Draw a grid with the averaged weights, a column a class. All processes call this."""
@@ -331,7 +331,7 @@ class Run:
         sample = {**self._drawing, "sampler": self.config.sample.sampler, "weights": "ema", "num": num}
         result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=self.step, sample=sample)
         if self.log:
-            self.log.attempt("fid.jsonl", lambda: self._write_result(result))
+            self.log.attempt("fid.jsonl", self._write_result, result)
             self.log.attempt("what the removal of old checkpoints changes", self._prune)  # of what was the best
             tqdm.write(f"step {self.step}, {num} images: {result}")
         self.accelerator.wait_for_everyone()

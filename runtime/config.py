@@ -337,21 +337,6 @@ def save_yaml(config: Any, path: Path) -> None:
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """What `save_yaml` wrote.
-
-    Raises:
-        ValueError: The file is no YAML mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{str(path)!r} is not the config of a run.")
-    return values
-
-
 def keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Dotted names of all fields: `run_dir`, `train`, `train.lr`, ..."""
     for f in dataclasses.fields(cls):

@@ -60,20 +60,13 @@ class Log:
         """Show those of the values that are numbers in the tracker."""
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
         for tracker in self.trackers:
-            self._track(tracker, lambda tracker=tracker: tracker.log(numbers, step=step))
+            self._track(tracker, tracker.log, numbers, step=step)
 
     def add_preview(self, step: int, image: np.ndarray) -> None:
         """Show a preview (H, W, 3) uint8 in the tracker, and make previews/progress.gif anew."""
         for tracker in self.trackers:
-            if tracker.name == "trackio":
-                import trackio  # only who asks for it has it
-
-                show = lambda tracker=tracker: tracker.log({"samples": trackio.Image(image)}, step=step)  # noqa: E731
-            else:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                show = lambda t=tracker, kw=layout: t.log_images({"samples": image[None]}, step=step, **kw)  # noqa: E731
-            self._track(tracker, show)
-        self.attempt("progress.gif", lambda: save_film(self.run_dir / "previews"))
+            self._track(tracker, show_image, tracker, image, step)
+        self.attempt("progress.gif", save_film, self.run_dir / "previews")
 
     def plot(self) -> None:
         """Draw loss.png: the logged means and their running mean, and beside it the running mean in each bin of t."""
@@ -119,10 +112,10 @@ class Log:
         self.attempt("loss.png", write)
         plt.close(figure)
 
-    def attempt(self, what: str, write: Callable[[], Any]) -> None:
-        """Call `write`; if the disk does not take it, say so, and that training goes on."""
+    def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> None:
+        """Call `write(*args)`; if the disk does not take it, say so, and that training goes on."""
         try:
-            write()
+            write(*args)
         except OSError as error:
             self.warn(what, error)
 
@@ -135,10 +128,10 @@ class Log:
         for tracker in self.trackers:
             self._track(tracker, tracker.finish)
 
-    def _track(self, tracker: GeneralTracker, show: Callable[[], Any]) -> None:
+    def _track(self, tracker: GeneralTracker, show: Callable[..., Any], *args: Any, **options: Any) -> None:
         """Call `show`, whatever a tracker may raise; TensorBoard's is of no use after an error, and gets a new file."""
         try:
-            show()
+            show(*args, **options)
         except Exception as error:
             self.warn(f"what {tracker.name} shows", error)
             if tracker.name == "tensorboard":
@@ -174,6 +167,17 @@ def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int,
     }
     project = "tensorboard" if kind == "tensorboard" else os.environ.get(f"{kind.upper()}_PROJECT", PROJECT)
     accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+
+
+def show_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
+    """Show an image (H, W, 3) uint8 in a tracker, each of which wants it in another way."""
+    if tracker.name == "trackio":
+        import trackio  # only who asks for it has it
+
+        tracker.log({"samples": trackio.Image(image)}, step=step)
+    else:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": image[None]}, step=step, **layout)
 
 
 def check_tracker(name: str) -> None:

@@ -512,13 +512,20 @@ def test_the_learning_rate_is_the_one_that_is_logged(tmp_path):
     assert lines[-1][2] > 0
 
 
-def test_the_distance_is_measured_as_training_goes_on(tmp_path):
+def judged(tmp_path, metrics="[fd]"):
+    """Options to measure with a small classifier."""
     torch.manual_seed(0)
     fid.Classifier(10, 8).eval().save(tmp_path / "judge.safetensors")
     np.savez(tmp_path / "real.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
+    return (
+        f"--fid.reference {tmp_path / 'real.npz'} --fid.extractor classifier --fid.weights "
+        f"{tmp_path / 'judge.safetensors'} --fid.metrics {metrics} --fid.num 20 --fid.every 2"
+    )
+
+
+def test_the_distance_is_measured_as_training_goes_on(tmp_path):
     judge = f"--fid.extractor classifier --fid.weights {tmp_path / 'judge.safetensors'}"
-    options = f"--fid.reference {tmp_path / 'real.npz'} {judge} --fid.metrics [fd] --fid.every 2 --fid.num 20"
-    options += " --train.checkpoint_every 2"
+    options = f"{judged(tmp_path)} --train.checkpoint_every 2"
     run(tmp_path / "run", 3, options)
     run(tmp_path / "run", 5, options)  # resumed
     records = [json.loads(line) for line in (tmp_path / "run" / "fid.jsonl").read_text().splitlines()]
@@ -539,11 +546,7 @@ def test_measuring_needs_a_reference(capsys, tmp_path):
 
 
 def test_a_distance_names_its_number_of_images_and_the_best_step_is_kept(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    fid.Classifier(10, 8).eval().save(tmp_path / "judge.safetensors")
-    np.savez(tmp_path / "real.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
-    options = f"--fid.reference {tmp_path / 'real.npz'} --fid.extractor classifier --fid.metrics [fd] --fid.every 1"
-    options += f" --fid.weights {tmp_path / 'judge.safetensors'} --fid.num 20 --train.checkpoint_every 1"
+    options = f"{judged(tmp_path)} --fid.every 1 --train.checkpoint_every 1"
     shown, plain = [], fid.Result.to_dict
     values = iter([5.0, 3.0, 4.0, 6.0])
     monkeypatch.setattr(fid.Result, "to_dict", lambda self: {**plain(self), "fd": next(values)})
@@ -552,17 +555,6 @@ def test_a_distance_names_its_number_of_images_and_the_best_step_is_kept(tmp_pat
     assert json.loads((folder / "best.json").read_text()) == {"fd-20": {"value": 3.0, "step": 2}}
     assert [f.name for f in checkpoint.steps(folder)] == ["step-00000002", "step-00000004"]  # the best, and the newest
     assert [step for step, names in shown if "fd-20" in names] == [1, 2, 3, 4]
-
-
-def judged(tmp_path, metrics="[fd]"):
-    """Options to measure with a small classifier."""
-    torch.manual_seed(0)
-    fid.Classifier(10, 8).eval().save(tmp_path / "judge.safetensors")
-    np.savez(tmp_path / "real.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
-    return (
-        f"--fid.reference {tmp_path / 'real.npz'} --fid.extractor classifier --fid.weights "
-        f"{tmp_path / 'judge.safetensors'} --fid.metrics {metrics} --fid.num 20 --fid.every 2"
-    )
 
 
 @pytest.mark.parametrize("steps", [2, 4])
@@ -719,6 +711,7 @@ def test_resume_none_auto_and_a_path(tmp_path, capsys):
     shutil.rmtree(branch / "checkpoints")  # killed before its own first one
     run(branch, 4)
     assert_same(tensors(branch), tensors(whole))
+    run(branch, 5, f"--resume {second}")  # still the same command
     assert not (tmp_path / "x").exists()
     run(tmp_path / "new", 1, "--resume none")
 
