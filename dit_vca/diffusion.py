@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_vca.sampler import SAMPLERS, Sampler
+from dit_vca.sampler import SAMPLERS, Generator, Predict, Sampler
 from vca import build, lookup
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -46,6 +46,10 @@ class Coefficients:
     log_beta: Tensor  # the largest log variance of the reverse step
     log_posterior: Tensor  # the smallest, log beta~_t, with its value at t = 1 in place of -infinity at t = 0
 
+    def clean(self, predicted: Tensor, x_t: Tensor) -> Tensor:
+        """The clean latent x of x_t = sqrt_abar x + sqrt_1m_abar noise, for the predicted noise."""
+        return (x_t - self.sqrt_1m_abar * predicted) / self.sqrt_abar
+
 
 class Diffusion:
     """Gaussian diffusion in `num_timesteps` steps with a learned variance.
@@ -56,10 +60,13 @@ class Diffusion:
 
     Attributes:
         end_time: Above the largest step, T.
+        published_sampler: Name of the sampler of the published tables.
 
     Raises:
         ValueError: Unknown betas, or so few steps that a beta reaches 1.
     """
+
+    published_sampler = "ddpm"
 
     def __init__(self, *, betas: str = "linear", num_timesteps: int = 1000) -> None:
         if num_timesteps < 2:
@@ -136,19 +143,47 @@ class Diffusion:
         """The steps of training (B,), int64 and uniform, of which u (B,) in (0, 1), float64, are the quantiles."""
         return (u * self.num_timesteps).long()
 
-    def sampler(self, spec: str | Mapping[str, Any]) -> Sampler:
+    def clean(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latent (B, C, H, W) that the network's `output` (B, 2C, H, W) at x_t and the steps t (B,) implies."""
+        return self.at(t, like=x_t).clean(output[:, : x_t.shape[1]], x_t)
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """The place of t, (B,) or (), between the cleanest step, 0, and the last, 1: t / (T - 1)."""
+        return t / (self.num_timesteps - 1)
+
+    def sampler(self, spec: str | Mapping[str, Any] | None = None) -> Sampler:
         """The sampler that `spec` names, `{"name": "ddpm", "num_steps": 250}`, as a function of (predict, noise).
+
+        Without a name it is the published one, 250 steps of DDPM, with the options in `spec`.
 
         Raises:
             ValueError: An unknown name, option or value.
         """
+        spec = spec if isinstance(spec, str) else {"name": self.published_sampler, **(spec or {})}
         return build(SAMPLERS, spec, "sample.sampler", self)
+
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        generator: Generator = None,
+        *,
+        sampler: str | Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Noise (B, C, H, W) -> samples (B, C, H, W) with `self.sampler(sampler)`.
+
+        Args:
+            predict: `predict(x_t, t)`, the network with labels and guidance applied.
+            noise: (B, C, H, W).
+            generator: Of what the sampler draws; a list has one for each image.
+            sampler: See `sampler`.
+        """
+        return self.sampler(sampler)(predict, noise, generator)
 
     def _bound(self, x: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, c: Coefficients) -> Tensor:
         """KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)) for t > 0, -log p(x | x_1) at t = 0; bits per dimension, (B,)."""
-        predicted_x = (x_t - c.sqrt_1m_abar * predicted) / c.sqrt_abar
         true_mean = c.from_x * x + c.from_x_t * x_t
-        mean = c.from_x * predicted_x + c.from_x_t * x_t
+        mean = c.from_x * c.clean(predicted, x_t) + c.from_x_t * x_t
         fraction = (v + 1) / 2
         log_variance = fraction * c.log_beta + (1 - fraction) * c.log_posterior
         kl = gaussian_kl(true_mean, c.log_posterior, mean, log_variance).flatten(1).mean(1)  # (B,)

@@ -5,22 +5,26 @@
 The schedulers' own respacing is not the published one (their defaults start below the last step, and DDIM steps back by a
 rounded stride), so DDPM and DDIM get the betas of the kept steps, for which theirs is exact, and the network gets the
 original numbers of these steps. Latents are never clipped.
+
+The solvers step in the logarithm of alpha / sigma, need no betas in between, and take the schedulers' own points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 if TYPE_CHECKING:
     from dit_vca.diffusion import Diffusion
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-Generator = torch.Generator | Sequence[torch.Generator] | None
+Generator = torch.Generator | list[torch.Generator] | None
+
+LEAST_LOG_RATIO = -5.1
 
 
 class Sampler(Protocol):
@@ -46,11 +50,23 @@ def respace(betas: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 4.
     """
     if not 2 <= num_steps <= len(betas):
-        raise ValueError(f"sample.sampler.num_steps is {num_steps}; choose 2 ... {len(betas)}, the steps of training.")
+        raise ValueError(f"sample.sampler.num_steps is {num_steps}; choose 2 ... {len(betas)}.")
     stride = (len(betas) - 1) / (num_steps - 1)
     steps = torch.tensor([round(i * stride) for i in range(num_steps)])
     abar = torch.cumprod(1 - betas, dim=0)[steps]
     return steps, 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+
+
+def with_signal(betas: Tensor) -> Tensor:
+    """The betas (M,) of (T,) up to the last step with log(alpha / sigma) > -5.1: all linear ones, 996 of 1000 cosine ones.
+
+    Beyond it there is only noise, and the clean latent, which divides by alpha, would multiply an error of the network by
+    up to 20,000. What steps by the clean latent in few steps starts below, with the noise that it is given.
+
+    Source: Lu et al. 2022, arXiv:2206.00927, whose code clips at the same number.
+    """
+    abar = torch.cumprod(1 - betas, dim=0)
+    return betas[(abar / (1 - abar)).log() > 2 * LEAST_LOG_RATIO]
 
 
 class _Respaced:
@@ -127,35 +143,84 @@ class DDIM(_Respaced):
         return self.scheduler.step(predicted, index, x, eta=self.eta, generator=generator).prev_sample
 
 
-class DPMSolver:
-    """DPM-Solver++ of order 2: few steps, deterministic, the learned variance not used.
+class _Solver:
+    """A multistep solver of diffusers, and the loop: from the last of M steps, evenly, to the clean latent itself."""
 
-    Args:
-        diffusion: The process.
-        num_steps: Steps.
+    scheduler_class: type
 
-    Source: Lu et al. 2022, arXiv:2211.01095.
-    """
-
-    def __init__(self, diffusion: Diffusion, *, num_steps: int = 20) -> None:
-        if not 1 <= num_steps < diffusion.num_timesteps:
-            raise ValueError(f"sample.sampler.num_steps is {num_steps}; choose 1 ... {diffusion.num_timesteps - 1}.")
+    def __init__(self, diffusion: Diffusion, num_steps: int, order: int, orders: int, **config: Any) -> None:
+        betas = with_signal(diffusion.betas)
+        if not 1 <= num_steps < len(betas):
+            raise ValueError(f"sample.sampler.num_steps is {num_steps}; choose 1 ... {len(betas) - 1}.")
+        if not 1 <= order <= orders:
+            raise ValueError(f"sample.sampler.order is {order}; choose 1 ... {orders}.")
         self.num_steps = num_steps
+        self.abar = torch.cumprod(1 - betas, dim=0)  # float64; the scheduler rounds the betas
         self.config = {
-            "num_train_timesteps": diffusion.num_timesteps,
-            "trained_betas": diffusion.betas.tolist(),
+            "num_train_timesteps": len(betas),
+            "trained_betas": betas.tolist(),
+            "solver_order": order,
             "timestep_spacing": "linspace",
+            "final_sigmas_type": "zero",
+            "lower_order_final": True,
+            **config,
         }
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W). It draws nothing, so `generator` is not used."""
-        scheduler = DPMSolverMultistepScheduler(**self.config)  # a new one each time: it remembers the last outputs
+        """(B, C, H, W) -> (B, C, H, W)."""
+        scheduler = self.scheduler_class(**self.config)  # a new one each time: it remembers the last outputs
+        scheduler.alphas_cumprod = self.abar
         scheduler.set_timesteps(self.num_steps)
         x = noise
         for t in scheduler.timesteps:
             output = predict(x, torch.full((len(x),), int(t), device=x.device))
-            x = scheduler.step(output[:, : x.shape[1]], t, x).prev_sample
+            x = self.step(scheduler, output[:, : x.shape[1]], t, x, generator)
         return x
 
+    def step(self, scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor, generator: Generator) -> Tensor:
+        """X of the step after t, from the predicted noise; a solver that draws nothing needs no generator."""
+        return scheduler.step(predicted, t, x).prev_sample
 
-SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "dpm-solver": DPMSolver}
+
+class DPMSolver(_Solver):
+    """DPM-Solver++, multistep: few steps; the learned variance is not used.
+
+    Args:
+        diffusion: The process.
+        num_steps: Steps, evenly spaced in those of training.
+        order: 1 (DDIM), 2 or 3; 3 is for sampling without guidance.
+        sde: Solve the SDE, with noise at every step but the last, in the place of the ODE; orders 1 and 2.
+
+    Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2 and section 5.
+    """
+
+    scheduler_class = DPMSolverMultistepScheduler
+
+    def __init__(self, diffusion: Diffusion, *, num_steps: int = 20, order: int = 2, sde: bool = False) -> None:
+        # diffusers' third order of the SDE diverges: its last coefficient has -1/2 for +1/2
+        algorithm, orders = ("sde-dpmsolver++", 2) if sde else ("dpmsolver++", 3)
+        super().__init__(diffusion, num_steps, order, orders, algorithm_type=algorithm)
+
+    def step(self, scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor, generator: Generator) -> Tensor:
+        """One step, which draws from `generator` if it is one of the SDE."""
+        return scheduler.step(predicted, t, x, generator=generator).prev_sample
+
+
+class UniPC(_Solver):
+    """UniPC (B2): a multistep predictor whose result the next output of the network corrects, so at no further cost.
+
+    Args:
+        diffusion: The process.
+        num_steps: Steps, evenly spaced in those of training.
+        order: Order of the predictor, 1 ... 3; the corrector adds one.
+
+    Source: Zhao et al. 2023, arXiv:2302.04867.
+    """
+
+    scheduler_class = UniPCMultistepScheduler
+
+    def __init__(self, diffusion: Diffusion, *, num_steps: int = 20, order: int = 2) -> None:
+        super().__init__(diffusion, num_steps, order, 3, solver_type="bh2")
+
+
+SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "dpm-solver": DPMSolver, "unipc": UniPC}

@@ -21,9 +21,14 @@ class Coefficients:
     d_sigma: Tensor
 
     @property
+    def wronskian(self) -> Tensor:
+        """alpha' sigma - alpha sigma', which joins the velocity and the data and is never zero."""
+        return self.d_alpha * self.sigma - self.alpha * self.d_sigma
+
+    @property
     def sigma_wronskian(self) -> Tensor:
         """sigma (alpha' sigma - alpha sigma'), which joins velocity and score and is zero only at data (t = 1)."""
-        return self.sigma * (self.d_alpha * self.sigma - self.alpha * self.d_sigma)
+        return self.sigma * self.wronskian
 
     @property
     def g(self) -> Tensor:

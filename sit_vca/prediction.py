@@ -1,4 +1,4 @@
-"""What the network predicts: velocity, noise or score; how to turn it into velocity and score; and the loss weights.
+"""What the network predicts: velocity, noise or score; how to turn it into the others and data; and the loss weights.
 
     velocity u = dx_t/dt = alpha' x + sigma' noise,   score = -noise / sigma,
     u = (alpha'/alpha) x_t + g score,   g = (alpha'/alpha) sigma^2 - sigma sigma'
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sit_vca.path import Coefficients
+
+LEAST_ALPHA = 1e-3  # that noise and score are divided by: at alpha = 0 they say nothing about the data
 
 
 class Prediction(Protocol):
@@ -27,6 +29,9 @@ class Prediction(Protocol):
 
     def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """The score at x_t that `output` implies."""
+
+    def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """The data at the end of the path through x_t that `output` implies, finite on the whole path."""
 
 
 class VelocityPrediction:
@@ -46,6 +51,10 @@ class VelocityPrediction:
         """(alpha u - alpha' x_t) / (sigma (alpha' sigma - alpha sigma'))."""
         return (c.alpha * output - c.d_alpha * x_t) / c.sigma_wronskian
 
+    def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """(sigma u - sigma' x_t) / (alpha' sigma - alpha sigma')."""
+        return (c.sigma * output - c.d_sigma * x_t) / c.wronskian
+
 
 class ScorePrediction:
     """output = score; the loss is that of the noise which it implies."""
@@ -64,6 +73,10 @@ class ScorePrediction:
         """The output itself."""
         return output
 
+    def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """(x_t + sigma^2 score) / alpha."""
+        return (x_t + c.sigma.square() * output) / c.alpha.clamp(min=LEAST_ALPHA)
+
 
 class NoisePrediction(ScorePrediction):
     """output = noise = -sigma score."""
@@ -75,6 +88,10 @@ class NoisePrediction(ScorePrediction):
     def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """-noise / sigma."""
         return -output / c.sigma
+
+    def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """(x_t - sigma noise) / alpha."""
+        return (x_t - c.sigma * output) / c.alpha.clamp(min=LEAST_ALPHA)
 
 
 PREDICTIONS = {"velocity": VelocityPrediction, "noise": NoisePrediction, "score": ScorePrediction}

@@ -1,16 +1,18 @@
 """From noise to data: the probability-flow ODE (torchdiffeq) and the reverse SDE, as functions of `predict(x_t, t)`.
 
 `predict` is the network with labels and guidance applied: (B, C, H, W), (B,) -> (B, C, H, W). A sampler starts at t0 of
-its interval, ends at t1, and takes `num_steps` points linspace(t0, t1, num_steps), so num_steps - 1 steps, as published.
+its interval, ends at t1, and takes `num_steps` points linspace(t0, t1, num_steps), so num_steps - 1 steps, as published;
+`time_shift` moves the points towards noise.
 
 Source: Ma et al. 2024, arXiv:2401.08740, sections 2.3 and 3.4; table 9 for the diffusion coefficients.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torchdiffeq
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from sit_vca.transport import Transport
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-Generator = torch.Generator | Sequence[torch.Generator] | None
+Generator = torch.Generator | list[torch.Generator] | None
 
 
 class Sampler(Protocol):
@@ -45,14 +47,52 @@ def check_num_steps(num_steps: int) -> int:
     return num_steps
 
 
+def time_points(interval: tuple[float, float], num_steps: int, shift: float, like: Tensor) -> Tensor:
+    """Times from t0 to t1, (num_steps,), on the device of `like` and in its dtype or float32.
+
+    Evenly spaced if `shift` is 1. Otherwise, with n = (t1 - t) / (t1 - t0) the share of noise left at such a time, it
+    becomes n' = shift n / (1 + (shift - 1) n), so that for shift > 1 more of the times lie near noise.
+
+    Source: Esser et al. 2024, arXiv:2403.03206, section 5.3.2; Yao et al. 2025 (LightningDiT), arXiv:2501.01423.
+    """
+    t0, t1 = interval
+    options = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    if shift == 1:
+        return torch.linspace(t0, t1, num_steps, **options)
+    data = torch.linspace(0, 1, num_steps, **options)  # 1 - n
+    data = data / (data + shift * (1 - data))  # 1 - n', exact at both ends
+    return t0 * (1 - data) + t1 * data
+
+
+def check_time_shift(time_shift: float) -> float:
+    """`time_shift` itself.
+
+    Raises:
+        ValueError: It is not a positive number.
+    """
+    if not 0 < time_shift < math.inf:
+        raise ValueError(f"sample.sampler.time_shift is {time_shift}; choose a positive number, 1 for even steps.")
+    return time_shift
+
+
 ODE_METHODS = {  # name -> torchdiffeq's name
     "euler": "euler",
-    "heun": "heun2",
     "midpoint": "midpoint",
+    "heun": "heun2",
+    "heun2": "heun2",
+    "heun3": "heun3",
     "rk4": "rk4",
+    "explicit_adams": "explicit_adams",
+    "implicit_adams": "implicit_adams",
+    "adaptive_heun": "adaptive_heun",
+    "fehlberg2": "fehlberg2",
+    "bosh3": "bosh3",
     "dopri5": "dopri5",
     "dopri8": "dopri8",
 }
+ADAPTIVE = frozenset({"adaptive_heun", "fehlberg2", "bosh3", "dopri5", "dopri8"})  # they choose their own steps
+EVEN = frozenset({"explicit_adams", "implicit_adams"})  # their coefficients are those of even steps
+BATCHED = ADAPTIVE | {"implicit_adams"}  # until the whole batch is within rtol and atol: a sample depends on its batch
 
 
 class ODE:
@@ -60,11 +100,17 @@ class ODE:
 
     Args:
         transport: The process.
-        method: Name in `ODE_METHODS`. euler, heun, midpoint and rk4 step from point to point; dopri5 and dopri8 choose
-            their own steps, one for the whole batch, so a sample depends on its batch to within the tolerances.
-        num_steps: Points of time.
-        rtol: Relative tolerance of dopri5 and dopri8.
-        atol: Absolute tolerance of dopri5 and dopri8.
+        method: Name in `ODE_METHODS`. euler, midpoint, heun2 (or heun), heun3, rk4 and the multistep explicit_adams and
+            implicit_adams step from point to point. adaptive_heun, fehlberg2, bosh3, dopri5 and dopri8 choose their own
+            steps, one for the whole batch, and implicit_adams iterates over the whole batch, so with these six a sample
+            depends on its batch to within the tolerances.
+        num_steps: Points of time; not used by the methods that choose their own.
+        time_shift: Above 1, more of the points lie near noise; for euler, midpoint, heun2, heun3 and rk4.
+        rtol: Relative tolerance of the six methods above; fehlberg2 needs a tenth of the default.
+        atol: Absolute tolerance of the six methods above.
+
+    Raises:
+        ValueError: An unknown method, a number out of range, or points shifted for a method that cannot have them.
     """
 
     def __init__(
@@ -73,12 +119,23 @@ class ODE:
         *,
         method: str = "dopri5",
         num_steps: int = 50,
+        time_shift: float = 1.0,
         rtol: float = 1e-3,
         atol: float = 1e-6,
     ) -> None:
+        self.solver = {"method": lookup(ODE_METHODS, method, "sample.sampler.method"), "rtol": rtol, "atol": atol}
+        for name, tolerance in (("rtol", rtol), ("atol", atol)):
+            if not tolerance > 0:
+                raise ValueError(f"sample.sampler.{name} is {tolerance}; choose a positive number.")
+        if check_time_shift(time_shift) != 1 and method in ADAPTIVE | EVEN:
+            steps = "chooses its own steps" if method in ADAPTIVE else "needs even steps"
+            raise ValueError(
+                f"sample.sampler.time_shift is {time_shift}, but {method} {steps}; set sample.sampler.method to one of "
+                f"{sorted(set(ODE_METHODS) - ADAPTIVE - EVEN)}, or leave time_shift at 1."
+            )
         self.transport = transport
         self.num_steps = check_num_steps(num_steps)
-        self.solver = {"method": lookup(ODE_METHODS, method, "sample.sampler.method"), "rtol": rtol, "atol": atol}
+        self.time_shift = time_shift
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W). The ODE draws nothing, so `generator` is not used."""
@@ -87,7 +144,7 @@ class ODE:
             times = t.expand(len(x))
             return self.transport.velocity(predict(x, times), x, times)
 
-        return torchdiffeq.odeint(velocity, noise, self._points(noise), **self.solver)[-1]
+        return self._integrate(velocity, noise, self._points(noise))
 
     def bits_per_dim(self, predict: Predict, x: Tensor, generator: Generator = None) -> Tensor:
         """Negative log2-likelihood of data x (B, C, H, W), divided by C H W: (B,).
@@ -95,9 +152,15 @@ class ODE:
         Integrates from data to noise together with the divergence of the velocity, estimated by Hutchinson's trace with
         one Rademacher vector e a sample: div u = E[e . (du/dx) e]. The ends of the interval count as data and noise.
 
+        Args:
+            predict: Differentiable in x_t, and each sample's output a function of that sample alone.
+            x: (B, C, H, W).
+            generator: Of the vectors e; a list has one for each sample.
+
         Source: arXiv:2401.08740, appendix; Grathwohl et al. 2019, arXiv:1810.01367.
         """
-        probe = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype).sign()
+        normal = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        probe = torch.where(normal < 0, -1.0, 1.0).to(x.dtype)  # not sign(), which is 0 at 0
 
         def reverse(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -107,15 +170,25 @@ class ODE:
                 (gradient,) = torch.autograd.grad((u * probe).sum(), x_t)
             return u.detach(), (gradient * probe).flatten(1).sum(1)
 
-        state = (x, x.new_zeros(len(x)))
-        noise, log_volume = (s[-1] for s in torchdiffeq.odeint(reverse, state, self._points(x).flip(0), **self.solver))
+        noise, log_volume = self._integrate(reverse, (x, x.new_zeros(len(x))), self._points(x).flip(0))
         dims = x[0].numel()
         log_prior = -0.5 * noise.square().flatten(1).sum(1) - 0.5 * dims * math.log(2 * math.pi)  # (B,)
         return -(log_prior + log_volume) / (dims * math.log(2))  # log_volume = -(divergence from noise to data)
 
     def _points(self, like: Tensor) -> Tensor:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return torch.linspace(*self.transport.ode_interval, self.num_steps, dtype=dtype, device=like.device)
+        return time_points(self.transport.ode_interval, self.num_steps, self.time_shift, like)
+
+    def _integrate(self, derivative: Callable[[Tensor, Any], Any], state: Any, points: Tensor) -> Any:
+        """The state, a tensor or a tuple of them, at the last point."""
+        # order 4; the default, 11, is stable only in very small steps
+        options = {"max_order": 5} if self.solver["method"] in EVEN else None
+        try:
+            path = torchdiffeq.odeint(derivative, state, points, **self.solver, options=options)
+        except AssertionError as error:  # "underflow in dt"
+            raise ValueError(
+                f"{self.solver['method']} finds no step small enough ({error}); raise sample.sampler.rtol or atol."
+            ) from error
+        return path[-1] if isinstance(state, Tensor) else tuple(part[-1] for part in path)
 
 
 # The diffusion coefficient w(t) before its factor `diffusion_norm` c, which acts inside for the last two.
@@ -139,6 +212,7 @@ class SDE:
         transport: The process.
         method: `euler` (Euler-Maruyama) or `heun`.
         num_steps: Points of time; num_steps - 1 steps, and the last one.
+        time_shift: Above 1, more of the points lie near noise.
         diffusion: Form of w(t), a name in `DIFFUSION_FORMS`.
         diffusion_norm: Its factor c.
         last_step: `none`; `mean`, x + drift h; `tweedie`, x / alpha + sigma^2 / alpha score; `euler`, x + velocity h.
@@ -154,6 +228,7 @@ class SDE:
         *,
         method: str = "euler",
         num_steps: int = 250,
+        time_shift: float = 1.0,
         diffusion: str = "sigma",
         diffusion_norm: float = 1.0,
         last_step: str = "mean",
@@ -167,6 +242,7 @@ class SDE:
             raise ValueError(f"sample.sampler.diffusion_norm is {diffusion_norm}; choose at least 0.")
         self.transport = transport
         self.num_steps = check_num_steps(num_steps)
+        self.time_shift = check_time_shift(time_shift)
         self.form = lookup(DIFFUSION_FORMS, diffusion, "sample.sampler.diffusion")
         self.norm = diffusion_norm
         self.heun = method == "heun"
@@ -185,17 +261,16 @@ class SDE:
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        dtype = torch.promote_types(noise.dtype, torch.float32)
-        points = torch.linspace(*self.interval, self.num_steps, dtype=dtype, device=noise.device)
-        dt = points[1] - points[0]
+        points = time_points(self.interval, self.num_steps, self.time_shift, noise)
         x = noise
-        for t in points[:-1]:
+        for t, after in itertools.pairwise(points):
+            dt = after - t
             z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             jump = (2 * self.w(x, t) * dt).sqrt() * z
             if self.heun:
                 x = x + jump
                 k1 = self.drift(predict, x, t)
-                k2 = self.drift(predict, x + k1 * dt, t + dt)
+                k2 = self.drift(predict, x + k1 * dt, after)
                 x = x + (k1 + k2) / 2 * dt
             else:
                 x = x + self.drift(predict, x, t) * dt + jump

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sit_vca.path import PATHS, Path, VPPath
 from sit_vca.prediction import PREDICTIONS, WEIGHTS
-from sit_vca.sampler import SAMPLERS, Sampler
+from sit_vca.sampler import SAMPLERS, Generator, Predict, Sampler
 from vca import build, lookup
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -62,6 +62,7 @@ class Transport:
 
     Attributes:
         end_time: The largest time, 1.
+        published_sampler: Name of the sampler of the published tables.
 
     Raises:
         ValueError: An unknown name or option.
@@ -70,6 +71,7 @@ class Transport:
     """
 
     end_time = 1.0
+    published_sampler = "sde"
 
     def __init__(
         self,
@@ -123,13 +125,46 @@ class Transport:
         """The score (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies."""
         return self.prediction.score(output, x_t, self.path.at(t, like=x_t))
 
-    def sampler(self, spec: str | Mapping[str, Any]) -> Sampler:
+    def clean(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean latent (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies.
+
+        Finite at both ends. At t = 0 of the linear and gvp paths, noise and score say nothing about it; there and just
+        after it they are divided by 1e-3 for alpha.
+        """
+        return self.prediction.clean(output, x_t, self.path.at(t, like=x_t))
+
+    def noise_level(self, t: Tensor) -> Tensor:
+        """The place of t, (B,) or (), between data, 0, and noise, 1: 1 - t."""
+        return 1 - t
+
+    def sampler(self, spec: str | Mapping[str, Any] | None = None) -> Sampler:
         """The sampler that `spec` names, `{"name": "sde", "num_steps": 250}`, as a function of (predict, noise).
+
+        Without a name it is the published one, 250 points of the SDE, with the options in `spec`.
 
         Raises:
             ValueError: An unknown name, option or value.
         """
+        spec = spec if isinstance(spec, str) else {"name": self.published_sampler, **(spec or {})}
         return build(SAMPLERS, spec, "sample.sampler", self)
+
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        generator: Generator = None,
+        *,
+        sampler: str | Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Noise (B, C, H, W) -> samples (B, C, H, W) with `self.sampler(sampler)`.
+
+        Args:
+            predict: `predict(x_t, t)`, the network with labels and guidance applied.
+            noise: (B, C, H, W).
+            generator: Of what the sampler draws; a list has one for each image.
+            sampler: See `sampler`.
+        """
+        return self.sampler(sampler)(predict, noise, generator)
 
     @property
     def train_interval(self) -> tuple[float, float]:

@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from diffusers.schedulers import scheduling_dpmsolver_multistep
 
-from dit_vca import BETAS, DDIM, DDPM, SAMPLERS, Diffusion, DPMSolver, respace
+from dit_vca import BETAS, DDIM, DDPM, SAMPLERS, Diffusion, DPMSolver, UniPC, respace
 from dit_vca.diffusion import discretised_log_likelihood, gaussian_kl
+from dit_vca.sampler import with_signal
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
@@ -240,6 +242,17 @@ def test_respacing_keeps_both_ends_and_the_cumulative_products(process, num_step
     torch.testing.assert_close(torch.cumprod(1 - betas, dim=0), abar_of(process)[steps], rtol=1e-6, atol=0)
 
 
+def first_step(process):
+    """Where the solvers start: the last step at which alpha / sigma is above exp(-5.1)."""
+    last = max(t for t, a in enumerate(slow_abar(process.betas.tolist())) if a / (1 - a) > math.exp(-10.2))
+    assert last == {"linear": 999, "cosine": 995}["linear" if process.betas[0] > 9e-5 else "cosine"]
+    return last
+
+
+def test_only_cosine_betas_have_steps_without_signal(process):
+    assert torch.equal(with_signal(process.betas), process.betas[: first_step(process) + 1])
+
+
 def smooth_network(x, t):
     """An arbitrary smooth function in the place of a network, elementwise: (B, C, H, W), (B,) -> (B, 2C, H, W)."""
     s = (t / T).to(x).view(-1, 1, 1, 1)
@@ -312,11 +325,18 @@ def test_ddim_equals_the_formulas_at_every_step(process, num_steps, eta):
     assert_same_chain(DDIM(process, num_steps=num_steps, eta=eta), slow, noise)
 
 
+@pytest.mark.parametrize("sde", [False, True])
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("num_steps", [2, 5, 20, 61])
-def test_dpm_solver_equals_the_formulas_at_every_step(process, num_steps):
-    """DPM-Solver++(2M): extrapolate the predicted clean latent linearly in the log signal-to-noise ratio."""
+def test_dpm_solver_equals_the_formulas_at_every_step(process, num_steps, order, sde):
+    """DPM-Solver++(2M): extrapolate the predicted clean latent linearly in l = log(alpha / sigma).
+
+    With h the step of l, the ODE forgets sigma'/sigma = exp(-h) alpha'/alpha of x; the SDE its square over alpha'/alpha,
+    and adds noise for the rest.
+    """
     noise, abar = torch.randn(2, 3, 2, 2, dtype=torch.float64), slow_abar(process.betas.tolist())
-    steps = [round(i * 999 / num_steps) for i in range(num_steps, 0, -1)]
+    steps = [round(i * first_step(process) / num_steps) for i in range(num_steps, 0, -1)]
+    generator = torch.Generator().manual_seed(1)
 
     def slow():
         x, previous, previous_h = noise, None, None
@@ -329,16 +349,20 @@ def test_dpm_solver_equals_the_formulas_at_every_step(process, num_steps):
                 return
             next_alpha, next_sigma = math.sqrt(abar[steps[i + 1]]), math.sqrt(1 - abar[steps[i + 1]])
             h = math.log(next_alpha / next_sigma) - math.log(alpha / sigma)
-            slope = 0 if previous is None else (clean - previous) / (2 * previous_h / h)
-            x = next_sigma / sigma * x - next_alpha * math.expm1(-h) * (clean + slope)
+            slope = 0 if previous is None or order == 1 else (clean - previous) / (2 * previous_h / h)
+            rate = 2 * h if sde else h
+            x = next_sigma / sigma * math.exp(h - rate) * x - next_alpha * math.expm1(-rate) * (clean + slope)
+            if sde:
+                x = x + next_sigma * math.sqrt(-math.expm1(-2 * h)) * torch.randn(x.shape, generator=generator)
             previous, previous_h = clean, h
 
     predict, calls = recorded(smooth_network)
-    out = DPMSolver(process, num_steps=num_steps)(predict, noise)
+    sampler = DPMSolver(process, num_steps=num_steps, order=order, sde=sde)
+    out = sampler(predict, noise, torch.Generator().manual_seed(1))
     expected = list(slow())
     assert [t[0].item() for _, t in calls] == steps
     for (x, _), (_, slow_x) in zip([*calls, (out, None)], expected, strict=True):
-        torch.testing.assert_close(x, slow_x, rtol=1e-3, atol=1e-3)  # the scheduler's tables are float32
+        torch.testing.assert_close(x, slow_x, rtol=1e-4, atol=1e-4)  # the scheduler rounds to float32
 
 
 MEAN, STD = 0.7, 0.5
@@ -357,11 +381,16 @@ def gaussian_network(process, mean=MEAN, std=STD, v=None):
     return predict
 
 
-def start_and_end(process, mean=MEAN, std=STD):
-    """Nine states at the last step, and where the probability-flow ODE takes them at zero noise."""
-    a = abar_of(process)[-1].item()
+def quantiles_at(process, t, mean=MEAN, std=STD):
+    """Nine states at step t, which the probability-flow ODE takes to each other; at no step, without noise."""
+    a = 1.0 if t is None else abar_of(process)[t].item()
     z = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1)
-    return math.sqrt(a) * mean + math.sqrt(a * std**2 + 1 - a) * z, mean + std * z
+    return math.sqrt(a) * mean + math.sqrt(a * std**2 + 1 - a) * z
+
+
+def start_and_end(process, mean=MEAN, std=STD):
+    """Nine states at the first step of sampling, and where the probability-flow ODE takes them at zero noise."""
+    return quantiles_at(process, first_step(process), mean, std), quantiles_at(process, None, mean, std)
 
 
 def test_ddim_converges_to_the_exact_transport_with_order_one(process):
@@ -374,22 +403,98 @@ def test_ddim_converges_to_the_exact_transport_with_order_one(process):
         assert 1.8 < coarse / fine < 2.2
 
 
-def test_dpm_solver_converges_to_the_exact_transport_with_order_two():
-    process = Diffusion()
+@pytest.mark.parametrize(
+    ("solver", "order", "rates"), [(DPMSolver, 1, (1.8, 2.2)), (DPMSolver, 2, (3, 5)), (UniPC, 2, (3, 5))]
+)
+def test_solvers_converge_to_the_exact_transport_with_their_order(process, solver, order, rates):
+    """Where the network is last asked; the step from there to the clean latent is of first order."""
     start, end = start_and_end(process, 0.0, 2.0)
-    network = gaussian_network(process, 0.0, 2.0)
-    errors = [(DPMSolver(process, num_steps=n)(network, start) - end).abs().max().item() for n in (32, 64, 128)]
-    assert errors[-1] < 1e-3
+    errors = []
+    for num_steps in (64, 128, 256):
+        predict, calls = recorded(gaussian_network(process, 0.0, 2.0))
+        out = solver(process, num_steps=num_steps, order=order)(predict, start)
+        assert (out - end).abs().max() < (0.1 if order == 1 else 0.015)
+        x, t = calls[-1]
+        errors.append((x - quantiles_at(process, t[0].item(), 0.0, 2.0)).abs().max().item())
     for coarse, fine in itertools.pairwise(errors):
-        assert 3.2 < coarse / fine < 5
+        assert rates[0] < coarse / fine < rates[1]
 
 
-def test_dpm_solver_is_near_the_exact_transport_in_twenty_steps(process):
+@pytest.mark.parametrize(
+    "spec", [{"name": "dpm-solver"}, {"name": "dpm-solver", "order": 3}, {"name": "unipc"}], ids=str
+)
+def test_solvers_are_near_the_exact_transport_in_twenty_steps(process, spec):
     start, end = start_and_end(process)
     network = gaussian_network(process)
-    error = (DPMSolver(process)(network, start) - end).abs().max()
-    assert error < 0.05
-    assert error < 0.4 * (DDIM(process, num_steps=20)(network, start) - end).abs().max()
+    error = (process.sampler(spec)(network, start) - end).abs().max()
+    assert error < 0.06
+    assert error < 0.45 * (DDIM(process, num_steps=20)(network, start) - end).abs().max()
+
+
+FEW_STEPS = [
+    *({"name": "dpm-solver", "order": order} for order in (1, 2, 3)),
+    *({"name": "dpm-solver", "order": order, "sde": True} for order in (1, 2)),
+    *({"name": "unipc", "order": order} for order in (1, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("spec", FEW_STEPS, ids=str)
+def test_few_step_samplers_are_finite_and_clip_nothing(process, spec):
+    """In float32, with any number of steps, fewer than the order too; and for data far from [-1, 1]."""
+    mean, std = 30.0, 3.0
+    network = gaussian_network(process, mean, std)
+    start = quantiles_at(process, first_step(process), mean, std).float()
+    for num_steps in (1, 2, 3, 4, 14, 15, 30):
+        out = process.sampler({**spec, "num_steps": num_steps})(network, start, torch.Generator().manual_seed(0))
+        assert out.isfinite().all(), num_steps
+        if num_steps >= 14:
+            assert abs(out.mean() - mean) < (4 * std / 3 if spec.get("sde") else 0.1), num_steps
+
+
+@pytest.mark.parametrize("spec", FEW_STEPS, ids=str)
+def test_an_error_of_the_network_is_not_blown_up_where_there_is_only_noise(process, spec):
+    """Cosine betas reach alpha = 5e-5, by which the predicted noise would be divided."""
+    network, noise = gaussian_network(process), torch.randn(50, 1, 1, 1, dtype=torch.float64)
+    out = [
+        process.sampler({**spec, "num_steps": 10})(
+            lambda x, t, shift=shift: network(x, t) + shift, noise, torch.Generator().manual_seed(0)
+        )
+        for shift in (0.0, 0.01)
+    ]
+    assert 0.01 < (out[1] - out[0]).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize(("order", "rates", "least"), [(1, (1.6, 2.1), 0.07), (2, (2.5, 4), 0.015)])
+def test_samples_of_the_solver_of_the_sde_have_the_mean_and_variance_of_the_data(
+    process, monkeypatch, order, rates, least
+):
+    """A sample is affine in the numbers drawn: a batch in which each is 1 once and 0 otherwise shows its moments.
+
+    Exact is E[x | x_t], of x_t at the step where the network is last asked.
+    """
+    errors, a = [], abar_of(process)[first_step(process)].item()
+    for num_steps in (100, 200):
+        numbers = iter(torch.eye(num_steps + 2, num_steps + 1).T.reshape(num_steps + 1, -1, 1, 1, 1))
+        monkeypatch.setattr(scheduling_dpmsolver_multistep, "randn_tensor", lambda *_, n=numbers, **__: next(n))
+        start = math.sqrt(a) * MEAN + math.sqrt(a * STD**2 + 1 - a) * next(numbers).double()
+        predict, calls = recorded(gaussian_network(process))
+        out = DPMSolver(process, num_steps=num_steps, order=order, sde=True)(predict, start).flatten()
+        assert next(numbers, None) is None
+        last = abar_of(process)[calls[-1][1][0]].item()
+        exact = STD**2 * last * STD**2 / (last * STD**2 + 1 - last)
+        assert out[-1].item() == pytest.approx(MEAN, abs=1e-4)
+        errors.append(abs((out[:-1] - out[-1]).square().sum().item() / exact - 1))
+    assert errors[-1] < least
+    assert rates[0] < errors[0] / errors[1] < rates[1]
+
+
+def test_solvers_visit_no_step_twice(process):
+    for num_steps in (1, 2, 500, first_step(process)):
+        predict, calls = recorded(smooth_network)
+        DPMSolver(process, num_steps=num_steps)(predict, torch.zeros(1, 1, 1, 1))
+        steps = [t.item() for _, t in calls]
+        assert steps == sorted(set(steps), reverse=True)
+        assert (len(steps), steps[0]) == (num_steps, first_step(process))
 
 
 def exact_v(process, num_steps, std):
@@ -432,9 +537,12 @@ def test_ddpm_samples_have_the_mean_and_variance_of_the_data(process, num_steps,
     assert abs(x.var().item() / variance - 1) < 4 * math.sqrt(2 / count)
 
 
-@pytest.mark.parametrize("spec", ["ddpm", "ddim", {"name": "ddim", "eta": 1.0}, "dpm-solver"], ids=str)
+DRAWING = [{"name": "ddpm"}, {"name": "ddim", "eta": 1.0}, {"name": "dpm-solver", "sde": True}]
+NOT_DRAWING = [{"name": "ddim"}, {"name": "dpm-solver"}, {"name": "dpm-solver", "order": 3}, {"name": "unipc"}]
+
+
+@pytest.mark.parametrize("spec", DRAWING + NOT_DRAWING, ids=str)
 def test_a_sample_does_not_depend_on_its_batch(process, spec):
-    spec = {"name": spec} if isinstance(spec, str) else spec
     sampler = process.sampler({**spec, "num_steps": 12})
     noise = torch.randn(3, 2, 2, 2)
 
@@ -445,10 +553,12 @@ def test_a_sample_does_not_depend_on_its_batch(process, spec):
     for i in range(3):
         alone = sampler(smooth_network, noise[i : i + 1], generators([i]))
         torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-4)
+    beside = sampler(smooth_network, torch.cat([9 * noise[1:], noise[:1]]), generators([8, 9, 0]))
+    assert torch.equal(beside[2], together[0])  # in a batch of the same shape, bit for bit
     again = sampler(smooth_network, noise, generators([0, 1, 2]))  # a sampler remembers nothing
     assert torch.equal(again, together)
     other = sampler(smooth_network, noise, generators([3, 4, 5]))
-    assert (spec["name"] == "ddpm" or spec.get("eta", 0) > 0) == (not torch.equal(other, together))
+    assert torch.equal(other, together) == (spec in NOT_DRAWING)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -457,6 +567,32 @@ def test_samplers_keep_the_dtype_and_shape_of_the_noise(name, process):
     out = process.sampler({"name": name, "num_steps": 5})(smooth_network, noise)
     assert out.dtype == torch.float32
     assert out.shape == noise.shape
+
+
+def test_the_clean_latent_is_what_the_predicted_noise_implies(process):
+    x, noise, v = torch.randn(3, 5, 2, 3, 2, dtype=torch.float64)
+    t = torch.tensor([0, 1, 500, 998, 999])
+    a = abar_of(process)[t].view(5, 1, 1, 1)
+    clean = process.clean(torch.cat([noise, v], dim=1), a.sqrt() * x + (1 - a).sqrt() * noise, t)
+    torch.testing.assert_close(clean, x, rtol=1e-8, atol=1e-8)
+
+
+def test_the_noise_level_rises_from_zero_to_one():
+    assert Diffusion().noise_level(torch.tensor([0, 333, 999])).tolist() == pytest.approx([0, 1 / 3, 1])
+    assert Diffusion(num_timesteps=101).noise_level(torch.tensor(25)).item() == 0.25
+
+
+def test_sampling_without_a_sampler_takes_the_published_one():
+    process, noise = Diffusion(), torch.randn(2, 1, 2, 2)
+    for spec in (None, {}):
+        assert isinstance(process.sampler(spec), DDPM)
+        assert len(process.sampler(spec).steps) == 250
+    for spec in ("unipc", {"num_steps": 5}, {"name": "dpm-solver", "sde": True, "num_steps": 4}):
+        out = process.sample(smooth_network, noise, torch.Generator().manual_seed(0), sampler=spec)
+        assert torch.equal(out, process.sampler(spec)(smooth_network, noise, torch.Generator().manual_seed(0)))
+    calls = []
+    process.sample(lambda x, t: calls.append(t) or smooth_network(x, t), noise)
+    assert len(calls) == 250
 
 
 def test_default_sampler_settings_are_the_published_ones():
@@ -492,7 +628,13 @@ def test_wrong_values_end_in_a_sentence():
         (sampler(name="dpm-solver", num_steps=1000), r"num_steps is 1000; choose 1 ... 999"),
         (sampler(name="ddmp"), r"sample.sampler.name is 'ddmp'; did you mean 'ddpm'\?"),
         (sampler(name="ddpm", eta=1.0), r"sample.sampler 'ddpm' takes no 'eta'; it takes \['num_steps'\]"),
-        (sampler(num_steps=5), r"needs a name, one of \['ddim', 'ddpm', 'dpm-solver'\]"),
+        (sampler(num_stps=5), r"sample.sampler 'ddpm' takes no 'num_stps'; did you mean 'num_steps'\?"),
+        (sampler(name="dpm-solver", order=5), r"sample.sampler.order is 5; choose 1 ... 3"),
+        (sampler(name="dpm-solver", order=3, sde=True), r"sample.sampler.order is 3; choose 1 ... 2"),
+        (sampler(name="dpm-solver", sde=1), r"sample.sampler 'dpm-solver': sde is 1; it must be bool"),
+        (sampler(name="unipc", order=0), r"sample.sampler.order is 0; choose 1 ... 3"),
+        (sampler(name="unipc", num_steps=1000), r"num_steps is 1000; choose 1 ... 999"),
+        (lambda: Diffusion(betas="cosine").sampler({"name": "unipc", "num_steps": 996}), r"is 996; choose 1 ... 995"),
         (loss(2), r"needs noise and variance, 4 channels; the model gives 2"),
     ]
     for call, sentence in expected:
