@@ -1,8 +1,21 @@
 """Diffusion: DiT, its betas and hybrid loss, and samplers on diffusers' schedulers. Time is an integer, 0 the cleanest."""
 
 from dit_vca.diffusion import BETAS, Diffusion
-from dit_vca.interop import from_diffusers
+from dit_vca.interop import diffusers_config, from_diffusers, to_diffusers
 from dit_vca.model import DiT
-from dit_vca.sampler import DDIM, DDPM, SAMPLERS, DPMSolver, respace
+from dit_vca.sampler import DDIM, DDPM, SAMPLERS, DPMSolver, UniPC, respace
 
-__all__ = ["BETAS", "DDIM", "DDPM", "SAMPLERS", "DPMSolver", "DiT", "Diffusion", "from_diffusers", "respace"]
+__all__ = [
+    "BETAS",
+    "DDIM",
+    "DDPM",
+    "SAMPLERS",
+    "DPMSolver",
+    "DiT",
+    "Diffusion",
+    "UniPC",
+    "diffusers_config",
+    "from_diffusers",
+    "respace",
+    "to_diffusers",
+]

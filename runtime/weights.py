@@ -1,4 +1,4 @@
-"""Weights to start from: out of a run of ours, a torch file, a safetensors file, or a folder of diffusers.
+"""Weights to start from: out of a run of ours, a torch file, a safetensors file, a folder of diffusers, or the hub.
 
 What a path holds is told by its content, not its name, and reading it never runs code.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +22,8 @@ from runtime import checkpoint
 
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older versions of diffusers
 DIFFUSERS_FILE = "diffusion_pytorch_model"
+HUB_FILE = "model.safetensors"  # beside config.json, as `DiT.save_pretrained` writes them
+NEEDED = ["model_index.json", "transformer/*", "vae/*", "*.json", "*.safetensors", "README.md"]  # of a model on the hub
 WRAPPERS = ("ema", "model", "state_dict")  # the averaged weights first: published results are theirs
 
 
@@ -30,11 +34,39 @@ class Weights(NamedTuple):
         tensors: Key -> tensor on the CPU, of the file's own shapes and dtypes.
         kind: `ours`, `torch`, `safetensors` or `diffusers`; the keys of the last are those of diffusers.
         class_names: Of the labels; known for `ours` only.
+        options: What is written beside the weights of their making, plain values only: the `args` of a published training
+            checkpoint (its `model`, `path_type`, `prediction`, ...), or the keywords of a model saved for the hub.
     """
 
     tensors: dict[str, Tensor]
     kind: str
     class_names: list[str] | None = None
+    options: dict[str, Any] | None = None
+
+
+def locate(path: str | Path) -> Path:
+    """Where `path` is on this machine: a local path as it is; a model of the hub, owner/name, is downloaded first.
+
+    It is on the hub if there is neither such a path nor a folder of the owner's name, so that a mistyped local path is
+    not looked for there. A model that has been downloaded is found again without a network.
+
+    Raises:
+        FileNotFoundError: There is no such path, and the hub has no such model or cannot be reached.
+    """
+    local = Path(path)
+    if local.exists():
+        return local
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) or local.parent.exists():
+        raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder.")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=NEEDED))
+    except RepositoryNotFoundError:
+        reason = "the Hugging Face hub has no model of that name, or none that you may see; check the name"
+    except (OSError, ValueError) as error:
+        reason = (
+            f"the Hugging Face hub cannot give it now; check the network: {' '.join(str(error).split()).rstrip('.')}"
+        )
+    raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder, and {reason}.")
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -42,20 +74,19 @@ def read_weights(path: str | Path) -> Weights:
 
     Args:
         path: A run's folder or one of its checkpoints; a safetensors file; a file of `torch.save` that holds a state
-            dict, or one under `ema`, `model` or `state_dict`; or a folder saved by a diffusers DiT or its pipeline.
+            dict, or one under `ema`, `model` or `state_dict`; a folder saved by a diffusers DiT or its pipeline, or by
+            `DiT.save_pretrained`; or the name of such a model on the hub, e.g. facebook/DiT-XL-2-256.
 
     Raises:
         FileNotFoundError: There is no such path, or a folder lacks one of its files.
         ValueError: A damaged file, one that needs code to be loaded, or something else than weights.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder.")
-    tensors, kind, class_names = _read_folder(path) if path.is_dir() else _read_file(path)
-    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", key): tensor for key, tensor in tensors.items()}
+    path = locate(path)
+    found = _read_folder(path) if path.is_dir() else _read_file(path)
+    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", key): tensor for key, tensor in found.tensors.items()}
     if any(key.startswith("transformer_blocks.") for key in tensors):
-        kind = "diffusers"
-    return Weights(tensors, kind, class_names)
+        found = found._replace(kind="diffusers")
+    return found._replace(tensors=tensors)
 
 
 def _read_folder(path: Path) -> Weights:
@@ -69,7 +100,10 @@ def _read_folder(path: Path) -> Weights:
             f"{str(path)!r} holds no weights; give a run's folder, one of its checkpoints/step-* folders, a folder of "
             f"diffusers' DiT, or a file."
         )
-    name = _read_json(folder / "config.json").get("_class_name")
+    config = _read_json(folder / "config.json")
+    if "_class_name" not in config and (folder / HUB_FILE).is_file():
+        return _read_file(folder / HUB_FILE)._replace(options=config)
+    name = config.get("_class_name")
     if name not in DIFFUSERS_CLASSES:
         raise ValueError(f"{str(folder)!r} holds a {name}; of diffusers, only a {DIFFUSERS_CLASSES[0]} can be read.")
     return Weights(_read_shards(folder), "diffusers")
@@ -108,7 +142,8 @@ def _read_file(file: Path) -> Weights:
     zipped = head.startswith(b"PK\x03\x04")
     if not zipped and not head.startswith(b"\x80"):
         raise ValueError(f"{str(file)!r} is empty, or neither a safetensors nor a torch file.")
-    return Weights(_state_dict(_load_torch(file, memory_mapped=zipped), file), "torch")
+    content = _load_torch(file, memory_mapped=zipped)
+    return Weights(_state_dict(content, file), "torch", options=_options(content))
 
 
 def _load_torch(file: Path, memory_mapped: bool) -> Any:
@@ -137,3 +172,19 @@ def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
             if tensors:
                 return tensors
     raise ValueError(f"{str(file)!r} holds no state dict, neither itself nor under one of {', '.join(WRAPPERS)}.")
+
+
+def _options(content: Any) -> dict[str, Any] | None:
+    """The plain values of what a training checkpoint holds under `args`; None if there is none."""
+    args = content.get("args") if isinstance(content, Mapping) else None
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    if not isinstance(args, Mapping):
+        return None
+    return {key: value for key, value in args.items() if isinstance(key, str) and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float)  # a bool is an int

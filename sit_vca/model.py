@@ -1,13 +1,23 @@
 """The network of flow models."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor
 
 from vca import Transformer
 
 
-class SiT(Transformer):
+class SiT(
+    Transformer,
+    PyTorchModelHubMixin,
+    library_name="vca-diffusion",
+    license="apache-2.0",
+    coders={Mapping: (dict, dict)},  # of any mapping, a dict goes into config.json
+    paper_url="https://arxiv.org/abs/2401.08740",
+    tags=["class-conditional", "image-generation", "flow-matching", "sit", "visual-contrast-attention"],
+):
     """`Transformer` whose output has the shape of its input: a velocity, a noise or a score.
 
     Args:
@@ -15,6 +25,8 @@ class SiT(Transformer):
         learn_sigma: Give the last layer 2C channels and drop the second half, as the published SiT does; only needed to
             load its weights.
         **backbone: The other keywords of `vca.Transformer`.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` as in `dit_vca.DiT`.
 
     Source: Ma et al. 2024, arXiv:2401.08740.
     """
@@ -26,3 +38,8 @@ class SiT(Transformer):
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(B, C, H, W), (B,) in [0, 1], (B,) -> (B, C, H, W)."""
         return super().forward(x_t, t, y)[:, : self.in_channels]
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> Self:
+        """The mixin's, which by default lets a tensor that is missing be random."""
+        return super()._from_pretrained(strict=strict, **options)

@@ -2,16 +2,20 @@
 
 import argparse
 import json
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 import build
 from dit_vca import DiT, from_diffusers
 from runtime import checkpoint
-from runtime.weights import read_weights
+from runtime.weights import locate, read_weights
 from sit_vca import SiT
 from vca import adapt, sincos_2d
 
@@ -67,10 +71,10 @@ def test_a_run_a_checkpoint_and_its_file_give_the_averaged_weights_bit_for_bit(t
     folder = run / "checkpoints" / "step-00000002"
     for path, kind, names in ((run, "ours", NAMES), (folder, "ours", NAMES)):
         tensors, *rest = read_weights(path)
-        assert rest == [kind, names]
+        assert rest == [kind, names, None]
         assert same(tensors, model.state_dict())
-    tensors, kind, names = read_weights(str(folder / "ema.safetensors"))
-    assert (kind, names) == ("safetensors", None)
+    tensors, *rest = read_weights(str(folder / "ema.safetensors"))
+    assert rest == ["safetensors", None, None]
     other = network()
     report = build.initialise(other, run)
     assert same(other.state_dict(), model.state_dict())
@@ -86,10 +90,17 @@ def test_torch_files_are_known_by_their_content(tmp_path, wrapper, zipped, name)
     content = state
     if wrapper:
         content = {wrapper: state, "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]}, "train_steps": 7}
-        content["args"] = argparse.Namespace(model="DiT-XL/2", image_size=256, vae="ema", betas=(0.9, 0.999))
+        options = {
+            "model": "SiT-XL/2",
+            "prediction": "velocity",
+            "image_size": 256,
+            "ckpt": None,
+            "betas": (0.9, 0.999),
+        }
+        content["args"] = argparse.Namespace(**options, device=torch.zeros(2), more=[{"a": 1}])
     torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
-    tensors, kind, names = read_weights(tmp_path / name)
-    assert (kind, names) == ("torch", None)
+    tensors, *rest = read_weights(tmp_path / name)
+    assert rest == ["torch", None, options if wrapper else None]
     assert same(tensors, state)
 
 
@@ -172,6 +183,48 @@ def test_what_holds_no_weights_ends_in_a_sentence(tmp_path):
     (run / "checkpoints" / "step-00000002" / "ema.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"the checkpoint lacks '.*ema.safetensors'"):
         read_weights(run)
+
+
+def test_what_the_hub_cannot_give_ends_in_a_sentence_and_what_it_gives_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        wanted = ["model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.bin", "vae/x.bin"]
+        assert not set(wanted) - set(filter_repo_objects(wanted, allow_patterns=allow_patterns))
+        assert not list(
+            filter_repo_objects(
+                ["DiT-XL-2-256x256.pt", "text_encoder/pytorch_model.bin"], allow_patterns=allow_patterns
+            )
+        )
+        if name == "owner/none":
+            raise RepositoryNotFoundError("404 Client Error", response=MagicMock())
+        if name == "owner/far":
+            raise OSError("Name or service\n\nnot known.")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("runtime.weights.snapshot_download", download)
+    model = network()
+    model.save_pretrained(tmp_path / "snapshot")
+    tensors, kind, names, options = read_weights("facebook/DiT")
+    assert same(tensors, model.state_dict())
+    assert (kind, names) == ("safetensors", None)
+    assert options == {**TINY, "in_channels": 4, "attention": "mhsa"}
+    assert locate("snapshot") == Path("snapshot")
+    for name, reason in (
+        ("owner/none", "has no model of that name, or none that you may see; check the name"),
+        ("owner/far", "cannot give it now; check the network: Name or service not known"),
+    ):
+        with pytest.raises(
+            FileNotFoundError, match=f"'{name}': there is no such .*, and the Hugging Face hub {reason}.$"
+        ):
+            locate(name)
+    assert asked == ["facebook/DiT", "owner/none", "owner/far"]
+    for path in ("snapshot/none", "/nowhere/else", "nowhere", "a/b/c", "./a", "facebook/DiT.pt/"):
+        with pytest.raises(FileNotFoundError, match=r"no weights at '.*': there is no such file or folder.$"):
+            locate(path)
+    assert len(asked) == 3
 
 
 # ---- diffusers ----

@@ -7,6 +7,7 @@ from vca.adapt import Adapted, adapt
 from vca.attention import Differential, VisualContrastAttention, lambda_init
 from vca.baseline import DifferentialAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
+from vca.infer import keywords_of, process_of
 from vca.registry import build, defaults_of, lookup, options_of
 from vca.transformer import ATTENTIONS, SIZES, Transformer, parse_size
 
@@ -24,9 +25,11 @@ __all__ = [
     "adapt",
     "build",
     "defaults_of",
+    "keywords_of",
     "lambda_init",
     "lookup",
     "options_of",
     "parse_size",
+    "process_of",
     "sincos_2d",
 ]

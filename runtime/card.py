@@ -1,0 +1,92 @@
+"""The README.md of a folder of weights, as the Hugging Face hub reads it: what they are, and how to use them.
+
+No task of the hub is class-conditional generation, so a card names none (`pipeline_tag`).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+TAGS = ("image-generation", "class-conditional")
+
+
+def model_card(
+    title: str,
+    usage: str,
+    facts: Mapping[str, Any],
+    *,
+    notes: Sequence[str] = (),
+    library: str = "vca-diffusion",
+    license: str = "apache-2.0",
+    tags: Sequence[str] = (),
+) -> str:
+    """A model card in Markdown.
+
+    Args:
+        title: Of the page.
+        usage: Lines of Python that draw an image.
+        facts: What is in the table, in its order, `facts_of(...)` say, with measured numbers where there are any;
+            None is left out.
+        notes: What a user has to know, a sentence or two each.
+        library: Name of the package that loads it.
+        license: Of the weights, as the hub calls it; `other` where it is not known.
+        tags: Beside `TAGS`.
+    """
+    data = ModelCardData(license=license, library_name=library, tags=[*TAGS, *tags])
+    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items() if value is not None]
+    return "\n".join(
+        [
+            *("---", data.to_yaml(), "---", "", f"# {title}", ""),
+            *("```python", usage.strip("\n"), "```", ""),
+            *(line for note in notes for line in (f"* {note}",)),
+            *([""] if notes else []),
+            *("| | |", "|---|---|", *rows, ""),
+        ]
+    )
+
+
+def facts_of(record: Mapping[str, Any], weights: str) -> dict[str, Any]:
+    """What a checkpoint's record says of its weights, for `model_card`; no folder of the machine is named.
+
+    Args:
+        record: `checkpoint.read_record(folder)`.
+        weights: Which of the checkpoint's: `ema`, `model`, ...
+    """
+    config, shape, codec = record["config"], record["shape"], record.get("codec", {})
+    data, model, names = config["data"], config["model"], shape["class_names"]
+    of = f"{record['step']:,} of {config['train']['num_steps']:,}, batch size {config['train']['batch_size']}"
+    known = f", kind {codec['kind']}, SHA-256 of the weights {codec['weights'][:16]}" if "weights" in codec else ""
+    images = f", {record['num_images']:,} images" if "num_images" in record else ""
+    return {
+        "weights": weights,
+        "training steps": of,
+        "process": _spec(config["process"]),
+        "size": ", ".join([model["size"], *(f"{k} {model[k]}" for k in _SIZES if model.get(k) is not None)]),
+        "attention": _spec(model["attention"]),
+        "images": f"{shape['image_size']}x{shape['image_size']}, {shape['channels']} channels",
+        "classes": f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}",
+        "autoencoder": _spec(config["codec"]) + known,
+        "training data": _spec(data) + images,
+        "versions": ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items() if v) or None,
+        "revision of the code": record.get("revision"),
+        "checkpoint": record["id"],
+    }
+
+
+_SIZES = ("patch_size", "hidden_size", "depth", "num_heads")
+
+
+def _spec(spec: Mapping[str, Any]) -> str:
+    """{name: vae, path: /home/me/vae} as `vae (path: vae)`; of a folder of this machine only its own name."""
+    options = {k: Path(v).name if isinstance(v, str) and _is_local(v) else v for k, v in spec.items() if k != "name"}
+    return spec["name"] + (f" ({', '.join(f'{k}: {v}' for k, v in options.items())})" if options else "")
+
+
+def _is_local(value: str) -> bool:
+    return value.startswith((".", "/", "~")) or value.count("/") > 1 or Path(value).exists()
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
