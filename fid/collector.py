@@ -127,6 +127,8 @@ class Collector:
             self._look_at(group)
         self.checks["index"].append(index)
         self.checks["label"].append(labels)
+        for parts in (self.row_index, *self.rows.values(), *self.checks.values()):
+            _merge_last(parts)
         del self.waiting[:num]
 
     def _look_at(self, images: Tensor) -> None:
@@ -256,6 +258,18 @@ def _weights(num: int, device: torch.device) -> Tensor:
     if len(_cached.get(device, ())) < num:
         _cached[device] = torch.from_numpy(splitmix64(np.arange(num)).view(np.int64)).to(device)
     return _cached[device][:num]
+
+
+def _merge_last(parts: list[Tensor], most: int = 32, large: int = 1024) -> None:
+    """Makes one of many short tensors at the end, whose order stays; each is copied once.
+
+    Thousands of them would lie scattered, and keep the C library from using again, or giving back, what lies between.
+    """
+    first = len(parts)
+    while first and len(parts[first - 1]) < large:
+        first -= 1
+    if len(parts) - first >= most:
+        parts[first:] = [torch.cat(parts[first:])]
 
 
 def _cat(parts: list[Tensor], dim: int | None = None) -> Tensor:

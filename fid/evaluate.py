@@ -1,5 +1,6 @@
 """Whole evaluations in one call: of images, of two sets of statistics, and of what is to be a reference."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def evaluate(
         mixed_sizes: Take images of different sizes, each resized on its own.
         drop_alpha: Take images with transparency, and leave it out.
         evaluator: One that is there already, in place of `ref`, `extractor` and `options`; it is reset first.
-        record: More for the record; see `Evaluator.compute`.
+        record: More for the record; see `Evaluator.compute`. What sample.py wrote beside the samples is in it anyway.
         options: Of `Evaluator`.
 
     Raises:
@@ -77,11 +78,31 @@ def evaluate(
         return evaluator.compute(**(record or {}))
     evaluator.feed(samples)
     described = {"kind": samples.kind, "path": samples.source, "lossy": samples.lossy}
+    record = {**beside(samples.source), **(record or {})}
+    promised = record.get("sample", {}).get("num")
     first = rank_and_size(evaluator.process_group)[0] == 0
     said = [text for part in gather_objects(samples.warnings(first), evaluator.process_group) for text in part]
+    if promised and num is None and promised != samples.num:
+        said.append(f"'{samples.source}' has {samples.num} images, and what stands beside it says {promised}.")
     if samples.lossy:
         said.append(f"images of '{samples.source}' are in a lossy format, which moves every distance.")
-    return evaluator.compute(samples.num, input=described, warnings=list(dict.fromkeys(said)), **(record or {}))
+    return evaluator.compute(samples.num, input=described, warnings=list(dict.fromkeys(said)), **record)
+
+
+def beside(source: str) -> dict[str, Any]:
+    """What stands beside samples of how they were made, for the record of their metrics: `sample` and `labels_mode`.
+
+    sample.py writes it, as FILE.json or in FOLDER/samples.json; {} where there is nothing of that kind.
+    """
+    path = Path(source)
+    file = path / "samples.json" if path.is_dir() else path.with_name(f"{path.name}.json")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict) or not {"sampler", "seed", "labels"} <= found.keys():
+        return {}
+    return {"sample": found, "labels_mode": found["labels"]}
 
 
 def statistics_in(samples: Any) -> Reference | None:
