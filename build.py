@@ -11,15 +11,16 @@ import fid
 import sit_vca
 from dit_vca import Diffusion, DiT, from_diffusers
 from runtime.codecs import CODECS, draw
-from runtime.config import Config
+from runtime.config import Config, SampleConfig
 from runtime.data import DATASETS, Images
+from runtime.generation import Guidance
 from runtime.latents import LatentDataset
 from runtime.weights import read_weights
 from sit_vca import PATHS, SiT, Transport
 from vca import ATTENTIONS, Adapted, Transformer, adapt, build, defaults_of, lookup, options_of, parse_size
 
 PROCESSES = {"diffusion": (Diffusion, DiT), "flow": (Transport, SiT)}
-PUBLISHED_SAMPLER = {"diffusion": "ddpm", "flow": "sde"}
+SAMPLERS = {"diffusion": dit_vca.SAMPLERS, "flow": sit_vca.SAMPLERS}
 Process = Diffusion | Transport
 
 
@@ -37,9 +38,38 @@ def build_process(config: Config) -> Process:
     return build({name: process for name, (process, _) in PROCESSES.items()}, config.process, "process")
 
 
+def resolved_process(config: Config) -> dict[str, Any]:
+    """The spec of the process with every option."""
+    process, _ = lookup(PROCESSES, config.process["name"], "process.name")
+    return {"name": config.process["name"], **defaults_of(process), **config.process}
+
+
+def drawn_by(config: Config) -> dict[str, Any]:
+    """What of the process drawing depends on; how t and the loss were weighted in training is not of it."""
+    return {key: value for key, value in resolved_process(config).items() if key not in ("time", "weight")}
+
+
 def build_sampler(config: Config, process: Process) -> Callable[..., Tensor]:
     """The sampler of `sample.sampler`; where that has no name, the published one of the process."""
-    return process.sampler({"name": PUBLISHED_SAMPLER[config.process["name"]], **(config.sample.sampler or {})})
+    return process.sampler(config.sample.sampler)
+
+
+def build_guidance(sample: SampleConfig, **others: Any) -> Guidance:
+    """The guidance of `sample`; `others` are fields of `Guidance` that it does not have."""
+    return Guidance(sample.cfg_scale, sample.guided_channels, sample.guidance_interval, **others)
+
+
+def describe_sampling(config: Config) -> dict[str, Any]:
+    """What, beside the weights and the labels, makes an image what it is: JSON values, with every option of the sampler."""
+    kind, spec = config.process["name"], dict(config.sample.sampler or {})
+    name = spec.pop("name", PROCESSES[kind][0].published_sampler)
+    options = defaults_of(lookup(SAMPLERS[kind], name, "sample.sampler.name"))
+    fields = ("cfg_scale", "guided_channels", "guidance_interval", "seed", "group_size")
+    return {
+        "process": resolved_process(config),
+        "sampler": {"name": name, **options, **spec},
+        **{name: getattr(config.sample, name) for name in fields},
+    }
 
 
 def build_codec(config: Config, channels: int) -> Any:
@@ -113,7 +143,7 @@ def initialise(network: Transformer, path: str, class_names: list[str] | None = 
 
     Args:
         network: The network, on any device; it gets the weights.
-        path: A run or checkpoint of ours, a published file, or a folder of diffusers.
+        path: A run or checkpoint of ours, a published file, a folder of diffusers, or a name on the hub.
         class_names: Of the network's labels; where the weights know theirs, class rows go by name.
 
     Returns:
@@ -123,7 +153,7 @@ def initialise(network: Transformer, path: str, class_names: list[str] | None = 
         FileNotFoundError: There is no such path, or a folder lacks one of its files.
         ValueError: It holds no weights, or weights of a network of another size.
     """
-    tensors, kind, old_names = read_weights(path)
+    tensors, kind, old_names, _ = read_weights(path)
     try:
         adapted = adapt(
             from_diffusers(tensors) if kind == "diffusers" else tensors,

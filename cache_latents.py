@@ -24,7 +24,7 @@ import build
 from runtime.config import Config, parse, report_errors
 from runtime.data import Images
 from runtime.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen
-from runtime.images import save_grid, to_uint8
+from runtime.images import grid, save_picture, to_uint8
 from runtime.latents import DamagedError, LatentDataset
 
 NUM_SHOWN = 16
@@ -141,7 +141,7 @@ def picture(cache: LatentDataset, images: Images, codec: Any, device: str) -> tu
     originals = np.stack([np.broadcast_to(images.pixels(int(kept[i])), decoded.shape[1:]) for i in chosen])
     pairs = np.stack([originals, decoded], axis=1)  # (16, 2, H, W, 3)
     file = cache.folder / "check.png"
-    save_grid(pairs.reshape(4, -1, *decoded.shape[1:]), ["image", "latent"] * 4, file, f"{cache.path}")
+    save_picture([grid(pairs.reshape(4, -1, *decoded.shape[1:]), [], ["image", "latent"] * 4, f"{cache.path}")], file)
     return file, float(np.abs(originals.astype(float) - decoded).mean())
 
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import copy
+import functools
 import json
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -28,8 +29,8 @@ from runtime.config import Config, TrainConfig, differences, save_yaml, to_dict
 from runtime.data import EndlessBatches, load
 from runtime.ema import Ema, constant, name_of, power
 from runtime.files import write_text
-from runtime.generation import check_guidance, check_labels, generate, random_label, spread
-from runtime.images import save_grid
+from runtime.generation import Drawer, find_class, random_label, spread
+from runtime.images import grid, save_picture
 from runtime.latents import LatentDataset
 from runtime.log import Log, read_metrics, start_tracker
 from runtime.meter import Meter
@@ -103,9 +104,12 @@ class Run:
         torch.manual_seed(config.seed)
         network = build.build_model(config, self.shape, self.codec)
         self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
-        self.classes = config.sample.classes or spread(range(self.num_classes))  # columns of the previews
-        check_labels(self.classes, self.num_classes)
-        check_guidance(network, config.sample.cfg_scale, config.sample.guided_channels)
+        chosen = [str(k) for k in config.sample.classes or ()] or spread(
+            range(self.num_classes)
+        )  # rows of the previews
+        self.classes = [find_class(k, self.shape.class_names) for k in chosen]
+        self.guidance = build.build_guidance(config.sample)
+        self.guidance.check(network)
         self.evaluator = build.build_evaluator(config, self.device) if config.fid.every else None
         if self.evaluator:
             self.evaluator.prepare()  # a broken reference is found before the first step
@@ -136,7 +140,15 @@ class Run:
     def _prepare(self, network: nn.Module) -> None:
         """The network on its device, wrapped or sharded, its optimizer and averages, and a copy to draw with."""
         cfg = self.cfg
-        self.drawer = copy.deepcopy(network).eval().requires_grad_(False).to(self.device)
+        self.copy = copy.deepcopy(network).eval().requires_grad_(False).to(self.device)
+        self.drawer = Drawer(
+            self.copy,
+            self.sampler,
+            self.codec.decode,
+            seed=self.config.sample.seed,
+            guidance=self.guidance,
+            noise_level=self.process.noise_level,
+        )
         self._return_weights()
         network.grad_checkpointing = cfg.grad_checkpointing
         if cfg.compile:
@@ -180,7 +192,7 @@ class Run:
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}: {type(self.drawer).__name__}, {self.num_parameters:,} parameters; {len(self.data):,} images, "
+            f"{self.folder}: {type(self.copy).__name__}, {self.num_parameters:,} parameters; {len(self.data):,} images, "
             f"{self.num_classes:,} classes; {self.cfg.num_steps:,} steps of {self.cfg.batch_size} images, "
             f"{self.step:,} done; {self.accelerator.num_processes} x {self.device.type}, precision "
             f"{self.accelerator.mixed_precision}"
@@ -293,19 +305,20 @@ class Run:
             self.log.attempt("the snapshot", checkpoint.save, final, self.step, averages, record)
 
     def preview(self) -> None:
-        """Draw a grid with the averaged weights, a column a class. All processes call this."""
-        with self.averaged() as network:
+        """Draw a grid with the averaged weights, a row a class. All processes call this."""
+        with self.averaged():
             if self.log:
                 s = self.config.sample
-                labels = self.classes * s.rows
-                images = self._draw(network, labels, range(len(labels)))
-                images = images.reshape(s.rows, len(self.classes), *images.shape[1:])
+                labels = [k for k in self.classes for _ in range(s.per_class)]
+                images = self.drawer.all(labels, s.group_size)
+                images = images.reshape(len(self.classes), s.per_class, *images.shape[1:])
                 file = preview_file(self.folder, self.step)
                 names = [self.shape.class_names[k] for k in self.classes]
-                title = f"step {self.step}, cfg {s.cfg_scale:g}"
+                picture = grid(images, names, title=f"step {self.step}, cfg {s.cfg_scale:g}")
 
                 def write() -> None:
-                    self.log.add_preview(self.step, save_grid(images, names, file, title))
+                    save_picture([picture], file)
+                    self.log.add_preview(self.step, picture)
 
                 self.log.attempt(file.name, write)
         self.accelerator.wait_for_everyone()
@@ -317,18 +330,26 @@ class Run:
             Whether it came to its end, before a stop signal. All processes call this.
         """
         num, rank, world = self.config.fid.num, self.accelerator.process_index, self.accelerator.num_processes
-        size = self.evaluator.batch_size
+        s = self.config.sample
         self.evaluator.reset()
-        with self.averaged() as network:
-            for first in range(0, num, world * size):
+        self.drawer.evaluations = self.drawer.drawn = 0
+        with self.averaged():
+            for first in range(0, num, world * s.group_size):
                 if stop.requested():
                     return False
-                index = range(min(first + rank * size, num), min(first + (rank + 1) * size, num))
-                labels = [random_label(self.config.sample.seed, i, self.num_classes) for i in index]
-                if labels:
-                    images = self._draw(network, labels, index)
-                    self.evaluator.update(torch.from_numpy(images), index, labels)
-        sample = {**self._drawing, "sampler": self.config.sample.sampler, "weights": "ema", "num": num}
+                group = first // s.group_size + rank
+                index = range(group * s.group_size, min((group + 1) * s.group_size, num))
+                if index:
+                    label = functools.partial(random_label, s.seed, num_classes=self.num_classes)
+                    images = self.drawer.group(group, s.group_size, label)[: len(index)]
+                    self.evaluator.update(torch.from_numpy(images), index, [label(i) for i in index])
+        sample = {
+            "weights": {"part": "ema", "step": self.step},
+            **build.describe_sampling(self.config),
+            "codec": self.codec.identity,
+            **{"labels": "random", "classes": "all", "num": num, "nfe": self.drawer.nfe},
+            **{"precision": "no", "tf32": self.cfg.tf32 and self.device.type == "cuda"},
+        }
         result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=self.step, sample=sample)
         if self.log:
             self.log.attempt("fid.jsonl", self._write_result, result)
@@ -338,28 +359,19 @@ class Run:
         return True
 
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """A whole network with the averaged weights, on every process, in the block. All processes call this."""
-        for name, p in self.drawer.named_parameters():
+    def averaged(self) -> Iterator[None]:
+        """The drawer has the averaged weights, whole, on every process, in the block. All processes call this."""
+        for name, p in self.copy.named_parameters():
             p.data = whole(self.ema.weights[name])
         try:
-            yield self.drawer
+            yield
         finally:
             self._return_weights()
 
     # Parts of the above
 
-    @property
-    def _drawing(self) -> dict[str, Any]:
-        """How images are drawn."""
-        s = self.config.sample
-        return {"seed": s.seed, "cfg_scale": s.cfg_scale, "guided_channels": s.guided_channels}
-
-    def _draw(self, network: nn.Module, labels: Sequence[int], index: Sequence[int]) -> Any:
-        return generate(network, self.sampler, self.codec.decode, labels, index, **self._drawing)
-
     def _return_weights(self) -> None:
-        for p in self.drawer.parameters():
+        for p in self.copy.parameters():
             p.data = torch.empty(0, device=self.device)
 
     def _averaged(self) -> dict[str, dict[str, Tensor]]:

@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         commands.append((["-m", "demo.autoencoder", *settings], Path(config.codec.get("path", "")).exists()))
     if config.latents is not None:
         commands.append((["cache_latents.py", *settings], Path(config.latents).exists()))
-    draw = ["sample.py", "--checkpoint", run_dir]
+    draw = ["sample.py", run_dir]
     many = ["--num", NUM_SAMPLES, "--labels", "balanced", "--out", samples, "--batch_size", 250]
     commands += [
         (["train.py", *settings], False),
         ([*draw, *sampling], False),
-        ([*draw, *many, *sampling], False),
+        ([*draw, *many, *of_sampling(settings, but="per_class")], False),
         (["-m", "demo.classifier", "--data.name", name, "--out", classifier], classifier.exists()),
         (["-m", "demo.score", "--checkpoint", run_dir, "--samples", samples, "--classifier", classifier], False),
     ]
@@ -62,16 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nDone in {time.perf_counter() - started:.0f} s. The commands, with OMP_NUM_THREADS=1 in the environment:")
     for command, _ in commands:
         print(f"  {shlex.join(['python', *map(str, command)])}")
-    print(f"\nMore of one class:  python sample.py --checkpoint {run_dir} --classes [3,8] --rows 8 --out runs/more.png")
+    print(f"\nMore of one class:  python sample.py {run_dir} --classes [3,8] --per_class 8 --out runs/more.png")
     print(f"Loss, score:        {run_dir / 'loss.png'}, {run_dir / 'score.json'}")
     print(f"The picture:        {picture}")
 
 
-def of_sampling(settings: Sequence[str]) -> list[str]:
+def of_sampling(settings: Sequence[str], but: str | None = None) -> list[str]:
     """The options that begin with --sample., as sample.py takes them: a run that is done may be drawn in another way."""
     found = []
     for i, word in enumerate(settings):
-        if word.startswith("--sample."):
+        if word.startswith("--sample.") and word.partition("=")[0] != f"--sample.{but}":
             found.append(word.replace("--sample.", "--", 1))
             if "=" not in word:
                 found.append(settings[i + 1])

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from runtime.shards import shard_like
 
 RECORD = "checkpoint.json"
-FORMAT = 2
+FORMAT = 3
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -136,20 +136,26 @@ def read_record(folder: Path) -> dict[str, Any]:
     """checkpoint.json of a checkpoint.
 
     Raises:
-        ValueError: It is damaged, or of a later format.
+        ValueError: It is damaged, or of another format.
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
-            raise ValueError(f"it has format {record['format']}, this program reads {FORMAT}")
-        missing = {"step", "id", "config", "shape"} - record.keys()
-        if missing:
+        version, missing = record["format"], {"step", "id", "config", "shape"} - record.keys()
+        if version <= FORMAT and missing:
             raise ValueError(f"it lacks {sorted(missing)}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {error}. Remove its folder to use the "
             "checkpoint before it."
         ) from None
+    if version not in (2, FORMAT):
+        raise ValueError(
+            f"{str(folder)!r} is of format {version}, and this program reads 2 and {FORMAT}; use the version of the program "
+            "that wrote it, or a newer one."
+        )
+    sample = record["config"].get("sample", {})
+    if "rows" in sample:  # of format 2
+        sample["per_class"] = sample.pop("rows")
     return record
 
 
@@ -221,7 +227,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
 def origin() -> dict[str, Any]:
     """Where a checkpoint comes from: versions of Python and packages, and the revision of this repository, if known."""
     found = {"python": sys.version.split()[0]}
-    for name in ("torch", "accelerate", "diffusers", "numpy"):
+    for name in ("torch", "accelerate", "diffusers", "torchdiffeq", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -179,29 +179,46 @@ class SampleConfig:
     """How images are drawn: in previews, and by sample.py unless it is told otherwise.
 
     Args:
-        sampler: Sampler by name with its options (diffusion: ddpm, ddim, dpm-solver; flow: ode, sde); not given means
-            the published one, 250 steps of ddpm or sde. For ode and sde, num_steps counts points of time, as published,
-            so it is one more than the steps between them.
-        cfg_scale: Classifier-free guidance, uncond + cfg_scale (cond - uncond); 1 is none.
+        sampler: Sampler by name with its options; not given means the published one, 250 steps of ddpm or sde. For ode and
+            sde, num_steps counts points of time, as published, so it is one more than the steps between them.
+        cfg_scale: Guidance, other + cfg_scale (output - other), where the other output is that without a class; 1 is none.
         guided_channels: Guide the first channels only; not given means all, 3 reproduces the published tables.
-        classes: Classes of the grid, a column each; not given means all, or 10 evenly spaced ones.
-        rows: Rows of the grid.
+        guidance_interval: Lowest and highest noise level, from 0 (data) to 1 (noise), at which there is guidance, e.g.
+            [0,0.7]; not given means all.
+        classes: Classes of a grid, by number or name, a row each; not given means all, or 10 evenly spaced ones.
+        per_class: Images of each class in a grid.
         seed: Seed of the images, independent of that of training.
+        group_size: Of N numbered images so many neighbours are drawn together, always all of them, so that no image depends
+            on the batch size or the number of processes, not even by rounding. Larger is faster where the network is small.
     """
 
     sampler: Spec | None = None
     cfg_scale: float = 1.0
     guided_channels: int | None = None
-    classes: list[int] | None = None
-    rows: int = 4
+    guidance_interval: tuple[float, float] | None = None
+    classes: list[int | str] | None = None
+    per_class: int = 8
     seed: int = 0
+    group_size: int = 16
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "sample.seed", self.seed, "choose at least 0")
         require(self.classes != [], "sample.classes", self.classes, "name at least one class, or leave it out")
-        require(self.rows > 0, "sample.rows", self.rows, "choose at least 1")
-        channels = self.guided_channels
+        for key in ("per_class", "group_size"):
+            require(getattr(self, key) > 0, f"sample.{key}", getattr(self, key), "choose at least 1")
+        channels, interval = self.guided_channels, self.guidance_interval
         require(channels is None or channels > 0, "sample.guided_channels", channels, "choose at least 1")
+        within = interval is None or 0 <= interval[0] <= interval[1] <= 1
+        require(
+            within, "sample.guidance_interval", interval, "choose two noise levels between 0 and 1, the lower first"
+        )
+
+    def changed(self, **given: Any) -> "SampleConfig":
+        """The same with what is given and not None; a sampler without a name gives options to the one that is there."""
+        given = {name: value for name, value in given.items() if value is not None}
+        if "name" not in given.get("sampler", {"name": None}):
+            given["sampler"] = {**(self.sampler or {}), **given["sampler"]}
+        return dataclasses.replace(self, **given)
 
 
 @dataclass(frozen=True)
@@ -266,7 +283,7 @@ class Config:
         data: Images by name with their options: folder (images: a folder or .zip; image_size), mnist, digits.
         codec: Codec by name with its options: vae (path or hub name) or pixels.
         init: Weights to start from: a run, or one of its checkpoints; a .safetensors or published .pt file; a folder of
-            diffusers. Not given means random ones.
+            diffusers; a name on the hub, e.g. facebook/DiT-XL-2-256. Not given means random ones.
         latents: Folder of cached latents, made by cache_latents.py with the same config; not given means that images
             are read and encoded in every step.
         cache: How those are made.
@@ -296,13 +313,25 @@ class Config:
             require("name" in getattr(self, key), key, getattr(self, key), f"it needs a name, so give {key}.name")
 
 
-def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str = "") -> T:
+def parse(
+    cls: type[T],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    epilog: str = "",
+    first: str | None = None,
+) -> T:
     """An instance of a dataclass from the command line, which may name YAML files by --config.
 
-    A user's mistake ends the program with one sentence and exit code 2.
+    A first word that is no option is the value of the field `first`, if that is given. A user's mistake ends the program
+    with one sentence and exit code 2.
     """
     parser = _parser(cls, prog=prog, description=description, epilog=epilog)
     words = [_underscored(word) for word in (sys.argv[1:] if argv is None else map(str, argv))]
+    words = list(_named(words, set(_spec_keys(cls))))
+    if first and words and not words[0].startswith("-"):
+        words.insert(0, f"--{first}")
     try:
         return _instantiate(cls, parser, parser.parse_args(words))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -384,6 +413,25 @@ def _underscored(word: str) -> str:
     return "=".join(["--" + name[2:].replace("-", "_"), *value])
 
 
+def _spec_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields that are a name with options."""
+    for f in dataclasses.fields(cls):
+        if f.type in (Spec, Spec | None):
+            yield prefix + f.name
+        if dataclasses.is_dataclass(f.type):
+            yield from _spec_keys(f.type, f"{prefix}{f.name}.")
+
+
+def _named(words: Sequence[str], specs: set[str]) -> Iterator[str]:
+    """`--sampler sde` is `--sampler.name sde`, so that options may follow."""
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.removeprefix("--").partition("=")
+        is_name = re.fullmatch(r"[\w-]*[A-Za-z][\w-]*", value if equals else after) and "null" not in (value, after)
+        if word.startswith("--") and name in specs and is_name:
+            word = f"--{name}.name{equals}{value}"
+        yield word
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -397,6 +445,8 @@ def _sentence(message: str, known: list[str]) -> str:
     elif match := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments?: (\S+)", message):
         wrong = (match[1] or match[2]).lstrip("-").split("=")[0]
     if wrong is not None:
+        if wrong in ("steps", "num_steps", "num_sampling_steps") and "sampler" in known:
+            return f"{wrong!r} is not a setting; write --sampler.num_steps."
         return f"{wrong!r} is not a setting;{_hint(wrong, known)} see --help for all."
     if "arguments are required" in message and "run_dir" in known:
         return f"{message}. They stand in a file of configs/, so give --config FILE; see --help."
@@ -410,7 +460,10 @@ def _sentence(message: str, known: list[str]) -> str:
         return f"{match[1]} is {match[3]!r}; it must be {kind}."
     if match := re.search(r'Parser key "([^"]+)": .*Subtypes: \[(.+?)\] Errors: .*Given value: (.*)', message):
         kinds = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "").replace("NoneType", "null")
-        example = " Write a list so: [3,7]." if "list" in kinds else ""
+        if literal := re.search(r"Literal\[(.+?)\]", kinds):
+            choices = [c.strip(" '\"") for c in literal[1].split(",")]
+            return f"{match[1]} is {match[3]!r};{_hint(match[3], choices)} choose one of {choices}."
+        example = " Write a list so: [3,7]." if "list" in kinds or "tuple" in kinds else ""
         return f"{match[1]} is {match[3]!r}; it must be one of: {kinds}.{example}"
     return message
 

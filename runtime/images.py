@@ -1,4 +1,4 @@
-"""Pixels: the one conversion between [-1, 1] and uint8, and the labelled grid."""
+"""Pixels: the one conversion between [-1, 1] and uint8, and labelled pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from runtime.files import written_aside
@@ -22,39 +23,66 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
 
 
-def save_grid(images: np.ndarray, names: Sequence[str], path: Path, title: str = "") -> np.ndarray:
-    """Write a PNG with one labelled column a class, and return it, (height, width, 3) uint8.
+def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), title: str = "") -> np.ndarray:
+    """A labelled grid, (height, width, 3) uint8.
 
     Args:
-        images: (rows, columns, H, W, 3) uint8; small ones are enlarged by a whole factor, pixel by pixel.
-        names: A label for each column.
-        path: File to write.
-        title: A line above.
+        images: (R, C, H, W, 3) uint8; small ones are enlarged by a whole factor, pixel by pixel.
+        rows: A label for each row, at its left.
+        columns: A label for each column, above it; none if empty.
+        title: A line above all.
     """
-    rows, columns, height, width, _ = images.shape
+    num_rows, num_columns, height, width, _ = images.shape
     zoom = max(1, 64 // height)
-    cell, gap = np.array([height, width]) * zoom, 4
-    text = max(12, min(28, int(cell[1]) // 4))
+    cell_height, cell_width, gap = height * zoom, width * zoom, 4
+    text = max(12, min(28, cell_width // 4))
     font = ImageFont.load_default(text)
-    header = (text + 12) + (text + 12 if title else 0)
-    size = (gap + columns * (cell[1] + gap), header + rows * (cell[0] + gap))
-    canvas = Image.new("RGB", (int(size[0]), int(size[1])), "white")
+    longest = max((font.getlength(name) for name in rows), default=0)
+    left = gap + (int(min(longest, max(160, 2 * cell_width))) + 2 * gap if longest else 0)
+    header = gap + (text + 8) * (bool(title) + bool(columns))
+    size = (left + num_columns * (cell_width + gap), header + num_rows * (cell_height + gap))
+    size = (max(size[0], min(int(font.getlength(title)) + 2 * gap + 1, 800)), size[1])  # a narrow one as its title
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((gap, 6), _fit(title, font, canvas.width - 2 * gap), fill="black", font=font)
-    for j, name in enumerate(names):
-        left = int(gap + j * (cell[1] + gap))
-        draw.text((left + int(cell[1]) // 2, header - 6), _fit(name, font, int(cell[1])), "black", font, anchor="ms")
-        for i in range(rows):
+        draw.text((gap, gap), _fit(title, font, canvas.width - 2 * gap), "black", font)
+    for i in range(num_rows):
+        top = header + i * (cell_height + gap)
+        if rows:
+            name = _fit(rows[i], font, left - 3 * gap)
+            draw.text((left - 2 * gap, top + cell_height // 2), name, "black", font, anchor="rm")
+        for j in range(num_columns):
             tile = images[i, j].repeat(zoom, axis=0).repeat(zoom, axis=1)
-            canvas.paste(Image.fromarray(tile), (left, int(header + i * (cell[0] + gap))))
-    with written_aside(path) as temporary:
-        canvas.save(temporary, format="PNG")
+            canvas.paste(Image.fromarray(tile), (left + j * (cell_width + gap), top))
+    for j, name in enumerate(columns):
+        middle = left + j * (cell_width + gap) + cell_width // 2
+        draw.text((middle, header - 8), _fit(name, font, cell_width), "black", font, anchor="ms")
     return np.array(canvas)
 
 
+def save_picture(frames: Sequence[np.ndarray], path: Path, text: str = "", milliseconds: int = 250) -> None:
+    """Write a picture as PNG, or several frames as a GIF that stays on the last one for 2 s; by the ending of the path.
+
+    Args:
+        frames: Each (H, W, 3) uint8; one if the path ends in .png.
+        path: The file.
+        text: What a PNG says of itself, under the key "samples".
+        milliseconds: Of a frame.
+    """
+    pictures = [Image.fromarray(frame) for frame in frames]
+    with written_aside(path) as temporary:
+        if path.suffix.lower() == ".gif":
+            times = [milliseconds] * (len(pictures) - 1) + [2000]
+            pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+        else:
+            information = PngInfo()
+            if text:
+                information.add_text("samples", text)
+            pictures[0].save(temporary, "PNG", pnginfo=information)
+
+
 def _fit(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """`name`, shortened until it fits the column."""
+    """`name`, shortened until it fits the width."""
     short = name
     while font.getlength(short) > width and len(short) > 2:
         short = short[:-2] + "…"

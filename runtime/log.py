@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from runtime.files import write_text, written_aside
+from runtime.images import save_picture
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -198,9 +199,7 @@ def save_film(folder: Path) -> None:
         frame = Image.open(file).convert("RGB")
         if frame.size == last.size:  # others were drawn with other settings
             frames.append(frame.resize(size, Image.Resampling.LANCZOS) if scale < 1 else frame)
-    durations = [250] * (len(frames) - 1) + [2000]
-    with written_aside(folder / "progress.gif") as temporary:
-        frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    save_picture([np.asarray(frame) for frame in frames], folder / "progress.gif")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

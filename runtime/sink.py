@@ -1,19 +1,31 @@
-"""Where N images go: a folder of PNG files, one npz or an evaluator, filled in any order by several processes, resumable."""
+"""Where N images go: a folder of PNG files, one npy or npz, or an evaluator; filled in any order, resumable.
 
+A file is made at its full size first, so that a disk that is too small is found before anything is drawn; then every
+process writes its images in their places.
+"""
+
+import io
 import json
+import os
 import shutil
 import time
 import uuid
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
 
+from runtime.config import differences
 from runtime.files import write_text, written_aside
+
+RECORD = "samples.json"
+CHUNK = 2**24  # bytes read at once
 
 
 class Sink(Protocol):
@@ -27,8 +39,8 @@ class Sink(Protocol):
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
         """Store images (B, H, W, 3) uint8 under their numbers."""
 
-    def finish(self) -> Path:
-        """Make the result complete, and say where it is."""
+    def finish(self, labels: Sequence[int]) -> Path:
+        """Make the result complete, which is checked, and say where it is; `labels` of all images."""
 
 
 class Evaluator(Protocol):
@@ -48,47 +60,77 @@ class Evaluator(Protocol):
 
 
 def open_sink(
-    out: Path, num: int, settings: dict[str, Any], state: PartialState, evaluator: Evaluator | None = None
+    out: Path,
+    num: int,
+    settings: dict[str, Any],
+    state: PartialState,
+    image_size: int,
+    evaluator: Evaluator | None = None,
 ) -> Sink:
-    """The sink for `out`: an npz file or the record of an evaluation if it ends in .npz or .json, else a folder of PNGs.
+    """The sink for `out`: a file if it ends in .npy or .npz, the record of an evaluation if in .json, else a folder of PNGs.
 
     Args:
         out: File or folder.
         num: Number of images.
         settings: What makes an image what it is, JSON values; a half-filled sink is only filled up with the same.
         state: The processes, of which the main one makes the files.
+        image_size: Height and width.
         evaluator: Where images go if `out` ends in .json.
 
     Raises:
         ValueError: `out` holds images of other settings, or something else.
+        OSError: The disk has no room for the file.
     """
     if out.suffix == ".json" and evaluator is None:
         raise ValueError(f"{str(out)!r} is the record of an evaluation; name the reference with --fid, too.")
-    if out.suffix in (".npz", ".json"):
+    is_array = out.suffix.lower() in (".npy", ".npz")
+    if is_array or out.suffix == ".json":
         if out.is_dir():
-            raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or a file that ends in .npz.")
+            raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or ends in .npz or .npy.")
         settings = {**settings, "num": num}  # a folder may be filled up to more, a file is what it is
-        record = record_of(out) if out.exists() else partial_of(out) / "samples.json"
+        record = record_of(out) if out.exists() else partial_of(out) / RECORD
     else:
-        record = out / "samples.json"
-        if out.is_file() or out.suffix.lower() in (".png", ".jpg", ".jpeg"):
+        record = out / RECORD
+        if out.is_file() or out.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif"):
             raise ValueError(
-                f"{str(out)!r} is no folder; with --num, --out is a folder for PNG files, or ends in .npz."
+                f"{str(out)!r} is no folder; with --num, --out is a folder for PNG files, or ends in .npz or .npy."
             )
+    settings = json.loads(json.dumps(settings))  # tuples are lists, as they will be when they are read
+    sink = ArraySink(out, num, image_size) if is_array else None
     if state.is_main_process:
         if record.exists() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-            _check(record, settings, out)
+            same_as_before(record, settings, out if out.exists() else partial_of(out))
         else:
+            if sink:
+                sink.check_beside()
             write_text(record, json.dumps(settings, indent=2))
+        if out.is_file():
+            shutil.rmtree(partial_of(out), ignore_errors=True)  # what a kill has left of one that is complete
+        if sink:
+            sink.allocate()
     state.wait_for_everyone()
     if out.suffix == ".json":
         return EvaluatorSink(out, num, evaluator, state)
-    return NpzSink(out, num) if out.suffix == ".npz" else FolderSink(out, num)
+    return sink or FolderSink(out, num)
+
+
+def read_notes(out: Path) -> dict[str, Any]:
+    """The record of what is being made, or is complete: its settings, and what `note` added."""
+    file = partial_of(out) / RECORD
+    return json.loads((file if file.exists() else record_of(out)).read_text(encoding="utf-8"))
+
+
+def note(out: Path, facts: dict[str, Any]) -> None:
+    """Add to the record of what is being made."""
+    file = out / RECORD if out.is_dir() else partial_of(out) / RECORD
+    write_text(file, json.dumps({**json.loads(file.read_text(encoding="utf-8")), **facts}, indent=2))
 
 
 def record_of(out: Path) -> Path:
-    """Where the settings of a complete file stand: beside an npz, FILE.npz.json; in the record of an evaluation itself."""
-    return out if out.suffix == ".json" else out.with_name(out.name + ".json")
+    """The record of what is complete: FILE.npz.json, in a folder samples.json; that of an evaluation is itself one."""
+    if out.suffix == ".json":
+        return out
+    return out / RECORD if out.is_dir() else out.with_name(out.name + ".json")
 
 
 def partial_of(out: Path) -> Path:
@@ -97,14 +139,15 @@ def partial_of(out: Path) -> Path:
 
 
 class FolderSink:
-    """000000.png, 000001.png, ..."""
+    """000000.png, 000001.png, ..., and their classes in labels.json, which readers of datasets know."""
 
     def __init__(self, folder: Path, num: int) -> None:
         self.file, self.num = folder, num
 
     def missing(self) -> list[int]:
         """See `Sink`."""
-        there = {file.name for file in self.file.glob("*.png")}
+        with os.scandir(self.file) as entries:
+            there = {entry.name for entry in entries if entry.name.endswith(".png") and _is_whole(entry.path)}
         return [i for i in range(self.num) if f"{i:06d}.png" not in there]
 
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
@@ -113,56 +156,171 @@ class FolderSink:
             with written_aside(self.file / f"{i:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
 
-    def finish(self) -> Path:
+    def finish(self, labels: Sequence[int]) -> Path:
         """See `Sink`."""
+        _check_complete(self)
+        before = read_notes(self.file).get("num", 0)
+        if self.num >= before:  # of a folder that is already larger, there is nothing to say
+            note(self.file, {"num": self.num})
+            pairs = [[f"{i:06d}.png", int(label)] for i, label in enumerate(labels)]
+            write_text(self.file / "labels.json", json.dumps({"labels": pairs}))
         return self.file
 
 
-class NpzSink:
-    """arr_0 images (N, H, W, 3) uint8 and arr_1 labels (N,), the form that ADM, DiT and SiT write.
+class ArraySink:
+    """Images (N, H, W, 3) uint8 in one file: OUT.npy; or OUT.npz with arr_0 images and arr_1 labels, as ADM and DiT write.
 
-    Until it is complete, OUT.partial holds one .npz a batch, named by its first image.
+    The labels of OUT.npy are OUT.labels.npy. Until it is complete, OUT.partial holds the file at its full size, the labels,
+    and a byte for each image that says whether it is there: 1 only once the image itself is on the disk.
     """
 
-    def __init__(self, file: Path, num: int) -> None:
+    def __init__(self, file: Path, num: int, image_size: int) -> None:
         self.file, self.num = file, num
         self.partial = partial_of(file)
+        self.zipped = file.suffix.lower() == ".npz"
+        self.images, self.labels = self.partial / f"images{file.suffix}", self.partial / "labels"
+        self.done = self.partial / "done"
+        self.shape = (num, image_size, image_size, 3)
+        self.header = _npy_header(self.shape, np.uint8)
+        self.bytes = image_size * image_size * 3  # of an image
+        self.member = zipfile.ZipInfo("arr_0.npy")  # of an npz; stored, not compressed, so that each image has a place
+        self.member.CRC = self.member.header_offset = 0
+        self.member.file_size = self.member.compress_size = len(self.header) + num * self.bytes
+        self.start = len(self._zip_header()) + len(self.header)  # of image 0
+
+    def check_beside(self) -> None:
+        """Raise ValueError if what will be written beside the file is there already, and not of an earlier drawing."""
+        record, labels = record_of(self.file), self.file.with_suffix(".labels.npy")
+        strange = [record] if record.exists() and '"sampler"' not in record.read_text(errors="replace") else []
+        strange += [labels] if not self.zipped and labels.exists() and not record.exists() else []
+        for file in strange:
+            raise ValueError(f"{str(file)!r} is there already, and would be overwritten; choose another --out.")
+
+    def allocate(self) -> None:
+        """Make the files at their full size, unless they are there.
+
+        Raises:
+            ValueError: One that is there is too short.
+            OSError: The disk has no room; what was there before is kept.
+        """
+        size = self.start + self.num * self.bytes
+        if self.file.exists():
+            if self.file.stat().st_size < size:
+                raise ValueError(f"{str(self.file)!r} is cut short; remove it to draw its images again.")
+            return
+        fresh = not self.images.exists()
+        if fresh:
+            self.done.unlink(missing_ok=True)  # of images that are no longer there
+        try:
+            for file, head, length in (
+                (self.images, self._zip_header() + self.header, size),
+                (self.labels, b"", 8 * self.num),
+                (self.done, b"", self.num),
+            ):
+                if not file.exists():
+                    with written_aside(file) as temporary, open(temporary, "wb") as f:
+                        f.write(head)
+                        f.flush()
+                        _reserve(f, length)
+                elif file.stat().st_size < length:
+                    raise ValueError(f"{str(file)!r} is cut short; remove {str(self.partial)!r} to begin anew.")
+        except OSError as error:
+            if fresh:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise OSError(f"{self.num} images take {self.num * self.bytes / 1e9:.3g} GB: {error}") from error
 
     def missing(self) -> list[int]:
         """See `Sink`."""
         if self.file.exists():
             return []
-        there = set()
-        for part in self._parts():
-            with np.load(part) as arrays:
-                there.update(arrays["indices"].tolist())
-        return [i for i in range(self.num) if i not in there]
+        return np.flatnonzero(np.fromfile(self.done, np.uint8, self.num) == 0).tolist()
 
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
         """See `Sink`."""
-        with written_aside(self.partial / f"{indices[0]:06d}.npz") as temporary, open(temporary, "wb") as f:
-            np.savez(f, indices=np.array(indices), images=images, labels=np.array(labels))
+        try:
+            with open(self.images, "r+b") as f, open(self.labels, "r+b") as g, open(self.done, "r+b") as done:
+                for i, image, label in zip(indices, images, labels, strict=True):
+                    f.seek(self.start + i * self.bytes)
+                    f.write(np.ascontiguousarray(image))
+                    g.seek(8 * i)
+                    g.write(np.int64(label).tobytes())
+                for file in (f, g):
+                    file.flush()
+                    os.fsync(file.fileno())
+                for i in indices:
+                    done.seek(i)
+                    done.write(b"\1")
+        except OSError as error:
+            raise OSError(f"cannot write {str(self.images)!r}: {error}") from error
 
-    def finish(self) -> Path:
-        """See `Sink`. The images are gathered on disk, not in memory."""
+    def finish(self, labels: Sequence[int]) -> Path:
+        """See `Sink`. The images stay where they are."""
         if self.file.exists():
             return self.file
-        images, labels = None, np.zeros(self.num, dtype=np.int64)
-        for part in self._parts():
-            with np.load(part) as arrays:
-                if images is None:
-                    shape = (self.num, *arrays["images"].shape[1:])
-                    images = np.lib.format.open_memmap(self.partial / "all.npy", "w+", dtype=np.uint8, shape=shape)
-                images[arrays["indices"]] = arrays["images"]
-                labels[arrays["indices"]] = arrays["labels"]
-        write_text(record_of(self.file), (self.partial / "samples.json").read_text(encoding="utf-8"))
-        with written_aside(self.file) as temporary, open(temporary, "wb") as f:
-            np.savez(f, arr_0=images, arr_1=labels)
-        shutil.rmtree(self.partial)
+        _check_complete(self)
+        labels = np.fromfile(self.labels, np.int64, self.num)
+        try:
+            if self.zipped:
+                self._close_zip(labels)
+            else:
+                with written_aside(self.file.with_suffix(".labels.npy")) as temporary, open(temporary, "wb") as f:
+                    np.save(f, labels)
+            write_text(record_of(self.file), (self.partial / RECORD).read_text(encoding="utf-8"))
+            self.images.replace(self.file)
+        except OSError as error:
+            raise OSError(f"cannot complete {str(self.file)!r}: {error}; run the same command again") from error
+        shutil.rmtree(self.partial, ignore_errors=True)
         return self.file
 
-    def _parts(self) -> list[Path]:
-        return sorted(self.partial.glob("[0-9]*.npz"))
+    def _zip_header(self) -> bytes:
+        return self.member.FileHeader(zip64=True) if self.zipped else b""
+
+    def _close_zip(self, labels: np.ndarray) -> None:
+        """Give the archive its checksum, the labels, and its directory."""
+        with open(self.images, "r+b") as f:
+            end = self.start + self.num * self.bytes
+            f.truncate(end)  # if this was tried before
+            f.seek(self.start - len(self.header))
+            self.member.CRC = 0
+            while left := end - f.tell():
+                self.member.CRC = zlib.crc32(f.read(min(CHUNK, left)), self.member.CRC)
+            f.seek(0)
+            f.write(self._zip_header())
+            f.seek(0, os.SEEK_END)
+            with zipfile.ZipFile(f, "a") as archive:
+                archive.filelist.append(self.member)
+                archive.NameToInfo[self.member.filename] = self.member
+                archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy_header(labels.shape, np.int64) + labels.tobytes())
+
+
+def _is_whole(png: str) -> bool:
+    """Whether a file begins and ends as a PNG does."""
+    with open(png, "rb") as file:
+        begin = file.read(8)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 8))
+        return begin == b"\x89PNG\r\n\x1a\n" and file.read() == b"IEND\xaeB`\x82"
+
+
+def _npy_header(shape: tuple[int, ...], dtype: type) -> bytes:
+    file = io.BytesIO()
+    description = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, description)
+    return file.getvalue()
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Make a file so large, with room on the disk where the system can promise it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    file.truncate(size)
+
+
+def _check_complete(sink: Sink) -> None:
+    """What is said to be complete is."""
+    if missing := sink.missing():
+        raise OSError(
+            f"{str(sink.file)!r} lacks {len(missing)} of its images, {missing[0]} for one; run the same command again."
+        )
 
 
 class EvaluatorSink:
@@ -213,15 +371,19 @@ class EvaluatorSink:
             part.unlink(missing_ok=True)
         self.taken_over, self.saved = [], time.monotonic()
 
-    def finish(self) -> Path:
+    def finish(self, labels: Sequence[int]) -> Path:
         """See `Sink`. The record itself is written by whoever computes the numbers."""
         return self.file
 
     def _images_in(self, part: Path) -> set[int]:
-        return self.evaluator.images_in(torch.load(part, map_location="cpu", weights_only=True, mmap=True))
+        try:
+            return self.evaluator.images_in(torch.load(part, map_location="cpu", weights_only=True, mmap=True))
+        except Exception as error:  # a damaged file raises almost anything
+            raise ValueError(f"{str(part)!r} is damaged; remove it, and its images are drawn again.") from error
 
 
-def _check(record: Path, settings: dict[str, Any], out: Path) -> None:
+def same_as_before(record: Path, settings: dict[str, Any], out: Path) -> None:
+    """Raise ValueError unless what is at `out` was made with the same settings, as its record says."""
     if not record.exists():
         raise ValueError(f"{str(out)!r} is there already and was not made by sample.py; choose another --out.")
     try:
@@ -229,8 +391,12 @@ def _check(record: Path, settings: dict[str, Any], out: Path) -> None:
         old = old.get("sample", old)  # of the record of an evaluation
     except (ValueError, TypeError):
         raise ValueError(f"{str(record)!r} is damaged, so what is there is unknown; choose another --out.") from None
-    different = {k: (old.get(k), v) for k, v in settings.items() if old.get(k) != v}
-    if different:
-        text = ", ".join(f"{k} {a!r} (now {b!r})" for k, (a, b) in different.items())
-        what = "a measurement of images" if out.suffix == ".json" else "images"
+    if different := differences({key: old.get(key) for key in settings}, settings):
+        text = ", ".join(f"{k} {_short(a)} (now {_short(b)})" for k, (a, b) in different.items())
+        what = "a measurement" if out.suffix == ".json" else "images"
         raise ValueError(f"{str(out)!r} holds {what} made with {text}; choose another --out, or remove it.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:16]}...{text[-8:]}"

@@ -73,12 +73,24 @@ def leave_process_group(worker: int) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, so that what it writes is whole. Of the main thread."""
+    """Ctrl-C and SIGTERM wait until the block is done, so that what it writes is whole. Of the main thread."""
     received = []
-    before = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if received:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in received[:1]:
+        signal.raise_signal(number)
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM ends the program as an exception does, so that what it has is saved on the way out."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)

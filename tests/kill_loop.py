@@ -26,7 +26,7 @@ from runtime import checkpoint
 
 SETTINGS = (
     "--process.name flow --data.name digits --codec.name pixels --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
-    "--sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3 --sample.rows 1 "
+    "--sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3 --sample.per_class 1 "
     "--train.batch_size 8 --train.lr 1e-2 --train.log_every 7 --train.num_workers 0 --train.checkpoint_every 5 "
     "--train.keep_checkpoints 2 --train.keep_every 50 --train.sample_every 20 --train.snapshot_every 10 "
     "--train.max_grad_norm 0.5 --train.tracker tensorboard"

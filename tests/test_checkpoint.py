@@ -71,7 +71,7 @@ def test_model_average_and_optimizer_come_back_bit_for_bit(tmp_path):
     assert all(equal(old["state"][i], new["state"][i]) for i in old["state"])
     read = checkpoint.read_record(folder)
     assert len(read.pop("id")) == 32
-    assert read == {"shape": {}, **{"format": 2, "step": 3, "config": {"a": [1, "x"]}}}
+    assert read == {"shape": {}, **{"format": 3, "step": 3, "config": {"a": [1, "x"]}}}
 
     x = torch.randn(5, 3)
     for m, o in ((model, optimizer), (again, other)):
@@ -133,6 +133,17 @@ def test_a_damaged_record_is_named(tmp_path, content):
     folder = save(tmp_path, 1)
     (folder / "checkpoint.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"checkpoint\.json' is damaged or not a checkpoint's record"):
+        checkpoint.read_record(folder)
+
+
+def test_a_checkpoint_of_the_format_before_is_read_and_one_of_a_later_is_not_called_damaged(tmp_path):
+    folder = save(tmp_path, 1)
+    record = json.loads((folder / "checkpoint.json").read_text())
+    old = {**record, "format": 2, "config": {"sample": {"rows": 5}}}
+    (folder / "checkpoint.json").write_text(json.dumps(old))
+    assert checkpoint.read_record(folder)["config"] == {"sample": {"per_class": 5}}
+    (folder / "checkpoint.json").write_text(json.dumps({**record, "format": 4}))
+    with pytest.raises(ValueError, match="is of format 4, and this program reads 2 and 3; use the version"):
         checkpoint.read_record(folder)
 
 

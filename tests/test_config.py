@@ -157,7 +157,7 @@ def test_a_dict_with_an_unknown_key_says_where_it_stands(file):
 
 def test_keys_are_dotted():
     found = list(keys(Config))
-    assert {"run_dir", "train", "train.lr", "model.attention", "sample.rows"} <= set(found)
+    assert {"run_dir", "train", "train.lr", "model.attention", "sample.per_class"} <= set(found)
     assert len(found) == sum(
         len(fields(cls)) for cls in (Config, CacheConfig, ModelConfig, TrainConfig, SampleConfig, FidConfig)
     )
@@ -218,7 +218,7 @@ def test_an_abbreviated_option_is_not_accepted(file, capsys):
         ("train.num_steps", "true", "int"),
         ("train.ema_warmup", "maybe", "bool"),
         ("process", "3", "write process.name"),
-        ("data", "digits", "write data.name"),
+        ("data", "5", "write data.name"),
         ("model.depth", "two", "int"),
     ],
 )
@@ -236,6 +236,20 @@ def test_a_wrong_type_names_the_key_the_value_and_the_type(file, capsys, key, va
     text = sentence(capsys, "--config", file)
     assert key in text
     assert kind in text
+
+
+def test_a_name_may_stand_for_itself_with_options_after_it(file):
+    for words in (["--sample.sampler", "sde"], ["--sample.sampler=sde"], ["--sample.sampler.name", "sde"]):
+        config = read("--config", file, *words, "--sample.sampler.num_steps", "3", "--model.attention", "mhsa")
+        assert config.sample.sampler == {"name": "sde", "num_steps": 3}
+        assert config.model.attention == {"name": "mhsa"}
+    args = parse(sample.Arguments, ["run", "--sampler", "sde"], prog="", description="", first="checkpoint")
+    assert (args.checkpoint, args.sampler) == ("run", {"name": "sde"})
+
+
+def test_no_words_at_all_say_what_is_needed(capsys):
+    assert "arguments are required" in sentence(capsys)
+    assert "write --sampler.num_steps" in sentence(capsys, "--checkpoint", "x", "--steps", "10", cls=sample.Arguments)
 
 
 def test_a_wrong_choice_names_the_nearest_and_all(file, capsys):
@@ -283,7 +297,7 @@ def test_a_broken_file_is_named(tmp_path, capsys, content):
         ("train.sample_every", 0),
         ("train.checkpoint_every", 0),
         ("train.keep_checkpoints", 0),
-        ("sample.rows", 0),
+        ("sample.per_class", 0),
         ("sample.guided_channels", 0),
         ("sample.seed", -1),
         ("seed", -1),

@@ -18,7 +18,7 @@ import demo.__main__
 ROOT = Path(demo.__file__).parent.parent
 SMALL = (
     f"--config {ROOT}/configs/digits_sit.yaml --run_dir runs/small --train.num_steps 20 --model.hidden_size 16 "
-    "--model.depth 2 --model.num_heads 2 --sample.sampler.num_steps 3 --sample.rows 1"
+    "--model.depth 2 --model.num_heads 2 --sample.sampler.num_steps 3 --sample.per_class 1"
 ).split()
 
 
@@ -62,7 +62,7 @@ def test_the_demo_trains_samples_and_scores(workplace):
     folder, commands = workplace
     assert commands[:5] == ["train.py", "sample.py", "sample.py", "demo.classifier", "demo.score"]
     run = folder / "runs" / "small"
-    assert Image.open(run / "samples.png").size[0] == 4 + 10 * (64 + 4)
+    assert Image.open(run / "samples.png").size[1] == 28 + 10 * (64 + 4)
     assert Image.open(run / "loss.png").size[0] > 100
     with np.load(run / "samples.npz") as arrays:
         assert arrays["arr_0"].shape == (1000, 8, 8, 3)

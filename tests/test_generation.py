@@ -1,14 +1,16 @@
 """From labels to images: the guidance formula, and images that do not depend on what is drawn beside them."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dit_vca import Diffusion, DiT
-from runtime.generation import check_guidance, check_labels, generate, guided, random_label, spread
+from runtime.generation import Drawer, Guidance, check_labels, find_class, guided, random_label, slerp, spread
 from sit_vca import SiT, Transport
 
 SIZES = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -17,13 +19,13 @@ SIZES = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_h
 class Spy:
     """A model whose output is a known function of its inputs, (B, 2C, H, W), and that counts its calls."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, sign=1):
+        self.calls, self.sign = [], sign
 
     def __call__(self, x_t, t, y):
         self.calls.append((x_t, t, y))
         both = torch.cat([x_t.sin(), x_t.cos()], dim=1)
-        return both * (1 + y)[:, None, None, None] + t[:, None, None, None]
+        return self.sign * both * (1 + y)[:, None, None, None] + t[:, None, None, None]
 
 
 @pytest.fixture
@@ -32,32 +34,72 @@ def batch():
 
 
 @pytest.mark.parametrize("cfg_scale", [0.0, 0.5, 1.5, 4.0])
-@pytest.mark.parametrize("channels", [4, 3, 1])
+@pytest.mark.parametrize("channels", [None, 3, 1])
 def test_guidance_is_its_formula_and_leaves_the_other_channels_conditional(batch, cfg_scale, channels):
     x, t, y = batch
-    model = Spy()
-    out = guided(model, y, null_class=5, cfg_scale=cfg_scale, channels=channels)(x, t)
+    model, n = Spy(), channels or 4
+    out = guided(model, y, Guidance(cfg_scale, channels), null_class=5, channels=4)(x, t)
     cond, uncond = model(x, t, y), model(x, t, torch.full_like(y, 5))
     expected = cond.clone()
-    expected[:, :channels] = uncond[:, :channels] + cfg_scale * (cond - uncond)[:, :channels]
+    expected[:, :n] = uncond[:, :n] + cfg_scale * (cond - uncond)[:, :n]
     torch.testing.assert_close(out, expected)
-    assert torch.equal(out[:, channels:], cond[:, channels:])  # among them the learned variance, channels 4 to 7
-    assert not torch.allclose(out[:, :channels], cond[:, :channels])
+    assert torch.equal(out[:, n:], cond[:, n:])  # among them the learned variance, channels 4 to 7
+    assert not torch.allclose(out[:, :n], cond[:, :n])
     assert len(model.calls) == 3  # guided asks once, for both
 
 
 def test_without_guidance_the_model_is_called_once_with_the_batch_as_it_is(batch):
     x, t, y = batch
     model = Spy()
-    out = guided(model, y, null_class=None, cfg_scale=1.0, channels=4)(x, t)
+    out = guided(model, y, Guidance(), null_class=None, channels=4)(x, t)
     (call,) = model.calls
     assert all(a is b for a, b in zip(call, batch, strict=True))
     assert torch.equal(out, Spy()(x, t, y))
 
 
-def test_guidance_needs_a_null_class():
+def test_guidance_away_from_another_class_and_from_another_model(batch):
+    x, t, y = batch
+    cond = Spy()(x, t, y)
+    others = {"negative": torch.full_like(y, 1), "guide": y, "both": torch.full_like(y, 1)}
+    for case, labels in others.items():
+        worse = Spy(sign=-1)
+        guide = None if case == "negative" else worse
+        guidance = Guidance(3.0, negative=None if case == "guide" else 1)
+        out = guided(Spy(), y, guidance, null_class=5, channels=8, guide=guide)(x, t)
+        other = (guide or Spy())(x, t, labels)
+        torch.testing.assert_close(out, other + 3 * (cond - other))
+        assert len(worse.calls) == (0 if case == "negative" else 2)
+
+
+def test_guidance_only_between_two_noise_levels_and_elsewhere_one_pass(batch):
+    x, _, y = batch
+    guidance = Guidance(2.0, interval=(0.25, 0.5))
+    model = Spy()
+    predict = guided(model, y, guidance, null_class=5, channels=4, noise_level=lambda t: 1 - t)
+    everywhere = guided(Spy(), y, Guidance(2.0), null_class=5, channels=4)
+    for level in (0.0, 0.2, 0.25, 0.4, 0.5, 0.6, 1.0):
+        t, before = torch.full((3,), 1 - level), len(model.calls)
+        out = predict(x, t)
+        inside = 0.25 <= level <= 0.5
+        assert torch.equal(out, everywhere(x, t) if inside else Spy()(x, t, y))
+        (call,) = model.calls[before:]
+        assert len(call[0]) == (6 if inside else 3)
+
+
+def test_what_cannot_be_guided_is_said():
+    model = SimpleNamespace(null_class=None, in_channels=4, num_classes=5, input_size=(8, 8))
     with pytest.raises(ValueError, match=r"cfg_scale is 2\.0, but this model has no null class .*use cfg_scale 1"):
-        check_guidance(SimpleNamespace(null_class=None, in_channels=4), 2.0, None)
+        Guidance(2.0).check(model)
+    Guidance(1.0).check(model)
+    Guidance(2.0, negative=3).check(model)
+    Guidance(2.0, guide=model).check(model)
+    with pytest.raises(ValueError, match="class 5 does not exist"):
+        Guidance(2.0, negative=5).check(model)
+    other = SimpleNamespace(**{**vars(model), "num_classes": 6})
+    with pytest.raises(ValueError, match="the guide has num_classes 6, the model 5; a guide is for the same images"):
+        Guidance(2.0, guide=other).check(model)
+    with pytest.raises(ValueError, match="guided_channels is 5; the latents have 4 channels"):
+        Guidance(1.0, channels=5).check(model)
 
 
 def perturbed(model):
@@ -79,11 +121,20 @@ def diffusion(**sampler):
 CASES = {
     "ode euler": (flow, {"name": "ode", "method": "euler", "num_steps": 4}),
     "ode heun": (flow, {"name": "ode", "method": "heun", "num_steps": 4}),
+    "ode dopri5": (flow, {"name": "ode", "method": "dopri5", "num_steps": 4}),
     "sde": (flow, {"name": "sde", "num_steps": 4}),
+    "sde, shifted": (flow, {"name": "sde", "method": "heun", "num_steps": 4, "time_shift": 3.0}),
     "ddpm": (diffusion, {"name": "ddpm", "num_steps": 4}),
     "ddim, eta 1": (diffusion, {"name": "ddim", "num_steps": 4, "eta": 1.0}),
     "dpm-solver": (diffusion, {"name": "dpm-solver", "num_steps": 4}),
+    "dpm-solver sde": (diffusion, {"name": "dpm-solver", "num_steps": 4, "sde": True}),
+    "unipc": (diffusion, {"name": "unipc", "num_steps": 4}),
 }
+
+
+def gentle(latents):
+    """A decoder that keeps values well inside the range, so that clamping hides nothing."""
+    return (latents / 10).tanh()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -93,34 +144,98 @@ def test_an_image_is_a_function_of_seed_and_number_whatever_its_batch(case, cfg_
     model, sampler = make(**options)
     labels = [4, 0, 3, 3, 1]
     indices = [0, 1, 7, 30_000, 2]
+    most = 3 if "dopri5" in case else 1  # one step size for the whole batch
 
     def draw(where, seed=0):
-        chosen = [labels[i] for i in where], [indices[i] for i in where]
-        # a decoder that keeps values well inside the range, so that clamping hides nothing
-        return generate(model, sampler, lambda z: (z / 10).tanh(), *chosen, seed=seed, cfg_scale=cfg_scale).astype(int)
+        drawer = Drawer(model, sampler, gentle, seed=seed, guidance=Guidance(cfg_scale))
+        return drawer([labels[i] for i in where], [indices[i] for i in where]).astype(int)
 
     together = draw(range(5))
     assert together.shape == (5, 8, 8, 3)
     for i in range(5):
-        assert np.abs(draw([i])[0] - together[i]).max() <= 1
-    assert np.abs(draw([3, 1, 0])[1] - together[1]).max() <= 1
+        assert np.abs(draw([i])[0] - together[i]).max() <= most
+    assert np.abs(draw([3, 1, 0])[1] - together[1]).max() <= most
     assert np.abs(draw([0], seed=1)[0] - together[0]).max() > 10
     assert np.abs(together[2] - together[3]).max() > 10  # the same label, another number
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_evaluations_are_counted_and_two_an_image_where_there_is_guidance(case):
+    make, options = CASES[case]
+    model, sampler = make(**options)
+    rows = []
+    model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    for cfg_scale in (1.0, 2.0):
+        rows.clear()
+        drawer = Drawer(model, sampler, gentle, seed=0, guidance=Guidance(cfg_scale))
+        assert drawer.nfe is None
+        drawer([1, 2, 3], [0, 1, 2])
+        drawer([1], [3])
+        assert drawer.nfe == sum(rows) / 4
+        assert set(rows) == ({3, 1} if cfg_scale == 1 else {6, 2})
+        steps = {"ode euler": 3, "ode heun": 6, "sde": 4, "sde, shifted": 7, "ode dopri5": drawer.nfe / cfg_scale}
+        assert drawer.nfe == steps.get(case, 4) * cfg_scale
+
+
+def test_guided_in_an_interval_costs_between_one_and_two_passes_a_step():
+    model, sampler = flow(name="ode", method="euler", num_steps=11)  # at t = 0, 0.1, ..., 0.9
+    guidance = Guidance(3.0, interval=(0.25, 0.65))
+    drawer = Drawer(model, sampler, gentle, seed=0, guidance=guidance, noise_level=Transport().noise_level)
+    drawer([1, 2], [0, 1])
+    assert drawer.nfe == 10 + 4  # noise levels 0.3, 0.4, 0.5 and 0.6
+
+
+def test_an_autoguided_image_needs_both_models_and_is_plain_with_a_guide_that_is_the_model():
+    model, sampler = flow(name="ode", method="euler", num_steps=3)
+    guide = perturbed(SiT(in_channels=3, **SIZES))
+    plain = Drawer(model, sampler, gentle, seed=0)
+    same = Drawer(model, sampler, gentle, seed=0, guidance=Guidance(2.0, guide=model))
+    led = Drawer(model, sampler, gentle, seed=0, guidance=Guidance(2.0, guide=guide))
+    images = [drawer([1, 2], [0, 1]).astype(int) for drawer in (plain, same, led)]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert np.abs(images[0] - images[2]).max() > 5
+    assert led.nfe == 2 * plain.nfe == 4
+
+
+def test_groups_make_images_the_same_bit_for_bit():
+    """Even where one step size is chosen for the whole batch, and whichever groups are drawn before."""
+    for case in ("ode dopri5", "sde", "ddpm"):
+        make, options = CASES[case]
+        model, sampler = make(**options)
+        label = functools.partial(random_label, 3, num_classes=5)
+        one = Drawer(model, sampler, gentle, seed=3, guidance=Guidance(2.0))
+        two = Drawer(model, sampler, gentle, seed=3, guidance=Guidance(2.0))
+        first = [one.group(k, 4, label) for k in range(3)]
+        again = {k: two.group(k, 4, label) for k in (2, 0)}
+        assert (first[0] == again[0]).all()
+        assert (first[2] == again[2]).all()
+        assert (first[1] != first[0]).any()
+        single = two([label(5)], [5])[0].astype(int)
+        assert np.abs(first[1][1] - single).max() <= 3
+
+
+def test_autocast_computes_in_bf16_and_gives_float32():
+    model, sampler = flow(name="ode", method="euler", num_steps=2)
+    dtypes = []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda _, args, output: dtypes.append(output.dtype))
+    latents = Drawer(model, sampler, gentle, seed=0, dtype=torch.bfloat16).latents([1], [0])
+    assert dtypes == [torch.bfloat16]
+    assert latents.dtype == torch.float32
+    exact = Drawer(model, sampler, gentle, seed=0).latents([1], [0])
+    assert 0 < (latents - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_generation_leaves_the_global_random_numbers_alone():
     model, sampler = flow(name="sde", num_steps=3)
     state = torch.get_rng_state()
-    generate(model, sampler, torch.tanh, [1], [0], seed=0)
+    Drawer(model, sampler, torch.tanh, seed=0)([1], [0])
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_guided_channels_limit_the_guidance():
     model, sampler = flow(name="ode", method="euler", num_steps=2)  # a single step: channels do not mix
     images = {
-        channels: generate(
-            model, sampler, lambda z: z / 10, [1, 2], [0, 1], seed=0, cfg_scale=scale, guided_channels=channels
-        )
+        channels: Drawer(model, sampler, lambda z: z / 10, seed=0, guidance=Guidance(scale, channels))([1, 2], [0, 1])
         for channels, scale in ((3, 4.0), (1, 4.0), (2, 1.0))
     }
     assert (images[1][..., 0] == images[3][..., 0]).all()
@@ -132,16 +247,61 @@ def test_guided_channels_limit_the_guidance():
 def test_a_label_out_of_range_is_named(label):
     model, sampler = flow(name="ode", method="euler", num_steps=2)
     with pytest.raises(ValueError, match=rf"class {label} does not exist; this model has classes 0 \.\.\. 4"):
-        generate(model, sampler, torch.tanh, [0, label], [0, 1], seed=0)
+        Drawer(model, sampler, torch.tanh, seed=0)([0, label], [0, 1])
     with pytest.raises(ValueError, match=f"class {label}"):
         check_labels([label], 5)
     check_labels(range(5), 5)
 
 
-def test_more_guided_channels_than_there_are():
-    model, sampler = flow(name="ode", method="euler", num_steps=2)
-    with pytest.raises(ValueError, match="guided_channels is 4; the latents have 3 channels"):
-        generate(model, sampler, torch.tanh, [0], [0], seed=0, cfg_scale=2.0, guided_channels=4)
+IMAGENET = ["tench, Tinca tinca", "crane", "goldfish, Carassius auratus", "Crane", "7", "great white shark"]
+
+
+@pytest.mark.parametrize(
+    ("word", "number"),
+    [
+        (0, 0),
+        ("tench", 0),
+        ("TENCH", 0),
+        ("tinca tinca", 0),
+        ("tench, Tinca tinca", 0),
+        (" goldfish", 2),
+        ("7", 4),
+        ("5", 5),
+    ],
+)
+def test_classes_go_by_number_or_name(word, number):
+    assert find_class(word, IMAGENET) == number
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        (6, r"class 6 does not exist; this model has classes 0 \.\.\. 5"),
+        ("6", "class 6 does not exist"),
+        ("crane", r"the name of several: 1 \(crane\), 3 \(Crane\); choose one by its number"),
+        ("goldfsh", "class 'goldfsh' is no class of this model; did you mean 'goldfish, Carassius auratus'"),
+        ("xyz", r"it has 6 classes, tench, Tinca tinca, crane, .*, \.\.\., great white shark"),
+    ],
+)
+def test_a_class_that_is_not_there_is_named(word, said):
+    with pytest.raises(ValueError, match=said):
+        find_class(word, IMAGENET)
+
+
+def test_slerp_keeps_the_norm_and_goes_along_the_great_circle():
+    a, b = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64).unbind()
+    b = b * (a.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1))[:, None, None, None]
+
+    def angle(u, v):
+        return torch.acos(F.cosine_similarity(u.flatten(1), v.flatten(1)))
+
+    for share in (0.0, 0.3, 0.5, 1.0):
+        z = slerp(a, b, share)
+        torch.testing.assert_close(z.flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
+        if 0 < share < 1:
+            torch.testing.assert_close(angle(a, z), share * angle(a, b))
+    torch.testing.assert_close(slerp(a, b, 0), a)
+    torch.testing.assert_close(slerp(a, b, 1), b)
 
 
 def test_spread_is_all_or_ten_even_ones():

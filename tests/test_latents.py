@@ -204,7 +204,7 @@ def vae(tmp_path):
 
 def settings(tmp_path, *extra, flip=True):
     small = "--process.name flow --model.hidden_size 16 --model.depth 1 --model.num_heads 2 --model.patch_size 2 "
-    small += "--train.num_steps 4 --train.batch_size 4 --train.num_workers 0 --sample.rows 1 --cache.shard_size 5 "
+    small += "--train.num_steps 4 --train.batch_size 4 --train.num_workers 0 --sample.per_class 1 --cache.shard_size 5 "
     small += "--sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3 --cache.batch_size 3"
     data = f"{{name: folder, images: {tmp_path / 'images'}, image_size: 16, flip: {str(flip).lower()}}}"
     codec = f"{{name: vae, path: {tmp_path / 'vae'}}}"
@@ -664,7 +664,7 @@ def test_the_recipe_for_ones_own_images(tmp_path, vae, monkeypatch, capsys):
     assert LatentDataset("latents").manifest["class_counts"] == counts
     train.main(argv)
     with Image.open("run/previews/step-00000004.png") as picture:
-        assert picture.size[0] > 7 * 64  # a column a class
+        assert picture.size[1] > 7 * 64  # a row a class
     judge = ["--extractor", "classifier", "--weights", "judge.safetensors"]
     fid.__main__.main(["stats", "images", "--crop", "16", "--out", "ref.npz", *judge, "--quiet"])
     names = ["--fid_extractor", "classifier", "--fid_weights", "judge.safetensors"]
