@@ -1,15 +1,18 @@
-"""What the benchmarks share: running the parts that were asked for, and the JSON with the machine and the aims."""
+"""What the benchmarks share: parts that take turns, and the JSON with the machine and the aims."""
 
 import argparse
+import itertools
 import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -47,3 +50,22 @@ def aim(what: str, value: float, least: float = 0.0, most: float = float("inf"))
 def peak_kib() -> int:
     """Of the resident memory of this process. Not getrusage's, which starts from that of the process which started it."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def take_turns(jobs: dict[str, Callable], repeats: int, times: int, now: Callable) -> tuple[dict, dict]:
+    """Seconds a call of each job, and their medians; the first turn is the warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for repeat, (name, job) in itertools.product(range(repeats + 1), jobs.items()):
+        start = now()
+        for _ in range(times):
+            job()
+        if repeat:
+            seconds[name].append((now() - start) / times)
+    return seconds, {name: np.median(values) for name, values in seconds.items()}
+
+
+def wall() -> float:
+    """Seconds, when a GPU has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

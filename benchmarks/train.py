@@ -36,7 +36,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import convert_outputs_to_fp32
-from report import aim, peak_kib, run_parts
+from report import aim, peak_kib, run_parts, take_turns, wall
 from torch import Tensor
 
 import build
@@ -106,25 +106,6 @@ def step(training: run.Run, batches: Iterator) -> None:
     for _ in range(training.cfg.accumulate):
         training.backward(*next(batches))
     training.update()
-
-
-def take_turns(jobs: dict[str, Callable], repeats: int, times: int, now: Callable) -> tuple[dict, dict]:
-    """Seconds a call of each job, and their medians; the first turn is the warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for repeat, (name, job) in itertools.product(range(repeats + 1), jobs.items()):
-        start = now()
-        for _ in range(times):
-            job()
-        if repeat:
-            seconds[name].append((now() - start) / times)
-    return seconds, {name: np.median(values) for name, values in seconds.items()}
-
-
-def wall() -> float:
-    """Seconds, when a GPU has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
