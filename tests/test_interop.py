@@ -277,7 +277,9 @@ def test_an_exported_run_draws_in_diffusers_what_the_formula_gives(tmp_path, cap
     everything = "".join(f.read_text() for f in [*out.rglob("*.json"), out / "README.md"])
     assert str(tmp_path) not in everything
     assert "/home/me" not in everything
-    code = card.text.split("```")[1].removeprefix("python").replace("'out'", repr(str(out))).replace("50", "2")
+    code = (
+        card.text.split("```")[1].removeprefix("python").replace("steps=50", "steps=2").replace("'out'", repr(str(out)))
+    )
     scope = {}
     exec(code, scope)
     assert scope["image"].size == (16, 16)
