@@ -117,16 +117,50 @@ class Pipeline:
             raise ValueError(f"process is {process!r}, but {str(path)!r} says itself what it is; leave it out.")
         if not ours and weights != "ema":
             raise ValueError(f"weights is {weights!r}, but {str(path)!r} holds one set of weights; leave it out.")
-        parts = _read_ours(checkpoint.find(there), weights, vae) if ours else _read_others(there, process, vae)
+        pipe = cls._of_checkpoint(checkpoint.find(there), weights, vae) if ours else cls._of_others(there, process, vae)
         if there != Path(path):  # of the hub: samples do not belong into its cache
-            name = str(path).rpartition("/")[2]
-            parts = parts._replace(folder=Path("runs", name), origin={**parts.origin, "path": str(path)})
-        parts.network.eval().requires_grad_(False).to(device)
-        parts.codec.to(device)
+            pipe.folder, pipe.origin["path"] = Path("runs", str(path).rpartition("/")[2]), str(path)
+        pipe.precision, pipe.tf32, pipe.compiled = precision, tf32, compile
+        pipe.network.eval().requires_grad_(False).to(device)
+        pipe.codec.to(device)
         if compile:
-            for block in parts.network.blocks:
+            for block in pipe.network.blocks:
                 block.compile()
-        return cls(*parts, precision=precision, tf32=tf32, compiled=compile)
+        return pipe
+
+    @classmethod
+    def _of_checkpoint(cls, folder: Path, part: str, vae: str | None) -> Self:
+        """Of a checkpoint."""
+        record = checkpoint.read_record(folder)
+        config = from_dict(Config, record["config"], str(folder / checkpoint.RECORD))
+        shape = build.Shape(**record["shape"])
+        if vae and config.codec["name"] != "vae":
+            raise ValueError(f"vae is {vae!r}, but the codec of this model is {config.codec['name']!r}; leave it out.")
+        if config.codec["name"] == "vae" and (vae or (folder / VAE).is_dir()):
+            config = dataclasses.replace(config, codec={**config.codec, "path": vae or str(folder / VAE)})
+        if part not in (there := checkpoint.weights_in(folder)):
+            raise ValueError(f"weights is {part!r}; {str(folder)!r} has {there}.")
+        config = dataclasses.replace(config, codec=_found(config.codec, folder))
+        try:
+            codec = build.build_codec(config, shape.channels)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}. If it is elsewhere now, say so by vae (--vae).") from None
+        network = build.build_model(config, shape, codec)
+        checkpoint.load_weights(folder, part, network)
+        in_run = folder.parent.name in (checkpoint.CHECKPOINTS, checkpoint.SNAPSHOTS)
+        known = record.get("origin") or {"kind": "checkpoint", "part": part, "step": record["step"], "id": record["id"]}
+        origin = {**known, "path": str(folder), **_sizes(config)}
+        run_dir = folder.parent.parent if in_run else folder
+        if record.get("origin"):  # a saved pipeline, which is to be shared as it is
+            run_dir = Path("runs", folder.name)
+        return cls(config, shape, network, build.build_process(config), codec, origin, run_dir)
+
+    @classmethod
+    def _of_others(cls, path: Path, process: str | Spec | None, vae: str | None) -> Self:
+        """Of published weights, or of diffusers."""
+        config, shape, network, codec, found = read_published(path, process, vae)
+        origin = {"path": str(path), **found, **_sizes(config)}
+        return cls(config, shape, network, build.build_process(config), codec, origin, Path("runs", path.stem))
 
     def __str__(self) -> str:
         o, network = self.origin, self.network
@@ -317,45 +351,6 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-class _Parts(NamedTuple):
-    """The first fields of a pipeline."""
-
-    config: Config
-    shape: build.Shape
-    network: nn.Module
-    process: build.Process
-    codec: nn.Module
-    origin: dict[str, Any]
-    folder: Path
-
-
-def _read_ours(folder: Path, part: str, vae: str | None) -> _Parts:
-    """Of a checkpoint."""
-    record = checkpoint.read_record(folder)
-    config = from_dict(Config, record["config"], str(folder / checkpoint.RECORD))
-    shape = build.Shape(**record["shape"])
-    if vae and config.codec["name"] != "vae":
-        raise ValueError(f"vae is {vae!r}, but the codec of this model is {config.codec['name']!r}; leave it out.")
-    if config.codec["name"] == "vae" and (vae or (folder / VAE).is_dir()):
-        config = dataclasses.replace(config, codec={**config.codec, "path": vae or str(folder / VAE)})
-    if part not in (there := checkpoint.weights_in(folder)):
-        raise ValueError(f"weights is {part!r}; {str(folder)!r} has {there}.")
-    config = dataclasses.replace(config, codec=_found(config.codec, folder))
-    try:
-        codec = build.build_codec(config, shape.channels)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. If it is elsewhere now, say so by vae (--vae).") from None
-    network = build.build_model(config, shape, codec)
-    checkpoint.load_weights(folder, part, network)
-    in_run = folder.parent.name in (checkpoint.CHECKPOINTS, checkpoint.SNAPSHOTS)
-    known = record.get("origin") or {"kind": "checkpoint", "part": part, "step": record["step"], "id": record["id"]}
-    origin = {**known, "path": str(folder), **_sizes(config)}
-    run_dir = folder.parent.parent if in_run else folder
-    if record.get("origin"):  # a saved pipeline, which is to be shared as it is
-        run_dir = Path("runs", folder.name)
-    return _Parts(config, shape, network, build.build_process(config), codec, origin, run_dir)
-
-
 def _found(codec: Spec, folder: Path) -> Spec:
     """The codec; a relative path that is not there is looked for from the folders above the checkpoint, too."""
     path = Path(codec.get("path") or ".")
@@ -363,13 +358,6 @@ def _found(codec: Spec, folder: Path) -> Spec:
         return codec
     above = (parent / path for parent in folder.resolve().parents)
     return {**codec, "path": str(next((p for p in above if p.is_dir()), codec["path"]))}
-
-
-def _read_others(path: Path, process: str | Spec | None, vae: str | None) -> _Parts:
-    """Of published weights, or of diffusers."""
-    config, shape, network, codec, found = read_published(path, process, vae)
-    origin = {"path": str(path), **found, **_sizes(config)}
-    return _Parts(config, shape, network, build.build_process(config), codec, origin, Path("runs", path.stem))
 
 
 def _sizes(config: Config) -> dict[str, Any]:

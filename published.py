@@ -4,7 +4,6 @@ All sizes are those of the tensors; no code of a file is run.
 """
 
 import contextlib
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from torchvision.models import ResNet18_Weights
 import build
 from dit_vca import BETAS, from_diffusers
 from runtime.config import Config, ModelConfig, Spec
-from runtime.weights import Weights, read_weights
+from runtime.weights import Weights, read_json, read_weights
 from vca import SIZES, Transformer, adapt, defaults_of, keywords_of, lookup, process_of
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # of the published DiT and SiT
@@ -98,7 +97,7 @@ def read_published(path: Path, process: str | Spec | None = None, vae: str | Non
     if missing or unused:
         raise ValueError(f"{str(path)!r} is no DiT or SiT as published: it lacks {missing[:3]}, and has {unused[:3]}.")
     network.load_state_dict(adapted.state)
-    kind = {"diffusers": "of diffusers"}.get(found.kind, "published file")
+    kind = "of diffusers" if found.kind == "diffusers" else "published file"
     origin = {"kind": kind, "part": "ema", "step": None, "id": None}
     rows = len(tensors["final_layer.linear.weight"]) // keywords["patch_size"] ** 2
     if spec["name"] == "diffusion" and rows == keywords["in_channels"]:
@@ -130,12 +129,12 @@ def _process_spec(given: str | Spec | None, known: Spec | None, found: Weights, 
 def _diffusers_config(folder: Path) -> dict[str, Any]:
     """What a folder of diffusers says beside the tensors."""
     index = folder / "model_index.json"
-    config = _read_json(folder / ("transformer" if index.is_file() else "") / "config.json")
+    config = read_json(folder / ("transformer" if index.is_file() else "") / "config.json")
     known = {"num_heads": config.get("num_attention_heads"), "input_size": config.get("sample_size")}
-    if index.is_file() and (labels := _read_json(index).get("id2label")):
+    if index.is_file() and (labels := read_json(index).get("id2label")):
         known["class_names"] = [labels[str(k)].strip() for k in range(len(labels))]
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    known["process"] = _schedule(_read_json(scheduler)) if scheduler.is_file() else {"name": "diffusion"}
+    known["process"] = _schedule(read_json(scheduler)) if scheduler.is_file() else {"name": "diffusion"}
     return {key: value for key, value in known.items() if value}
 
 
@@ -160,10 +159,6 @@ def _schedule(config: Mapping[str, Any]) -> Spec:
             f"{sorted(BETAS)} of this program, and the noise (epsilon)."
         )
     return {"name": "diffusion", "betas": name, "num_timesteps": num}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _class_names(num_classes: int) -> list[str]:

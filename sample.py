@@ -217,8 +217,8 @@ class Sampling:
         self.drawer = pipe.drawer(sample, **({} if args.sweep else self.others))  # checks sampler and guidance
         self.step = pipe.origin.get("step")
         sampler = build.describe_sampling(dataclasses.replace(pipe.config, sample=sample))["sampler"]
-        words = [sampler["name"], sampler.get("method") if sampler["name"] == "ode" else None, sampler["num_steps"]]
-        self.drawn_by = " ".join(str(word) for word in words if word is not None)
+        words = [sampler["name"], *([sampler["method"]] if sampler["name"] == "ode" else []), sampler["num_steps"]]
+        self.drawn_by = " ".join(map(str, words))
         start = [f"step {self.step}"] if self.step is not None else []
         start += [pipe.origin["part"]] if pipe.origin["part"] != "ema" else []
         self.title = ", ".join([*start, self.drawn_by, f"cfg {sample.cfg_scale:g}", f"seed {sample.seed}"])
@@ -338,15 +338,14 @@ class Sampling:
             if isinstance(sink, EvaluatorSink) and groups:
                 sink.save()
         rate = round(len(missing) / (time.perf_counter() - before), 3)
-        nfe, out, sample = self._nfe(), sink.file, {}
+        nfe, out = self._nfe(), sink.file
         if state.is_main_process:
             if missing:
                 note(out, self.facts(nfe, images_per_second=rate, drawn_by_this_command=len(missing)))
             sink.finish([self._label(i) for i in range(args.num)])
-            sample = read_notes(out) if not out.is_file() or out.suffix != ".json" else {}
         state.wait_for_everyone()
         if evaluator:
-            measure(evaluator, out, args, self.step, sample)
+            measure(evaluator, out, args, self.step)
         if state.is_main_process and not missing:
             print(f"{out}: its {args.num} images are there already")
         elif state.is_main_process:
@@ -499,7 +498,7 @@ def measured_at(out: Path) -> Path:
     return out if out.suffix == ".json" else out.with_name(out.name + ".fid.json")
 
 
-def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, step: int | None, sample: dict[str, Any]) -> None:
+def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, step: int | None) -> None:
     """Compute the metrics of what was drawn, print them, and write their record to `out`, or beside kept images.
 
     Every process calls it. Kept images are read again, so that those of an earlier, interrupted command count, too; then the
@@ -509,7 +508,7 @@ def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, step: int | No
     if file.exists():
         result = fid.Result.from_json(file)
     elif file == out:
-        result = evaluator.compute(args.num, **record, sample=sample)
+        result = evaluator.compute(args.num, **record, sample=read_notes(out))
     else:
         result = fid.evaluate(str(out), num=args.num, evaluator=evaluator, record=record)
     if PartialState().is_main_process:

@@ -451,8 +451,7 @@ def _sentence(message: str, known: list[str]) -> str:
     if "arguments are required" in message and "run_dir" in known:
         return f"{message}. They stand in a file of configs/, so give --config FILE; see --help."
     if match := re.search(r'Parser key "([^"]+)": Expected a typing.Literal\[(.+)\]\. Got value: (.*)', message):
-        choices = [c.strip(" '\"") for c in match[2].split(",")]
-        return f"{match[1]} is {match[3]!r};{_hint(match[3], choices)} choose one of {choices}."
+        return _choose(match[1], match[3], match[2])
     if match := re.search(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message):
         kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
         if kind == "dict":
@@ -461,11 +460,15 @@ def _sentence(message: str, known: list[str]) -> str:
     if match := re.search(r'Parser key "([^"]+)": .*Subtypes: \[(.+?)\] Errors: .*Given value: (.*)', message):
         kinds = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "").replace("NoneType", "null")
         if literal := re.search(r"Literal\[(.+?)\]", kinds):
-            choices = [c.strip(" '\"") for c in literal[1].split(",")]
-            return f"{match[1]} is {match[3]!r};{_hint(match[3], choices)} choose one of {choices}."
+            return _choose(match[1], match[3], literal[1])
         example = " Write a list so: [3,7]." if "list" in kinds or "tuple" in kinds else ""
         return f"{match[1]} is {match[3]!r}; it must be one of: {kinds}.{example}"
     return message
+
+
+def _choose(key: str, value: str, literals: str) -> str:
+    choices = [c.strip(" '\"") for c in literals.split(",")]
+    return f"{key} is {value!r};{_hint(value, choices)} choose one of {choices}."
 
 
 def _hint(word: str, choices: list[str]) -> str:

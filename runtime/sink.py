@@ -170,16 +170,15 @@ class FolderSink:
 class ArraySink:
     """Images (N, H, W, 3) uint8 in one file: OUT.npy; or OUT.npz with arr_0 images and arr_1 labels, as ADM and DiT write.
 
-    The labels of OUT.npy are OUT.labels.npy. Until it is complete, OUT.partial holds the file at its full size, the labels,
-    and a byte for each image that says whether it is there: 1 only once the image itself is on the disk.
+    The labels of OUT.npy are OUT.labels.npy. Until it is complete, OUT.partial holds the file at its full size, and a byte
+    for each image that says whether it is there: 1 only once the image itself is on the disk.
     """
 
     def __init__(self, file: Path, num: int, image_size: int) -> None:
         self.file, self.num = file, num
         self.partial = partial_of(file)
         self.zipped = file.suffix.lower() == ".npz"
-        self.images, self.labels = self.partial / f"images{file.suffix}", self.partial / "labels"
-        self.done = self.partial / "done"
+        self.images, self.done = self.partial / f"images{file.suffix}", self.partial / "done"
         self.shape = (num, image_size, image_size, 3)
         self.header = _npy_header(self.shape, np.uint8)
         self.bytes = image_size * image_size * 3  # of an image
@@ -214,7 +213,6 @@ class ArraySink:
         try:
             for file, head, length in (
                 (self.images, self._zip_header() + self.header, size),
-                (self.labels, b"", 8 * self.num),
                 (self.done, b"", self.num),
             ):
                 if not file.exists():
@@ -238,15 +236,12 @@ class ArraySink:
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
         """See `Sink`."""
         try:
-            with open(self.images, "r+b") as f, open(self.labels, "r+b") as g, open(self.done, "r+b") as done:
-                for i, image, label in zip(indices, images, labels, strict=True):
+            with open(self.images, "r+b") as f, open(self.done, "r+b") as done:
+                for i, image in zip(indices, images, strict=True):
                     f.seek(self.start + i * self.bytes)
                     f.write(np.ascontiguousarray(image))
-                    g.seek(8 * i)
-                    g.write(np.int64(label).tobytes())
-                for file in (f, g):
-                    file.flush()
-                    os.fsync(file.fileno())
+                f.flush()
+                os.fsync(f.fileno())
                 for i in indices:
                     done.seek(i)
                     done.write(b"\1")
@@ -258,7 +253,7 @@ class ArraySink:
         if self.file.exists():
             return self.file
         _check_complete(self)
-        labels = np.fromfile(self.labels, np.int64, self.num)
+        labels = np.array(labels, np.int64)
         try:
             if self.zipped:
                 self._close_zip(labels)

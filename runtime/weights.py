@@ -100,7 +100,7 @@ def _read_folder(path: Path) -> Weights:
             f"{str(path)!r} holds no weights; give a run's folder, one of its checkpoints/step-* folders, a folder of "
             f"diffusers' DiT, or a file."
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if "_class_name" not in config and (folder / HUB_FILE).is_file():
         return _read_file(folder / HUB_FILE)._replace(options=config)
     name = config.get("_class_name")
@@ -113,14 +113,19 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     for file in (folder / f"{DIFFUSERS_FILE}{ending}" for ending in (".safetensors", ".bin")):
         index = file.with_name(f"{file.name}.index.json")
         if index.is_file():
-            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
             return {key: tensor for shard in shards for key, tensor in _read_file(folder / shard).tensors.items()}
         if file.is_file():
             return _read_file(file).tensors
     raise FileNotFoundError(f"{str(folder)!r} lacks its weights, {DIFFUSERS_FILE}.safetensors or .bin.")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if it holds something else.
+
+    Raises:
+        ValueError: It is damaged.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
