@@ -219,9 +219,18 @@ class Sampling:
         sampler = build.describe_sampling(dataclasses.replace(pipe.config, sample=sample))["sampler"]
         words = [sampler["name"], *([sampler["method"]] if sampler["name"] == "ode" else []), sampler["num_steps"]]
         self.drawn_by = " ".join(map(str, words))
-        start = [f"step {self.step}"] if self.step is not None else []
-        start += [pipe.origin["part"]] if pipe.origin["part"] != "ema" else []
-        self.title = ", ".join([*start, self.drawn_by, f"cfg {sample.cfg_scale:g}", f"seed {sample.seed}"])
+        self.caption = {"step": f"step {self.step}"} if self.step is not None else {}
+        self.caption |= {"weights": pipe.origin["part"]} if pipe.origin["part"] != "ema" else {}
+        self.caption |= {
+            "sampler": self.drawn_by,
+            "cfg_scale": f"cfg {sample.cfg_scale:g}",
+            "seed": f"seed {sample.seed}",
+        }
+
+    @property
+    def title(self) -> str:
+        """What is written above a picture, and on the terminal."""
+        return ", ".join(self.caption.values())
 
     def _load(self, path: str, weights: str, process: Spec | None = None) -> Pipeline:
         names = ("vae", "precision", "tf32", "compile")
@@ -263,18 +272,14 @@ class Sampling:
         labels = labels or (spread(range(len(names))) if args.picture in ("samples", "sweep") else [0])
         before = time.perf_counter()
         if args.picture == "sweep":
-            key = SHORT.get(args.sweep.split("=")[0].strip(), args.sweep.split("=")[0].strip())
-            varied = {"cfg_scale": "cfg ", "seed": "seed "}.get(
-                key, self.drawn_by if key.startswith("sampler") else "-"
-            )
-            self.title = ", ".join(part for part in self.title.split(", ") if not part.startswith(varied))
+            self.caption.pop(swept_name(args.sweep).split(".")[0], None)
             table, rows = self._sweep(labels)
             what |= {"sweep": args.sweep, "rows": rows}
         elif args.picture == "interpolate":
-            self.title += f" to {sample.seed + 1}"
+            self.caption["seed"] += f" to {sample.seed + 1}"
             table = interpolations(drawer, labels, names, (sample.seed, sample.seed + 1), columns)
         elif args.picture == "trajectory":
-            self.title += "; columns are noise levels"
+            self.caption["seed"] += "; columns are noise levels"
             table = trajectories(drawer, pipe.process.clean, labels, names, columns)
         else:
             table = class_grid(drawer, labels, names, sample.per_class, sample.group_size)
@@ -440,10 +445,16 @@ def _for_likelihood(pipe: Pipeline, sample: SampleConfig, args: Arguments) -> Sa
     return dataclasses.replace(sample, sampler=spec, cfg_scale=1.0, guided_channels=None, guidance_interval=None)
 
 
+def swept_name(text: str) -> str:
+    """The setting of `KEY=V1,V2,...`."""
+    key = text.partition("=")[0].strip()
+    return SHORT.get(key, key)
+
+
 def swept(text: str, sample: SampleConfig, args: Arguments) -> list[tuple[str, SampleConfig]]:
     """What `--sweep KEY=V1,V2,...` means: a label and the settings for each value."""
     key, _, values = text.partition("=")
-    name = SHORT.get(key.strip(), key.strip())
+    name = swept_name(text)
     allowed = ("cfg_scale", "guided_channels", "seed", "group_size", "sampler")
     if name.split(".")[0] not in allowed or not values.strip(" ,"):
         raise ValueError(
@@ -505,14 +516,15 @@ def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, step: int | No
     record is that which stands beside them.
     """
     file, record = measured_at(out), {"labels_mode": args.labels or "random", "quantize": "dit", "step": step}
-    if file.exists():
+    if known := file.exists():
         result = fid.Result.from_json(file)
     elif file == out:
         result = evaluator.compute(args.num, **record, sample=read_notes(out))
     else:
         result = fid.evaluate(str(out), num=args.num, evaluator=evaluator, record=record)
     if PartialState().is_main_process:
-        result.to_json(file)
+        if not known:
+            result.to_json(file)
         shutil.rmtree(partial_of(file), ignore_errors=True)
         for text in result.warnings:
             print(f"warning: {text}", file=sys.stderr)
