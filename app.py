@@ -27,8 +27,10 @@ from torch import Tensor
 
 import build
 from pipeline import Pipeline
-from runtime.config import SampleConfig, Spec, parse, report_errors, require
+from runtime.cli import parse, report_errors
+from runtime.config import SampleConfig, require
 from runtime.generation import spread
+from runtime.reading import Spec, Strict
 from sit_vca.sampler import ODE, ODE_METHODS
 from vca import defaults_of
 
@@ -38,7 +40,7 @@ STYLE = """#gallery .grid-container {grid-template-columns: repeat(auto-fill, mi
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Strict):
     """What to draw from, and where the page is.
 
     Args:
@@ -70,7 +72,7 @@ class Arguments:
 @report_errors("app.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="app.py", description=__doc__, first="checkpoint")
+    args = parse(Arguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=build.PARTS)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
     of_the_model = ("weights", "vae", "process", "device", "precision")

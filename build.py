@@ -16,11 +16,20 @@ from runtime.data import DATASETS, Images
 from runtime.generation import Guidance
 from runtime.latents import LatentDataset
 from runtime.weights import read_weights
-from sit_vca import PATHS, SiT, Transport
+from sit_vca import PATHS, TIMES, SiT, Transport
 from vca import ATTENTIONS, Adapted, Transformer, adapt, build, defaults_of, lookup, options_of, parse_size
 
 PROCESSES = {"diffusion": (Diffusion, DiT), "flow": (Transport, SiT)}
 SAMPLERS = {"diffusion": dit_vca.SAMPLERS, "flow": sit_vca.SAMPLERS}
+PARTS = {  # what is a name with options in a config -> its registry
+    "process": {name: process for name, (process, _) in PROCESSES.items()},
+    "path": PATHS,
+    "time": TIMES,
+    "data": DATASETS,
+    "codec": CODECS,
+    "attention": ATTENTIONS,
+    "sampler": {**dit_vca.SAMPLERS, **sit_vca.SAMPLERS},
+}
 Process = Diffusion | Transport
 
 
@@ -35,7 +44,7 @@ class Shape:
 
 def build_process(config: Config) -> Process:
     """The process, `diffusion` or `flow`, with its options."""
-    return build({name: process for name, (process, _) in PROCESSES.items()}, config.process, "process")
+    return build(PARTS["process"], config.process, "process")
 
 
 def resolved_process(config: Config) -> dict[str, Any]:
@@ -178,8 +187,9 @@ def sampler_help() -> str:
 def options_help() -> str:
     """The names and options of the polymorphic parts, for --help."""
     parts = {
-        "process": {name: process for name, (process, _) in PROCESSES.items()},
+        "process": PARTS["process"],
         "process.path (flow)": PATHS,
+        "process.time (flow)": TIMES,
         "data": DATASETS,
         "codec": CODECS,
         "model.attention": ATTENTIONS,

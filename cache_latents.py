@@ -21,7 +21,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import build
-from runtime.config import Config, parse, report_errors
+from runtime.cli import parse, report_errors
+from runtime.config import Config
 from runtime.data import Images
 from runtime.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen
 from runtime.images import grid, save_picture, to_uint8
@@ -44,7 +45,8 @@ class Arguments(Config):
 @report_errors("cache_latents.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="cache_latents.py", description=__doc__, epilog=build.options_help())
+    texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": build.options_help()}
+    args = parse(Arguments, argv, **texts, parts=build.PARTS)
     if args.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
     if args.check:

@@ -28,10 +28,11 @@ from published import VAE, read_published
 from runtime import checkpoint
 from runtime.card import facts_of, model_card
 from runtime.codecs import sha256_of
-from runtime.config import Config, SampleConfig, Spec, differences, from_dict, to_dict
+from runtime.config import Config, SampleConfig, differences, to_dict
 from runtime.files import folder_written_aside
 from runtime.generation import Drawer, find_class
 from runtime.optimise import set_tf32
+from runtime.reading import Spec, from_dict
 from runtime.weights import locate
 
 OF_TRAINING = ("training steps", "training data", "checkpoint")  # of a model card, unknown of published weights

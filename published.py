@@ -16,7 +16,8 @@ from torchvision.models import ResNet18_Weights
 
 import build
 from dit_vca import BETAS, from_diffusers
-from runtime.config import Config, ModelConfig, Spec
+from runtime.config import Config, ModelConfig
+from runtime.reading import Spec
 from runtime.weights import Weights, read_json, read_weights
 from vca import SIZES, Transformer, adapt, defaults_of, keywords_of, lookup, process_of
 

@@ -104,10 +104,8 @@ class Run:
         torch.manual_seed(config.seed)
         network = build.build_model(config, self.shape, self.codec)
         self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
-        chosen = [str(k) for k in config.sample.classes or ()] or spread(
-            range(self.num_classes)
-        )  # rows of the previews
-        self.classes = [find_class(k, self.shape.class_names) for k in chosen]
+        rows = config.sample.classes or spread(range(self.num_classes))  # of the previews
+        self.classes = [find_class(k, self.shape.class_names) for k in rows]
         self.guidance = build.build_guidance(config.sample)
         self.guidance.check(network)
         self.evaluator = build.build_evaluator(config, self.device) if config.fid.every else None

@@ -17,7 +17,6 @@ for bit on one kind of device, whatever the batch size and the number of process
 where it stopped. Beside each output stands a record of how it was made.
 """
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -38,12 +37,14 @@ from tqdm import tqdm
 import build
 import fid
 from pipeline import Pipeline
-from runtime.config import Config, SampleConfig, Spec, from_dict, parse, report_errors, require, to_dict
+from runtime.cli import parse, report_errors
+from runtime.config import Config, SampleConfig, require, to_dict
 from runtime.files import write_text
 from runtime.generation import random_label, spread
 from runtime.images import save_picture
 from runtime.likelihood import bits_of, unit
 from runtime.pictures import Table, class_grid, interpolations, trajectories
+from runtime.reading import Spec, Strict, Word, from_dict
 from runtime.sink import EvaluatorSink, note, open_sink, partial_of, read_notes, same_as_before
 from runtime.stop import end_on_sigterm, uninterrupted
 
@@ -60,7 +61,7 @@ SHORT = {"cfg": "cfg_scale", "steps": "sampler.num_steps"}  # of --sweep
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Strict):
     """What to draw.
 
     Args:
@@ -117,11 +118,11 @@ class Arguments:
     cfg_scale: float | None = None
     guided_channels: int | None = None
     guidance_interval: tuple[float, float] | None = None
-    negative_class: int | str | None = None
+    negative_class: str | None = None
     guide: str | None = None
     guide_weights: str | None = None
     sampler: Spec | None = None
-    classes: list[int | str] | int | str | None = None
+    classes: list[str] | str | None = None
     labels: Literal["random", "balanced"] | None = None
     per_class: int | None = None
     seed: int | None = None
@@ -149,6 +150,7 @@ class Arguments:
     def __post_init__(self) -> None:
         require(self.num is None or self.num > 0, "num", self.num, "choose at least 1 image")
         require(self.seed is None or self.seed >= 0, "seed", self.seed, "choose at least 0")
+        require(self.classes not in ([], ""), "classes", self.classes, "name at least one class, or leave it out")
         require(self.batch_size is None or self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
         require(self.columns is None or self.columns > 1, "columns", self.columns, "choose at least 2")
         require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num")
@@ -175,9 +177,8 @@ class Arguments:
 @report_errors("sample.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(
-        Arguments, argv, prog="sample.py", description=__doc__, epilog=build.sampler_help(), first="checkpoint"
-    )
+    texts = {"prog": "sample.py", "description": __doc__, "epilog": build.sampler_help()}
+    args = parse(Arguments, argv, **texts, first="checkpoint", parts=build.PARTS)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
     on_cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -202,12 +203,12 @@ class Sampling:
         if args.likelihood:
             sample = self.sample = _for_likelihood(pipe, sample, args)
         self.config = to_measure(pipe.config, args)
-        words = args.classes if isinstance(args.classes, list) else [args.classes]
-        if isinstance(args.classes, str) and args.classes not in pipe.class_names:
-            words = args.classes.split(",")
-        self.classes = self._labels(words) if args.classes not in (None, []) else None
+        words = args.classes
+        if isinstance(words, str):  # a name with a comma, or several
+            words = [words] if words in pipe.class_names else words.split(",")
+        self.classes = None if words is None else pipe.label_ids(words)
         self.others = {
-            "negative": None if args.negative_class is None else self._labels([args.negative_class])[0],
+            "negative": None if args.negative_class is None else pipe.label_ids([args.negative_class])[0],
             "guide": self._load(args.guide, args.guide_weights or "ema") if args.guide else None,
         }
         if sample.cfg_scale == 1.0 and not args.sweep and (args.guided_channels or args.guidance_interval):
@@ -237,10 +238,6 @@ class Sampling:
         options = {name: getattr(self.args, name) for name in names}
         return Pipeline.from_pretrained(path, weights=weights, process=process, device=self.state.device, **options)
 
-    def _labels(self, words: Sequence[int | str]) -> list[int]:
-        """The classes that a user wrote, whose names may be numbers."""
-        return self.pipe.label_ids([str(word) for word in words])
-
     def settings(self) -> dict[str, Any]:
         """What, beside its number and label, makes an image what it is; of the main process, the only one that asks."""
         return self.pipe.settings(self.sample, **self.others) if self.state.is_main_process else {}
@@ -267,7 +264,7 @@ class Sampling:
             raise ValueError(
                 f"{str(file)!r}, where the record would stand, is of something else; choose another --out."
             )
-        labels, names = self.classes or self._labels(sample.classes or []), pipe.class_names
+        labels, names = self.classes or pipe.label_ids(sample.classes or []), pipe.class_names
         columns, what = args.columns or 10, {"picture": args.picture, "classes": labels}
         labels = labels or (spread(range(len(names))) if args.picture in ("samples", "sweep") else [0])
         before = time.perf_counter()
@@ -463,22 +460,16 @@ def swept(text: str, sample: SampleConfig, args: Arguments) -> list[tuple[str, S
         )
     found = []
     for word in values.strip(" ,").split(","):
-        value, fields = _value(word.strip()), to_dict(sample)
+        value, fields = Word(word.strip()), to_dict(sample)
         if name in ("sampler", "sampler.name"):  # each with the options that were given beside, and else its own
             fields["sampler"] = {**(args.sampler or {}), "name": value}
         elif name.startswith("sampler."):
             fields["sampler"] = {**(sample.sampler or {}), name.partition(".")[2]: value}
         else:
             fields[name] = value
-        found.append((f"{key.strip().rpartition('.')[2]} {word.strip()}", from_dict(SampleConfig, fields, "--sweep")))
+        label = f"{key.strip().rpartition('.')[2]} {word.strip()}"
+        found.append((label, from_dict(SampleConfig, fields, "--sweep", build.PARTS)))
     return found
-
-
-def _value(word: str) -> int | float | bool | str:
-    for read in (int, float, {"true": True, "false": False}.__getitem__):
-        with contextlib.suppress(ValueError, KeyError):
-            return read(word)
-    return word
 
 
 def to_measure(config: Config, args: Arguments) -> Config:

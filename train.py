@@ -31,7 +31,8 @@ import build
 from run import Run, accelerator_of, agree, peak_memory, preview_file
 from runtime import checkpoint, estimate
 from runtime.checkpoint import SNAPSHOTS
-from runtime.config import Config, parse, report_errors
+from runtime.cli import parse, report_errors
+from runtime.config import Config
 from runtime.log import check_tracker, read_metrics
 from runtime.resume import check_same_run, starting_point
 from runtime.stop import STOPPED, StopSignal
@@ -54,7 +55,7 @@ class Arguments(Config):
 @report_errors("train.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="train.py", description=__doc__, epilog=build.options_help())
+    args = parse(Arguments, argv, prog="train.py", description=__doc__, epilog=build.options_help(), parts=build.PARTS)
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)
     stop = StopSignal()

@@ -45,8 +45,9 @@ import fid
 from pipeline import Pipeline
 from runtime import sink
 from runtime.codecs import VAECodec
-from runtime.config import Config, SampleConfig, from_dict
+from runtime.config import Config, SampleConfig
 from runtime.generation import Drawer
+from runtime.reading import from_dict
 
 TINY = {"hidden_size": 96, "depth": 4, "num_heads": 3}  # the demo's network
 SAMPLERS = {  # ode counts points: one more than steps

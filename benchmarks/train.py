@@ -42,8 +42,9 @@ from torch import Tensor
 import build
 import run
 from runtime import checkpoint
-from runtime.config import Config, from_dict
+from runtime.config import Config
 from runtime.latents import VERSION
+from runtime.reading import from_dict
 
 SIDES = (32, 64)  # of the latents
 PLAIN = "accumulate: 1"  # the default settings

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import build
-from runtime.config import Config, parse, report_errors
+from runtime.cli import parse, report_errors
+from runtime.config import Config
 from runtime.data import EndlessBatches
 
 STEPS, BATCH_SIZE, LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
@@ -25,7 +26,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
 @report_errors("demo.autoencoder")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    config = parse(Config, argv, prog="python -m demo.autoencoder", description=__doc__)
+    config = parse(Config, argv, prog="python -m demo.autoencoder", description=__doc__, parts=build.PARTS)
     folder = Path(config.codec.get("path", ""))
     if config.codec["name"] != "vae" or folder.exists():
         raise ValueError(f"codec is {config.codec}; give the vae codec a path that does not exist yet.")

@@ -14,15 +14,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fid import Classifier
-from runtime.config import Spec, parse, report_errors
+from runtime.cli import parse, report_errors
 from runtime.data import DATASETS, Images
+from runtime.reading import Spec, Strict
 from vca import build
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 10, 64, 5e-3
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Strict):
     """What to train on.
 
     Args:
@@ -39,7 +40,7 @@ class Arguments:
 @report_errors("demo.classifier")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="python -m demo.classifier", description=__doc__)
+    args = parse(Arguments, argv, prog="python -m demo.classifier", description=__doc__, parts={"data": DATASETS})
     train, test = (build(DATASETS, {**args.data, "split": split}, "data") for split in ("train", "test"))
     torch.manual_seed(args.seed)
     classifier = Classifier(train.num_classes, train.image_size)

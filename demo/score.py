@@ -20,15 +20,17 @@ import build
 import fid
 from demo.classifier import accuracy, pixels
 from runtime import checkpoint
+from runtime.cli import parse, report_errors
 from runtime.codecs import draw
-from runtime.config import Config, from_dict, parse, report_errors
+from runtime.config import Config
 from runtime.files import write_text
 from runtime.images import to_uint8
+from runtime.reading import Strict, from_dict
 from vca import build as build_entry
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(Strict):
     """What to score.
 
     Args:

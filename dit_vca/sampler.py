@@ -9,8 +9,6 @@ original numbers of these steps. Latents are never clipped.
 The solvers step in the logarithm of alpha / sigma, need no betas in between, and take the schedulers' own points.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,7 +73,7 @@ class _Respaced:
     scheduler_class: type
     config: dict[str, Any]
 
-    def __init__(self, diffusion: Diffusion, num_steps: int) -> None:
+    def __init__(self, diffusion: "Diffusion", num_steps: int) -> None:
         self.steps, betas = respace(diffusion.betas, num_steps)
         self.scheduler = self.scheduler_class(
             num_train_timesteps=num_steps, trained_betas=betas.tolist(), timestep_spacing="linspace", **self.config
@@ -109,7 +107,7 @@ class DDPM(_Respaced):
     scheduler_class = DDPMScheduler
     config = {"variance_type": "learned_range", "clip_sample": False}  # noqa: RUF012
 
-    def __init__(self, diffusion: Diffusion, *, num_steps: int = 250) -> None:
+    def __init__(self, diffusion: "Diffusion", *, num_steps: int = 250) -> None:
         super().__init__(diffusion, num_steps)
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
@@ -131,7 +129,7 @@ class DDIM(_Respaced):
     scheduler_class = DDIMScheduler
     config = {"clip_sample": False}  # noqa: RUF012
 
-    def __init__(self, diffusion: Diffusion, *, num_steps: int = 250, eta: float = 0.0) -> None:
+    def __init__(self, diffusion: "Diffusion", *, num_steps: int = 250, eta: float = 0.0) -> None:
         if not 0 <= eta <= 1:
             raise ValueError(f"sample.sampler.eta is {eta}; choose 0 ... 1.")
         super().__init__(diffusion, num_steps)
@@ -148,7 +146,7 @@ class _Solver:
 
     scheduler_class: type
 
-    def __init__(self, diffusion: Diffusion, num_steps: int, order: int, orders: int, **config: Any) -> None:
+    def __init__(self, diffusion: "Diffusion", num_steps: int, order: int, orders: int, **config: Any) -> None:
         betas = with_signal(diffusion.betas)
         if not 1 <= num_steps < len(betas):
             raise ValueError(f"sample.sampler.num_steps is {num_steps}; choose 1 ... {len(betas) - 1}.")
@@ -196,7 +194,7 @@ class DPMSolver(_Solver):
 
     scheduler_class = DPMSolverMultistepScheduler
 
-    def __init__(self, diffusion: Diffusion, *, num_steps: int = 20, order: int = 2, sde: bool = False) -> None:
+    def __init__(self, diffusion: "Diffusion", *, num_steps: int = 20, order: int = 2, sde: bool = False) -> None:
         # diffusers' third order of the SDE diverges: its last coefficient has -1/2 for +1/2
         algorithm, orders = ("sde-dpmsolver++", 2) if sde else ("dpmsolver++", 3)
         super().__init__(diffusion, num_steps, order, orders, algorithm_type=algorithm)
@@ -219,7 +217,7 @@ class UniPC(_Solver):
 
     scheduler_class = UniPCMultistepScheduler
 
-    def __init__(self, diffusion: Diffusion, *, num_steps: int = 20, order: int = 2) -> None:
+    def __init__(self, diffusion: "Diffusion", *, num_steps: int = 20, order: int = 2) -> None:
         super().__init__(diffusion, num_steps, order, 3, solver_type="bh2")
 
 

@@ -1,30 +1,17 @@
-"""A run as data: frozen dataclasses, read from YAML and the command line by jsonargparse, strictly.
+"""A run as data: frozen dataclasses that say, field by field, what a YAML file and the command line may set.
 
 Polymorphic parts (`data`, `codec`, `process`, `model.attention`, `sample.sampler`) are `{name: ..., option: value}`; the
 classes that they name check their options when they are built, before the first step.
 """
 
 import dataclasses
-import difflib
-import functools
 import os
-import re
-import sys
-import traceback
-from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+from typing import Any, Literal
 
 from runtime.files import write_text
-
-Spec = dict[str, Any]
-T = TypeVar("T")
-ROOT = Path(__file__).resolve().parent.parent
+from runtime.reading import Spec, Strict, write_yaml
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -34,7 +21,7 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Strict):
     """The network.
 
     Args:
@@ -66,7 +53,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Strict):
     """The optimisation.
 
     Args:
@@ -175,7 +162,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Strict):
     """How images are drawn: in previews, and by sample.py unless it is told otherwise.
 
     Args:
@@ -196,7 +183,7 @@ class SampleConfig:
     cfg_scale: float = 1.0
     guided_channels: int | None = None
     guidance_interval: tuple[float, float] | None = None
-    classes: list[int | str] | None = None
+    classes: list[str] | None = None
     per_class: int = 8
     seed: int = 0
     group_size: int = 16
@@ -222,7 +209,7 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
-class FidConfig:
+class FidConfig(Strict):
     """How drawn images are measured: by sample.py --fid, and every now and then in training.
 
     Args:
@@ -251,7 +238,7 @@ class FidConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Strict):
     """How cache_latents.py encodes images.
 
     Args:
@@ -274,7 +261,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Strict):
     """A run: everything that train.py needs, and that sample.py finds again in the checkpoint.
 
     Args:
@@ -313,49 +300,6 @@ class Config:
             require("name" in getattr(self, key), key, getattr(self, key), f"it needs a name, so give {key}.name")
 
 
-def parse(
-    cls: type[T],
-    argv: Sequence[str] | None,
-    *,
-    prog: str,
-    description: str,
-    epilog: str = "",
-    first: str | None = None,
-) -> T:
-    """An instance of a dataclass from the command line, which may name YAML files by --config.
-
-    A first word that is no option is the value of the field `first`, if that is given. A user's mistake ends the program
-    with one sentence and exit code 2.
-    """
-    parser = _parser(cls, prog=prog, description=description, epilog=epilog)
-    words = [_underscored(word) for word in (sys.argv[1:] if argv is None else map(str, argv))]
-    words = list(_named(words, set(_spec_keys(cls))))
-    if first and words and not words[0].startswith("-"):
-        words.insert(0, f"--{first}")
-    try:
-        return _instantiate(cls, parser, parser.parse_args(words))
-    except (ArgumentError, ValueError, TypeError) as error:
-        message = str(error)
-        if "Problems parsing config" in message or "Unexpected config" in message:
-            files = [w.removeprefix("--config=") for w in words if w.endswith((".yaml", ".yml"))]
-            message = f"{', '.join(files)} is not a YAML file of settings: {message}"
-        print(f"{prog}: {_sentence(message, list(keys(cls)))}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """An instance of a dataclass from nested dicts, checked like a YAML file.
-
-    Raises:
-        ValueError: A key or value that does not fit; `where` says where it stands.
-    """
-    parser = _parser(cls)
-    try:
-        return _instantiate(cls, parser, parser.parse_object(values))
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(f"{where}: {_sentence(str(error), list(keys(cls)))}") from None
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested dicts of plain values, fit for YAML and JSON."""
     return dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
@@ -363,15 +307,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_yaml(config: Any, path: Path) -> None:
     """Write the resolved config."""
-    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all fields: `run_dir`, `train`, `train.lr`, ..."""
-    for f in dataclasses.fields(cls):
-        yield prefix + f.name
-        if dataclasses.is_dataclass(f.type):
-            yield from keys(f.type, f"{prefix}{f.name}.")
+    write_text(path, write_yaml(to_dict(config)))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -386,126 +322,5 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> d
     return found
 
 
-class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the lines of the description and of the epilog."""
-
-
-def _parser(cls: type, **texts: str) -> ArgumentParser:
-    parser = ArgumentParser(formatter_class=_Formatter, exit_on_error=False, allow_abbrev=False, **texts)
-    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
-    parser.add_class_arguments(cls, None, fail_untyped=False)
-    for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:  # --flag is --flag true
-            action.nargs, action.const = "?", True
-    return parser
-
-
-def _instantiate(cls: type[T], parser: ArgumentParser, values: Any) -> T:
-    fields = vars(parser.instantiate(values))
-    return cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls)})
-
-
-def _underscored(word: str) -> str:
-    """`--dry-run` is `--dry_run`; the value after an = is as it was."""
-    if not word.startswith("--"):
-        return word
-    name, *value = word.split("=", 1)
-    return "=".join(["--" + name[2:].replace("-", "_"), *value])
-
-
-def _spec_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields that are a name with options."""
-    for f in dataclasses.fields(cls):
-        if f.type in (Spec, Spec | None):
-            yield prefix + f.name
-        if dataclasses.is_dataclass(f.type):
-            yield from _spec_keys(f.type, f"{prefix}{f.name}.")
-
-
-def _named(words: Sequence[str], specs: set[str]) -> Iterator[str]:
-    """`--sampler sde` is `--sampler.name sde`, so that options may follow."""
-    for word, after in zip(words, [*words[1:], ""], strict=False):
-        name, equals, value = word.removeprefix("--").partition("=")
-        is_name = re.fullmatch(r"[\w-]*[A-Za-z][\w-]*", value if equals else after) and "null" not in (value, after)
-        if word.startswith("--") and name in specs and is_name:
-            word = f"--{name}.name{equals}{value}"
-        yield word
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _sentence(message: str, known: list[str]) -> str:
-    """The parser's message with the nearest right key or choice added."""
-    message = " ".join(message.split())
-    wrong = None
-    if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", message):
-        wrong = f"{match[1]}.{match[2]}"
-    elif match := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments?: (\S+)", message):
-        wrong = (match[1] or match[2]).lstrip("-").split("=")[0]
-    if wrong is not None:
-        if wrong in ("steps", "num_steps", "num_sampling_steps") and "sampler" in known:
-            return f"{wrong!r} is not a setting; write --sampler.num_steps."
-        return f"{wrong!r} is not a setting;{_hint(wrong, known)} see --help for all."
-    if "arguments are required" in message and "run_dir" in known:
-        return f"{message}. They stand in a file of configs/, so give --config FILE; see --help."
-    if match := re.search(r'Parser key "([^"]+)": Expected a typing.Literal\[(.+)\]\. Got value: (.*)', message):
-        return _choose(match[1], match[3], match[2])
-    if match := re.search(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message):
-        kind = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "")
-        if kind == "dict":
-            return f"{match[1]} is {match[3]!r}; it is a name with options, so write {match[1]}.name."
-        return f"{match[1]} is {match[3]!r}; it must be {kind}."
-    if match := re.search(r'Parser key "([^"]+)": .*Subtypes: \[(.+?)\] Errors: .*Given value: (.*)', message):
-        kinds = re.sub(r"<class '(\w+)'>", r"\1", match[2]).replace("typing.", "").replace("NoneType", "null")
-        if literal := re.search(r"Literal\[(.+?)\]", kinds):
-            return _choose(match[1], match[3], literal[1])
-        example = " Write a list so: [3,7]." if "list" in kinds or "tuple" in kinds else ""
-        return f"{match[1]} is {match[3]!r}; it must be one of: {kinds}.{example}"
-    return message
-
-
-def _choose(key: str, value: str, literals: str) -> str:
-    choices = [c.strip(" '\"") for c in literals.split(",")]
-    return f"{key} is {value!r};{_hint(value, choices)} choose one of {choices}."
-
-
-def _hint(word: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(word, choices, n=1)
-    return f" did you mean {close[0]!r}?" if close else ""
-
-
-def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator of a script's main: a user's mistake ends the program with its sentence and exit code 2, Ctrl-C with 130.
-
-    A mistake is a ValueError or OSError that this project's own code raised; any other keeps its traceback.
-    """
-
-    def decorate(main: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(main)
-        def wrapped(argv: Sequence[str] | None = None) -> None:
-            try:
-                main(argv)
-            except (ValueError, OSError) as error:
-                raised_in, sentence = _origin(error)
-                if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
-                    raise
-                print(f"{prog}: {sentence}", file=sys.stderr)
-                raise SystemExit(2) from None
-            except KeyboardInterrupt:
-                print(f"{prog}: interrupted; the same command goes on.", file=sys.stderr)
-                raise SystemExit(130) from None
-
-        return wrapped
-
-    return decorate
-
-
-def _origin(error: Exception) -> tuple[Path, str]:
-    """The file that raised an error, and its sentence; torch passes those of its data workers on as text."""
-    file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
-    if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
-        file = re.findall(r'File "([^"]+)"', sentence)[-1]
-        sentence = re.split(r"\n[\w.]+: ", sentence)[-1].strip()
-    return Path(file).resolve(), sentence

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from runtime import checkpoint
-from runtime.config import report_errors
+from runtime.cli import report_errors
 from runtime.shards import shard_like
 
 MAX_CELLS = 20_000  # of the axis of steps on which profiles are compared; up to so many steps it is exact

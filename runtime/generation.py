@@ -253,7 +253,7 @@ def find_class(word: int | str, names: Sequence[str]) -> int:
     """The number of a class from its number or its name.
 
     A name is that of the class, or one of several between commas (ImageNet's "tench, Tinca tinca"); capitals do not matter.
-    A word that looks like a number is one, unless a class is named so. An int is always a number.
+    A word that is a number as Python writes it (10, not 010) is one, unless a class is named so. An int is always a number.
 
     Raises:
         ValueError: There is no such class, or more than one.
@@ -273,7 +273,7 @@ def find_class(word: int | str, names: Sequence[str]) -> int:
     if found:
         text = ", ".join(f"{k} ({names[k]})" for k in found[:5])
         raise ValueError(f"class {word!r} is the name of several: {text}; choose one by its number.")
-    if re.fullmatch(r"-?\d+", wanted):
+    if re.fullmatch(r"0|-?[1-9][0-9]*", wanted):
         return find_class(int(wanted), names)
     known = {part.strip().lower(): name for name in names for part in (name, *name.split(","))}
     close = difflib.get_close_matches(wanted, known, n=3)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime import checkpoint
-from runtime.config import Config, differences, from_dict, to_dict
+from runtime.config import Config, differences, to_dict
 from runtime.files import write_text
+from runtime.reading import from_dict
 
 CONFIG_FILE = "config.yaml"
 ORIGIN_FILE = "resumed_from.json"  # in the folder of a run that goes on from another's checkpoint

@@ -7,7 +7,7 @@ from sit_vca.model import SiT
 from sit_vca.path import PATHS, Coefficients, Path
 from sit_vca.prediction import PREDICTIONS, WEIGHTS
 from sit_vca.sampler import DIFFUSION_FORMS, LAST_STEPS, ODE, SAMPLERS, SDE
-from sit_vca.transport import Transport
+from sit_vca.transport import TIMES, Transport
 
 __all__ = [
     "DIFFUSION_FORMS",
@@ -17,6 +17,7 @@ __all__ = [
     "PREDICTIONS",
     "SAMPLERS",
     "SDE",
+    "TIMES",
     "WEIGHTS",
     "Coefficients",
     "Path",

@@ -7,8 +7,6 @@ its interval, ends at t1, and takes `num_steps` points linspace(t0, t1, num_step
 Source: Ma et al. 2024, arXiv:2401.08740, sections 2.3 and 3.4; table 9 for the diffusion coefficients.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable
@@ -115,7 +113,7 @@ class ODE:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: "Transport",
         *,
         method: str = "dopri5",
         num_steps: int = 50,
@@ -224,7 +222,7 @@ class SDE:
 
     def __init__(
         self,
-        transport: Transport,
+        transport: "Transport",
         *,
         method: str = "euler",
         num_steps: int = 250,

@@ -17,7 +17,8 @@ import torch
 import build
 import sample
 from pipeline import Pipeline
-from runtime.config import Config, ModelConfig, SampleConfig, parse
+from runtime.cli import parse
+from runtime.config import Config, ModelConfig, SampleConfig
 
 gr = pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[app]")
 

@@ -2,16 +2,25 @@
 
 import dataclasses
 import fractions
+import json
 import re
 from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Literal, get_args, get_origin
 
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
+import app
+import build
 import cache_latents
+import dit_vca
 import sample
 import train
 from demo import classifier, score
+from dit_vca import Diffusion
+from runtime.cli import parse, report_errors
 from runtime.config import (
     CacheConfig,
     Config,
@@ -20,13 +29,14 @@ from runtime.config import (
     SampleConfig,
     TrainConfig,
     differences,
-    from_dict,
-    keys,
-    parse,
-    report_errors,
     save_yaml,
     to_dict,
 )
+from runtime.reading import Plain, Word, as_type, from_dict, parse_yaml, write_yaml
+from runtime.reading import leaves as settings
+from sit_vca import Transport
+from vca import annotations_of
+from vca import build as build_entry
 
 REQUIRED = {
     "run_dir": "runs/x",
@@ -37,7 +47,7 @@ REQUIRED = {
 
 
 def read(*argv, cls=Config):
-    return parse(cls, [str(a) for a in argv], prog="train.py", description="")
+    return parse(cls, [str(a) for a in argv], prog="train.py", description="", parts=build.PARTS)
 
 
 @pytest.fixture
@@ -156,7 +166,7 @@ def test_a_dict_with_an_unknown_key_says_where_it_stands(file):
 
 
 def test_keys_are_dotted():
-    found = list(keys(Config))
+    found = [key for key, _ in settings(Config)]
     assert {"run_dir", "train", "train.lr", "model.attention", "sample.per_class"} <= set(found)
     assert len(found) == sum(
         len(fields(cls)) for cls in (Config, CacheConfig, ModelConfig, TrainConfig, SampleConfig, FidConfig)
@@ -217,14 +227,14 @@ def test_an_abbreviated_option_is_not_accepted(file, capsys):
         ("train.num_steps", "2.5", "int"),
         ("train.num_steps", "true", "int"),
         ("train.ema_warmup", "maybe", "bool"),
-        ("process", "3", "write process.name"),
-        ("data", "5", "write data.name"),
+        ("process", "3", "choose one of ['diffusion', 'flow']"),
+        ("data", "5", "choose one of ['digits', 'folder', 'mnist']"),
         ("model.depth", "two", "int"),
     ],
 )
 def test_a_wrong_type_names_the_key_the_value_and_the_type(file, capsys, key, value, kind):
     text = sentence(capsys, "--config", file, f"--{key}", value)
-    assert re.match(rf"train\.py: {re.escape(key)} is '?{value}'?; ", text, re.IGNORECASE)
+    assert re.match(rf"train\.py: {re.escape(key)}(\.name)? is '?{value}'?; ", text, re.IGNORECASE)
     assert kind in text
     values = yaml.safe_load(file.read_text())
     part = values
@@ -329,3 +339,285 @@ def test_only_mistakes_of_the_user_become_sentences(capsys):
         of_the_program([])
     with pytest.raises(ValueError, match="Invalid literal"):
         of_a_library([])
+
+
+# What a person types where text is meant stays text; YAML 1.1 made numbers, truth values, times, dates and nothing of these.
+WORDS = [
+    "010",
+    "0x10",
+    "no",
+    "off",
+    "null",
+    "~",
+    "1e3",
+    "1_000",
+    "12:30:45",
+    "2020-01-01",
+    "#x",
+    "true",
+    "-1",
+    ".nan",
+    "=",
+]
+PROGRAMS = (train.Arguments, sample.Arguments, app.Arguments, classifier.Arguments, score.Arguments)
+
+
+def members(kind):
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
+
+
+TEXTS = [(cls, key, kind) for cls in PROGRAMS for key, kind in settings(cls) if {str, list[str]} & {*members(kind)}]
+
+
+ALSO = {"guide_weights": ["--guide=x"], "fid": ["--num=2"]}  # what some settings of sample.py want beside them
+
+
+def given(cls, *argv):
+    """The words with what the program cannot do without, which they may say, too."""
+    needed = {f.name: "x" for f in fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    needed = {
+        name: "digits" if name == "data" else "pixels" if name == "codec" else value for name, value in needed.items()
+    }
+    needed = {name: "flow" if name == "process" else value for name, value in needed.items()}
+    return read(*(f"--{name}={value}" for name, value in needed.items()), *argv, cls=cls)
+
+
+def at(config, key):
+    for name in key.split("."):
+        config = config[name] if isinstance(config, dict) else getattr(config, name)
+    return config
+
+
+def nested(key, value):
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_text_on_the_command_line_stays_text(word):
+    for cls, key, kind in TEXTS:
+        many = str not in members(kind)
+        for typed in (f"[{word}]", f"[x, {word}]", f"['{word}']", f'["{word}"]') if many else ():
+            assert at(given(cls, *ALSO.get(key, ()), f"--{key}={typed}"), key)[-1] == word, (cls, key, typed)
+        if cls in (Config, train.Arguments) and key == "sample.classes":
+            assert at(given(cls, *ALSO.get(key, ()), f"--{key}={word}"), key) == [word]
+        if not many:
+            assert at(given(cls, *ALSO.get(key, ()), f"--{key}={word}"), key) == word, (cls, key)
+            assert at(given(cls, *ALSO.get(key, ()), f"--{key}", word), key) == word, (cls, key)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_text_in_a_file_stays_text(tmp_path, word):
+    """All but what YAML itself says: a comment, and null where a setting may be left out."""
+    path = tmp_path / "x.yaml"
+    for cls, key, kind in TEXTS:
+        many = str not in members(kind)
+        for quote in ('"', "'", ""):
+            if not quote and word in ("#x", "="):
+                continue
+            value = f"[{quote}{word}{quote}]" if many else f"{quote}{word}{quote}"
+            *groups, last = key.split(".")
+            path.write_text(
+                "".join(f"{'  ' * k}{name}:\n" for k, name in enumerate(groups))
+                + f"{'  ' * len(groups)}{last}: {value}"
+            )
+            found = at(given(cls, *ALSO.get(key, ()), "--config", path), key)
+            optional = type(None) in get_args(kind) and not many and not quote and word in ("null", "~")
+            assert (found[0] if many else found) == (None if optional else word), (cls, key, value)
+
+
+@pytest.mark.parametrize(
+    "word, whole, number, truth",
+    [
+        ("3", 3, 3.0, None),
+        ("-1", -1, -1.0, None),
+        ("2.5", None, 2.5, None),
+        ("1e3", 1000, 1000.0, None),
+        ("2e-4", None, 2e-4, None),
+        ("1_000", 1000, 1000.0, None),
+        ("0x10", 16, None, None),
+        ("010", None, None, None),  # has been 8, and is 10 in YAML 1.2
+        ("0", 0, 0.0, None),
+        ("12:30:45", None, None, None),
+        ("2020-01-01", None, None, None),
+        ("no", None, None, False),
+        ("off", None, None, False),
+        ("yes", None, None, True),
+        ("True", None, None, True),
+        ("#x", None, None, None),
+        ("", None, None, None),
+    ],
+)
+def test_a_word_is_a_number_or_a_truth_value_where_that_is_meant(word, whole, number, truth):
+    for kind, value in ((int, whole), (float, number), (bool, truth)):
+        for of in (Plain, Word, str):
+            found = as_type(of(word), kind)
+            if value is None:
+                assert type(found) is not kind  # it is left for the check, which refuses it
+            else:
+                assert (found, type(found)) == (value, kind)
+    assert as_type(Plain("null"), int | None) is as_type(Word("~"), float | None) is None
+
+
+def test_every_option_of_every_part_has_a_type_and_keeps_its_words(tmp_path):
+    """Text as it was typed, numbers and truth values as those, or the word as it is, to be refused."""
+    of_config = {
+        "attention": "model.attention",
+        "sampler": "sample.sampler",
+        "path": "process.path",
+        "time": "process.time",
+    }
+    for part, registry in build.PARTS.items():
+        key = of_config.get(part, part)
+        for name, entry in registry.items():
+            for option, kind in annotations_of(entry).items():
+                assert not isinstance(kind, str), f"{name}.{option} has its annotation as text"
+                for word in WORDS:
+                    expected = word
+                    if not {str, Literal} & {*members(kind), *map(get_origin, members(kind))}:
+                        expected = as_type(Plain(word), kind)
+                    quote = "'" if isinstance(expected, str) else ""
+                    for argv in (
+                        [f"--{key}.name={name}", f"--{key}.{option}={word}"],
+                        [f"--{key}={{name: {name}, {option}: {quote}{word}{quote}}}"],
+                    ):
+                        found = at(given(Config, "--process.name", "flow", *argv), key)[option]
+                        if type(expected) in members(kind):
+                            assert found == expected, (key, name, option, word)
+                        else:  # to be refused
+                            assert found in (word, expected), (key, name, option, word)
+
+
+def executed(marker):
+    """Values that would leave `marker` behind if any of them were called."""
+    command = f"touch {marker}"
+    return [
+        {"class_path": "os.system", "init_args": {"command": command}},
+        {"class_path": "os.system", "init_args": [command]},
+        {"class_path": "subprocess.call", "init_args": {"args": ["touch", str(marker)]}},
+        {"_target_": "os.system", "command": command},
+        {"name": "os.system", "command": command},
+        {"__class__": "os.system", "args": [command]},
+    ]
+
+
+def test_no_value_in_a_config_or_a_checkpoint_is_called(tmp_path, capsys):
+    """A mapping that names a function is refused as a setting, or as an option when its part is built; and nothing runs."""
+    marker = tmp_path / "executed"
+    spec_args = {"attention": (16, 2, (4, 4)), "codec": (1,)}
+    plain = to_dict(given(Config))
+    for evil in executed(marker):
+        for key, kind in settings(Config):
+            values = json.loads(json.dumps(plain))
+            owner = at(values, key.rpartition(".")[0]) if "." in key else values
+            owner[key.rpartition(".")[2]] = evil
+            (tmp_path / "evil.yaml").write_text(json.dumps(nested(key, evil)))
+            is_part = key in ("process", "data", "codec", "model.attention", "sample.sampler")
+            for argv in (["--config", tmp_path / "evil.yaml"], [f"--{key}={json.dumps(evil)}"]):
+                if is_part and "name" not in evil and key not in ("process", "data", "codec"):
+                    given(Config, *argv)  # a spec without a name: the default's
+                elif {str, list[str]} & {*members(kind)}:  # text, and so on a command line text
+                    if argv[0] == "--config":
+                        assert key in sentence(
+                            capsys, "--run_dir=x", "--process=flow", "--data=digits", "--codec=pixels", *argv
+                        )
+                else:
+                    sentence(capsys, "--run_dir=x", "--process=flow", "--data=digits", "--codec=pixels", *argv)
+            if not is_part:
+                with pytest.raises(ValueError, match="here: "):
+                    from_dict(Config, values, "here")
+        for part, registry in build.PARTS.items():
+            for name, entry in registry.items():
+                args = spec_args.get(part, ())
+                if part == "sampler":
+                    args = (Diffusion() if name in dit_vca.SAMPLERS else Transport(),)
+                for option in annotations_of(entry):
+                    with pytest.raises(ValueError, match=rf"{option}|is 'os.system'|needs a name"):
+                        build_entry(registry, {"name": name, option: evil}, part, *args)
+            with pytest.raises(ValueError, match="needs a name|choose one of"):
+                build_entry(registry, evil, part, *spec_args.get(part, ()))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("process: !!python/object/apply:os.system ['touch x']", "line 1: '!!python/object/apply:os.system' is a tag"),
+        ("seed: !!python/name:os.system ''", "is a tag"),
+        ("seed: !run x", "line 1: '!run' is a tag"),
+        ("run_dir: a\nrun_dir: b", "line 2: 'run_dir' stands twice"),
+        (
+            "a: &a [x, x]\nb: &b [*a, *a]\n"
+            + "\n".join(f"c{i}: &c{i} [{', '.join(['*b' if i == 0 else f'*c{i - 1}'] * 20)}]" for i in range(9)),
+            "more than 100,000",
+        ),
+        ("a: &a [*a]", "it holds itself"),
+        ("- 1", "it is a list, not lines of KEY: VALUE"),
+        ("cat", "it is a word, not lines of KEY: VALUE"),
+        ("run_dir: [#x]", "expected"),
+    ],
+)
+def test_a_file_that_is_no_settings_says_where(tmp_path, capsys, text, said):
+    (tmp_path / "x.yaml").write_text(text)
+    message = sentence(capsys, "--config", tmp_path / "x.yaml")
+    assert "x.yaml is not a YAML file of settings" in message
+    assert said in message
+
+
+def test_files_of_other_versions_of_yaml_are_read_as_they_were_meant(tmp_path):
+    """Numbers with underscores, yes and no for truth values, quoted numbers, empty groups, a byte order mark, aliases."""
+    text = "seed: &s 1_000\ntrain: {tf32: no, lr: '2e-4', batch_size: 0x10}\nmodel:\nsample: {seed: *s, classes: [3, 007]}\n"
+    (tmp_path / "x.yaml").write_text("\ufeff" + text, encoding="utf-8")
+    config = given(Config, "--config", tmp_path / "x.yaml")
+    assert (config.seed, config.sample.seed, config.train.tf32, config.train.lr) == (1000, 1000, False, 2e-4)
+    assert (config.train.batch_size, config.sample.classes, config.model) == (16, ["3", "007"], ModelConfig())
+
+
+def test_a_checkpoint_of_an_earlier_version_whose_words_were_numbers_is_read(file):
+    values = to_dict(read("--config", file))
+    values["sample"]["classes"] = [3, "cat"]
+    values["run_dir"] = 7
+    config = from_dict(Config, values, "here")
+    assert (config.sample.classes, config.run_dir) == (["3", "cat"], "7")
+
+
+def test_written_yaml_is_read_as_the_same_text_by_every_version_of_yaml(tmp_path):
+    values = {
+        "words": [*WORDS, "", "a: b", "- x", "a #b", "it's", 'a "b"', "über", "日本", "a\nb", " x ", "x:", "@x", "[a]"]
+    }
+    text = write_yaml({**values, "none": None, "flag": True, "float": 1e-5, "whole": 3})
+    assert yaml.safe_load(text) == {**values, "none": None, "flag": True, "float": 1e-5, "whole": 3}  # YAML 1.1
+    assert YAML(typ="safe", pure=True).load(text)["words"] == values["words"]  # YAML 1.2
+    assert parse_yaml(text)["words"] == values["words"]
+
+
+def test_an_option_after_a_name_belongs_to_it_and_a_whole_spec_replaces(file):
+    config = read("--config", file, "--process.path", "vp", "--process.path.beta_max", "10")
+    assert config.process == {"name": "flow", "path": {"name": "vp", "beta_max": 10.0}}
+    config = read("--config", file, "--sample.sampler", "{name: sde, num_steps: 5}", "--sample.sampler", "{name: ode}")
+    assert config.sample.sampler == {"name": "ode"}
+    assert read("--config", file, "--sample.sampler.num_steps", "4").sample.sampler == {"num_steps": 4}
+    assert read("--config", file, "--model.attention.dwc", "false").model.attention == {"name": "vca", "dwc": False}
+
+
+def test_a_flag_needs_no_value_and_a_word_alone_is_the_first_setting():
+    def parsed(*argv):
+        return parse(sample.Arguments, argv, prog="", description="", first="checkpoint", parts=build.PARTS)
+
+    for argv in (
+        ["--trajectory", "run"],
+        ["run", "--trajectory"],
+        ["run", "--trajectory", "true"],
+        ["--trajectory=yes", "run"],
+    ):
+        args = parsed(*argv)
+        assert (args.checkpoint, args.trajectory) == ("run", True)
+    assert not parsed("run", "--trajectory", "no").trajectory
+    assert parsed("run", "--fid-metrics", "[fid, is]").fid_metrics == ["fid", "is"]
+
+
+def test_a_group_may_be_given_as_a_whole(file, tmp_path):
+    (tmp_path / "train.yaml").write_text("lr: 0.25\nnum_steps: 3\n")
+    assert read("--config", file, "--train", "{lr: 0.125}").train == TrainConfig(num_steps=7, lr=0.125)
+    assert read("--config", file, "--train", tmp_path / "train.yaml").train == TrainConfig(num_steps=3, lr=0.25)

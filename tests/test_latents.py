@@ -24,8 +24,8 @@ import fid.__main__
 import runtime.encode
 import sample
 import train
+from runtime.cli import parse
 from runtime.codecs import PixelCodec, VAECodec, draw
-from runtime.config import parse
 from runtime.latents import LatentDataset
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")

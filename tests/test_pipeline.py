@@ -426,7 +426,7 @@ def test_a_sweep_has_a_row_a_value(saved, tmp_path):
     [
         (["--sweep", "cfg"], "--sweep is 'cfg'; write a setting and its values"),
         (["--sweep", "classes=1,2"], "write a setting and its values"),
-        (["--sweep", "cfg=a"], "cfg_scale is 'a'; it must be float"),
+        (["--sweep", "cfg=a"], "cfg_scale is 'a'; it must be a number"),
         (["--sweep", "sampler.method=eular"], "did you mean 'euler'?"),
         (["--sweep", "cfg=1,2", "--trajectory"], "--trajectory and --sweep are two different things; choose one"),
         (["--trajectory", "--num", "3"], "--trajectory draws a picture, and --num many images; choose one"),

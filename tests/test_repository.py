@@ -18,7 +18,8 @@ import runtime.codecs
 import runtime.data
 import sit_vca
 import vca
-from runtime.config import Config, parse
+from runtime.cli import parse
+from runtime.config import Config
 
 ROOT = Path(build.__file__).parent
 PACKAGES = ("vca", "dit_vca", "sit_vca", "runtime", "fid", "demo")
@@ -43,7 +44,7 @@ def imports(file):
 
 MAY_IMPORT = {
     "vca": set(),
-    "runtime": set(),
+    "runtime": {"vca"},  # the registry
     "fid": set(),
     "dit_vca": {"vca"},
     "dit_vca/interop/__main__.py": {"vca", "runtime", "build"},  # a program

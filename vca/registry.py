@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -23,7 +25,7 @@ def lookup(registry: Mapping[str, Any], name: str, where: str) -> Any:
     Raises:
         ValueError: No such entry; says the nearest name and all of them.
     """
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:  # a mapping has no hash
         raise ValueError(f"{where} is {name!r};{nearest(name, registry)} choose one of {sorted(registry)}.")
     return registry[name]
 
@@ -32,6 +34,12 @@ def options_of(entry: Callable[..., Any]) -> list[str]:
     """The names of the keyword-only arguments of a class or function: the options that a config may set."""
     parameters = inspect.signature(entry).parameters.values()
     return sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def annotations_of(entry: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a class or function, with their types."""
+    parameters = inspect.signature(entry).parameters.values()
+    return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def defaults_of(entry: Callable[..., Any]) -> dict[str, Any]:
@@ -72,9 +80,30 @@ def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str
 
 
 def _check_type(entry: Callable[..., Any], option: str, value: Any, where: str) -> None:
-    """Numbers, words and truth values are checked against the annotation; anything else is the entry's own business."""
-    annotation = inspect.signature(entry).parameters[option].annotation
-    kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
-    allowed = {"int": int, "float": (int, float), "str": str, "bool": bool}.get(kind, object)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and kind in ("int", "float")):
-        raise ValueError(f"{where}: {option} is {value!r}; it must be {kind}.")
+    """The kind of value is checked against the annotation; which numbers and words are right is the entry's own business."""
+    kinds = annotations_of(entry)[option]
+    kinds = get_args(kinds) if get_origin(kinds) in (Union, UnionType) else (kinds,)
+    if not any(_is(kind, value) for kind in kinds):
+        raise ValueError(f"{where}: {option} is {value!r}; it must be {' or '.join(map(_described, kinds))}.")
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Whether a value is of a kind: a whole or finite number, a truth value, a word, None, a list or a mapping."""
+    if kind in (int, float):
+        return (
+            isinstance(value, int if kind is int else int | float) and type(value) is not bool and math.isfinite(value)
+        )
+    origin = get_origin(kind)
+    allowed = {Literal: str, tuple: list | tuple, Sequence: list | tuple, Mapping: Mapping}.get(origin, kind)
+    if allowed in (bool, str, NoneType, list | tuple, Mapping):
+        return isinstance(value, allowed)
+    return not isinstance(
+        value, bool | int | float | str | None | list | dict
+    )  # an object, of a program and not of a file
+
+
+def _described(kind: Any) -> str:
+    if get_origin(kind) in (tuple, Sequence):
+        return "a list"
+    words = {Literal: "a word", Mapping: "a name with options"}.get(get_origin(kind))
+    return words or ("null" if kind is NoneType else getattr(kind, "__name__", str(kind)))

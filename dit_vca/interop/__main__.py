@@ -19,8 +19,10 @@ from dit_vca import DiT
 from dit_vca.interop import NULL_ROW, TABLE, diffusers_config, scheduler_config, to_diffusers, with_null_row
 from runtime import checkpoint
 from runtime.card import facts_of, model_card
-from runtime.config import Config, from_dict, report_errors
+from runtime.cli import report_errors
+from runtime.config import Config
 from runtime.files import folder_written_aside, require_free
+from runtime.reading import from_dict
 
 INSTEAD = "Pipeline.save_pretrained of pipeline.py saves any model of this program"
 USAGE = """

@@ -1,0 +1,397 @@
+"""What a person types, or a file says, as settings: the type of a field decides what a word is, or a sentence says why not.
+
+    "010", no, null, 1e3, 12:30    where text is meant: that text
+    2e-4, 400_000, 1e6, true, null    where a number, a truth value or nothing is meant: that
+
+A value may be nested dicts and lists of words. It never names a class or function to be called: that is what registries
+are for, in which a word finds an entry of this program or none.
+"""
+
+import collections.abc
+import dataclasses
+import functools
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+
+from vca import annotations_of, lookup, nearest
+
+Spec = dict[str, Any]
+Parts = Mapping[str, Mapping[str, Any]]  # name of a field or option that is a name with options -> its registry
+T = TypeVar("T")
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NULLS = ("", "~", "null", "Null", "NULL")  # of YAML 1.2
+TAGS = {
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map", "value")
+}
+MOST_VALUES = 100_000  # of a YAML file, whose aliases can make a million of ten lines
+ITEM = re.compile(r"""\s*(?:'((?:[^']|'')*)'|"([^"]*)"|([^,]*?))\s*(?:,|$)""")  # of a list on a command line
+KINDS = {
+    int: "a whole number (int)",
+    float: "a number (float)",
+    bool: "true or false (bool)",
+    str: "text",
+    NoneType: "null",
+}
+
+
+class MissingError(ValueError):
+    """Settings that have to be given are not; names them."""
+
+
+class Strict:
+    """Base of the dataclasses that are read: no other fields than theirs, and finite numbers."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Plain(str):
+    """A word without quotes in a YAML file: text, unless the setting is a number, a truth value or may be null."""
+
+    __slots__ = ()
+
+
+class Word(str):
+    """A word of a command line: [a,b] and {a: b} are a list and a mapping where the setting takes one."""
+
+    __slots__ = ()
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str, parts: Parts | None = None) -> T:
+    """An instance of a dataclass from nested dicts, of JSON values or of words.
+
+    Args:
+        cls: The dataclass.
+        values: What differs from its defaults.
+        where: Where that stands, for the error.
+        parts: Registries whose entries say of what type the options of specs are; not needed where these are JSON values.
+
+    Raises:
+        ValueError: A key or value that does not fit.
+    """
+    try:
+        return check(cls, typed(cls, values, parts or {}))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check(cls: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of a dataclass from nested dicts of JSON values.
+
+    Raises:
+        ValueError: A key or value that does not fit, with what is allowed there.
+    """
+    try:
+        return _adapter(cls).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise _mistake(cls, values, error) from None
+
+
+def typed(cls: type, values: Mapping[str, Any], parts: Parts, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts in which each word is what its field takes; a word that cannot be that stays, for `check` to refuse.
+
+    Raises:
+        ValueError: A name that its registry has not.
+    """
+    kinds, found = {f.name: f.type for f in dataclasses.fields(cls)}, {}
+    for name, value in values.items():
+        kind = kinds.get(name, Any)
+        if dataclasses.is_dataclass(kind):
+            found[name] = (
+                typed(kind, value, parts, f"{prefix}{name}.") if isinstance(value, dict) else as_type(value, Any)
+            )
+        elif is_spec(kind):
+            found[name] = _as_spec(value, name, parts, prefix + name)
+        else:
+            found[name] = as_type(value, kind)
+    return found
+
+
+def as_type(value: Any, kind: Any) -> Any:
+    """A value as JSON of the type `kind`, if it is a word, a list or a dict of words that can be that."""
+    kinds = _members(kind)
+    if isinstance(value, Word):
+        value = _unpacked(value, kinds)
+    if isinstance(value, dict):
+        return {str(key): as_type(each, Any) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_type(each, item) for each, item in zip(value, _items(kinds, len(value)), strict=True)]
+    if type(value) is int and str in kinds and int not in kinds:  # of a file that was written when 007 was a number
+        return str(value)
+    if not isinstance(value, str):
+        return value
+    if isinstance(value, Plain) and value in NULLS and {NoneType, Any} & {*kinds}:
+        return None
+    if item := next((get_args(k)[0] for k in kinds if get_origin(k) is list and str not in kinds), None):
+        return [as_type(value, item)]  # a list of one
+    if str in kinds or any(value in get_args(k) for k in kinds if get_origin(k) is Literal):
+        return str(value)
+    if Any in kinds and isinstance(value, Plain):
+        kinds = (int, float, bool) if value.lower() in ("true", "false") or value[:1] in "+-.0123456789" else ()
+    for kind, read in ((int, _whole), (float, _number), (bool, _truth)):
+        if kind in kinds and (found := read(value)) is not None:
+            return found
+    number = _number(value) if isinstance(value, Plain) and {int, bool} & {*kinds} else None
+    return str(value) if number is None else number  # 2.5 for a whole number is refused as 2.5, not as '2.5'
+
+
+def is_spec(kind: Any) -> bool:
+    """Whether a field or option of this type is a name with options."""
+    return any(get_origin(member) in (dict, collections.abc.Mapping) for member in _members(kind))
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of each setting; of groups of them, too, whose type is a dataclass."""
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name, f.type
+        if dataclasses.is_dataclass(f.type):
+            yield from leaves(f.type, f"{prefix}{f.name}.")
+
+
+def described(kind: Any) -> str:
+    """A type in words."""
+    words = []
+    for member in _members(kind):
+        if get_origin(member) is Literal:
+            words.append(f"one of {list(get_args(member))}")
+        elif get_origin(member) is tuple:
+            words.append(f"{len(get_args(member))} values, written so: [0.1,0.9]")
+        elif get_origin(member) is list:
+            words.append("a list, written so: [3,7]")
+        else:
+            words.append("a name with options" if is_spec(member) else KINDS.get(member, "a value"))
+    return " or ".join(words)
+
+
+def unknown(key: str, known: Sequence[str]) -> str:
+    """The sentence for a setting that does not exist."""
+    if key in ("steps", "num_steps", "num_sampling_steps") and "sampler" in known:
+        return f"{key!r} is not a setting; write --sampler.num_steps."
+    return f"{key!r} is not a setting;{nearest(key, known)} see --help for all."
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings in a YAML 1.2 file, as `Plain` words and text in quotes.
+
+    Raises:
+        ValueError: It cannot be read, or is no mapping of settings; says where.
+    """
+    try:
+        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not text in UTF-8 ({error.reason})"
+        raise ValueError(f"{path} cannot be read: {reason}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a YAML file of settings: {error}.") from None
+
+
+def parse_yaml(text: str) -> dict[str, Any]:
+    """A mapping written in YAML 1.2, as `Plain` words and text in quotes; nothing in it is made an object.
+
+    Raises:
+        ValueError: It is none.
+    """
+    num_values = 0
+
+    def value(node: Node) -> Any:
+        nonlocal num_values
+        num_values += 1
+        line = f"line {node.start_mark.line + 1}"
+        if num_values > MOST_VALUES:
+            raise ValueError(f"{line}: it has more than {MOST_VALUES:,} values")
+        if node.tag not in TAGS:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise ValueError(f"{line}: {tag!r} is a tag or a merge; write values out")
+        if isinstance(node, ScalarNode):
+            return str(node.value) if node.style else Plain(node.value)
+        if not isinstance(node, MappingNode):
+            return [value(each) for each in node.value]
+        found: dict[str, Any] = {}
+        for key, each in node.value:
+            name, line = value(key), f"line {key.start_mark.line + 1}"
+            if not isinstance(name, str):
+                raise ValueError(f"{line}: a key is a word, not a list or a mapping")
+            if name in found:
+                raise ValueError(f"{line}: {str(name)!r} stands twice")
+            found[str(name)] = value(each)
+        return found
+
+    try:
+        root = YAML(typ="safe", pure=True).compose(text)
+        found = {} if root is None else value(root)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{where}{getattr(error, 'problem', None) or 'it has characters that YAML has not'}") from None
+    except RecursionError:
+        raise ValueError("it holds itself, or is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it is {'a list' if isinstance(found, list) else 'a word'}, not lines of KEY: VALUE")
+    return found
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """JSON values as YAML, with quotes around text that some reader of YAML 1.1 or 1.2 may take for something else."""
+    yaml, file = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 10_000, False
+
+    def text(representer: Any, word: str) -> ScalarNode:
+        plain = re.fullmatch(r"[A-Za-z_./][\w./ -]*", word) and word.lower() not in (
+            *TRUTH,
+            *NULLS,
+            "y",
+            "n",
+            ".nan",
+            ".inf",
+        )
+        return representer.represent_scalar("tag:yaml.org,2002:str", word, style=None if plain else "'")
+
+    def number(representer: Any, value: float) -> ScalarNode:
+        word = re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # in YAML 1.1, 1e-05 is a word
+        return representer.represent_scalar("tag:yaml.org,2002:float", word)
+
+    yaml.representer.add_representer(str, text)
+    yaml.representer.add_representer(float, number)
+    yaml.dump(dict(values), file)
+    return file.getvalue()
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _items(kinds: tuple[Any, ...], num: int) -> list[Any]:
+    """The type of each of the items of a list, where one of `kinds` is a list or tuple."""
+    for kind in kinds:
+        args = get_args(kind)
+        if get_origin(kind) is tuple and len(args) == num:
+            return list(args)
+        if get_origin(kind) in (list, collections.abc.Sequence):
+            return [args[0]] * num
+    return [Any] * num
+
+
+def _unpacked(word: Word, kinds: tuple[Any, ...]) -> Any:
+    """A word of a command line: what is in its brackets, or text where text is meant, of which an empty one is none."""
+    origins, ends = {get_origin(kind) for kind in kinds}, word[:1] + word[-1:]
+    if ends == "[]" and (Any in kinds or origins & {list, tuple, collections.abc.Sequence}):
+        return _split(word[1:-1])
+    if ends == "{}" and (Any in kinds or origins & {dict, collections.abc.Mapping}):
+        return parse_yaml(word)
+    if str in kinds or list[str] in kinds:
+        return None if word == "" and NoneType in kinds else str(word)
+    return Plain(word)
+
+
+def _split(text: str) -> list[str]:
+    """Words between commas, of which those in quotes may hold commas."""
+    text, found, end = text.strip(), [], 0
+    while end < len(text):
+        item = ITEM.match(text, end)
+        single, double, word = item.groups()
+        quoted = single.replace("''", "'") if single is not None else double
+        found.append(Word(word) if quoted is None else quoted)
+        end = item.end()
+    return found
+
+
+def _as_spec(value: Any, part: str, parts: Parts, where: str) -> Any:
+    """A name with options, each as the entry that the name finds takes it, or without a name the first entry that has it."""
+    if isinstance(value, Word) and value[:1] == "{":
+        value = parse_yaml(value)
+    if isinstance(value, Plain | Word) and value in NULLS:
+        return None
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        return as_type(value, Any)
+    registry, kinds = parts.get(part, {}), {}
+    named = [lookup(registry, value["name"], f"{where}.name")] if registry and "name" in value else []
+    for entry in [*reversed(registry.values()), *named]:
+        kinds |= annotations_of(entry)
+    found = {}
+    for option, each in value.items():
+        kind = kinds.get(option, str if option == "name" else Any)
+        if option in parts and is_spec(kind):
+            found[option] = (
+                str(each)
+                if isinstance(each, str) and each[:1] != "{"
+                else _as_spec(each, option, parts, f"{where}.{option}")
+            )
+        else:
+            found[option] = as_type(each, kind)
+    return found
+
+
+def _whole(word: str) -> int | None:
+    """400_000, 0x10 and 1e6, but not 010, which has been 8 and 10."""
+    try:
+        return int(word, 0)
+    except ValueError:
+        number = _number(word) if "e" in word.lower() else None
+    return int(number) if number is not None and number.is_integer() and abs(number) < 2**53 else None
+
+
+def _number(word: str) -> float | None:
+    """2e-4, .5, nan; not 010."""
+    try:
+        return None if re.match(r"[+-]?0[\d_]", word) else float(word)
+    except ValueError:
+        return None
+
+
+def _truth(word: str) -> bool | None:
+    return TRUTH.get(word.lower())
+
+
+def _mistake(cls: type, values: Mapping[str, Any], error: ValidationError) -> ValueError:
+    """The first of those that pydantic found: an unknown setting, then a wrong value, then what is missing."""
+    kinds, found = dict(leaves(cls)), error.errors(include_url=False)
+    missing = [str(e["loc"][0]) for e in found if e["type"].startswith("missing") and len(e["loc"]) == 1]
+    wrong = next((e for e in found if e["type"] == "unexpected_keyword_argument"), None)
+    if wrong:
+        return ValueError(unknown(".".join(map(str, wrong["loc"])), list(kinds)))
+    wrong = next((e for e in found if len(e["loc"]) != 1 or not e["type"].startswith("missing")), None)
+    if wrong is None:
+        more = " They stand in a file of configs/, so give --config FILE; see --help." if "run_dir" in kinds else ""
+        return MissingError(f"the following arguments are required: {', '.join(missing)}.{more}")
+    if wrong["type"] == "value_error":  # of the dataclass itself
+        return wrong["ctx"]["error"]
+    key, value = "", values
+    for part in wrong["loc"]:
+        if f"{key}.{part}".lstrip(".") not in kinds:
+            break
+        key, value = f"{key}.{part}".lstrip("."), value[part]
+    return ValueError(_wrong(key, value, kinds.get(key), wrong["type"]))
+
+
+def _wrong(key: str, value: Any, kind: Any, what: str) -> str:
+    """The sentence for a value that a setting cannot have."""
+    given = "null" if value is None else repr(value)
+    choices = [word for member in _members(kind) if get_origin(member) is Literal for word in get_args(member)]
+    if what == "json_invalid":
+        return "a value is not text in UTF-8."
+    if what == "finite_number":
+        return f"{key} is {given}; it must be a finite number."
+    if dataclasses.is_dataclass(kind):
+        return f"{key} is {given}; it is a group of settings, such as {key}.{dataclasses.fields(kind)[0].name}."
+    if choices:
+        return f"{key} is {given};{nearest(str(value), choices)} choose one of {choices}."
+    if is_spec(kind):
+        return f"{key} is {given}; it is a name with options, so write {key}.name."
+    return f"{key} is {given}; it must be {described(kind)}."
