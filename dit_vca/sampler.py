@@ -9,12 +9,16 @@ original numbers of these steps. Latents are never clipped.
 The solvers step in the logarithm of alpha / sigma, need no betas in between, and take the schedulers' own points.
 """
 
+import itertools
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
+
+from vca import lookup
 
 if TYPE_CHECKING:
     from dit_vca.diffusion import Diffusion
@@ -32,25 +36,58 @@ class Sampler(Protocol):
         """See the class."""
 
 
-def respace(betas: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """Keep `num_steps` of T steps, evenly: the original steps round(i (T-1) / (K-1)), and the betas between them.
+def even_steps(num_timesteps: int, num_steps: int) -> list[int]:
+    """`num_steps` K of T steps, from 0 to T - 1: the running sum of the stride (T-1) / (K-1), rounded.
+
+    It has to be summed up in floats, as published: where a place falls on one half, the product i (T-1) / (K-1) may round
+    to the other side, which of 1000 steps it does for 278 of the 999 counts K.
+
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 4, and its code.
+    """
+    stride = (num_timesteps - 1) / (num_steps - 1)
+    return [round(place) for place in itertools.accumulate([stride] * (num_steps - 1), initial=0.0)]
+
+
+def strided_steps(num_timesteps: int, num_steps: int) -> list[int]:
+    """0, s, 2 s, ... below T, for the smallest integer stride s that gives `num_steps` K of them.
+
+    The published code calls it "ddimK". It ends below T - 1.
+
+    Raises:
+        ValueError: No stride gives K steps.
+    """
+    stride = math.ceil(num_timesteps / num_steps)  # the smallest that gives no more than K
+    steps = range(0, num_timesteps, stride)
+    if len(steps) != num_steps:
+        more = len(range(0, num_timesteps, stride - 1))
+        raise ValueError(
+            f"sample.sampler.num_steps is {num_steps}, but no whole stride through {num_timesteps} steps gives so many; "
+            f"choose {len(steps)} or {more}, or sample.sampler.spacing even."
+        )
+    return list(steps)
+
+
+Spacing = Literal["even", "stride"]
+SPACINGS = {"even": even_steps, "stride": strided_steps}
+
+
+def respace(betas: Tensor, num_steps: int, spacing: Spacing = "even") -> tuple[Tensor, Tensor]:
+    """Keep `num_steps` of T steps, and the betas between them.
 
     Args:
         betas: (T,) float64.
-        num_steps: K, 2 ... T.
+        num_steps: K, 2 ... T. (One step would be step 0, at which the network expects hardly any noise.)
+        spacing: Name in `SPACINGS`: even, from 0 to T - 1; or stride, the published "ddimK".
 
     Returns:
         The kept steps (K,) int64, ascending, and their betas (K,) = 1 - abar_kept / abar_kept_before.
 
     Raises:
-        ValueError: K is out of range.
-
-    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 4.
+        ValueError: K is out of range or not to be had with this spacing, or an unknown spacing.
     """
     if not 2 <= num_steps <= len(betas):
         raise ValueError(f"sample.sampler.num_steps is {num_steps}; choose 2 ... {len(betas)}.")
-    stride = (len(betas) - 1) / (num_steps - 1)
-    steps = torch.tensor([round(i * stride) for i in range(num_steps)])
+    steps = torch.tensor(lookup(SPACINGS, spacing, "sample.sampler.spacing")(len(betas), num_steps))
     abar = torch.cumprod(1 - betas, dim=0)[steps]
     return steps, 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
 
@@ -73,8 +110,8 @@ class _Respaced:
     scheduler_class: type
     config: dict[str, Any]
 
-    def __init__(self, diffusion: "Diffusion", num_steps: int) -> None:
-        self.steps, betas = respace(diffusion.betas, num_steps)
+    def __init__(self, diffusion: "Diffusion", num_steps: int, spacing: Spacing) -> None:
+        self.steps, betas = respace(diffusion.betas, num_steps, spacing)
         self.scheduler = self.scheduler_class(
             num_train_timesteps=num_steps, trained_betas=betas.tolist(), timestep_spacing="linspace", **self.config
         )
@@ -100,6 +137,8 @@ class DDPM(_Respaced):
     Args:
         diffusion: The process.
         num_steps: Steps, respaced from those of training.
+        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on, which
+            the published code calls "ddimN".
 
     Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; Nichol & Dhariwal 2021, arXiv:2102.09672.
     """
@@ -107,8 +146,8 @@ class DDPM(_Respaced):
     scheduler_class = DDPMScheduler
     config = {"variance_type": "learned_range", "clip_sample": False}  # noqa: RUF012
 
-    def __init__(self, diffusion: "Diffusion", *, num_steps: int = 250) -> None:
-        super().__init__(diffusion, num_steps)
+    def __init__(self, diffusion: "Diffusion", *, num_steps: int = 250, spacing: Spacing = "even") -> None:
+        super().__init__(diffusion, num_steps, spacing)
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
         """One ancestral step."""
@@ -121,6 +160,8 @@ class DDIM(_Respaced):
     Args:
         diffusion: The process.
         num_steps: Steps, respaced from those of training.
+        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on, which
+            the published code calls "ddimN".
         eta: Share of the noise, 0 ... 1.
 
     Source: Song et al. 2021, arXiv:2010.02502, equations 12 and 16.
@@ -129,10 +170,12 @@ class DDIM(_Respaced):
     scheduler_class = DDIMScheduler
     config = {"clip_sample": False}  # noqa: RUF012
 
-    def __init__(self, diffusion: "Diffusion", *, num_steps: int = 250, eta: float = 0.0) -> None:
+    def __init__(
+        self, diffusion: "Diffusion", *, num_steps: int = 250, spacing: Spacing = "even", eta: float = 0.0
+    ) -> None:
         if not 0 <= eta <= 1:
             raise ValueError(f"sample.sampler.eta is {eta}; choose 0 ... 1.")
-        super().__init__(diffusion, num_steps)
+        super().__init__(diffusion, num_steps, spacing)
         self.eta = eta
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:

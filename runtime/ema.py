@@ -8,16 +8,19 @@ A power-function average of relative width std at step t weighs the weights afte
     c_j = (j/t)^(gamma+1) - ((j-1)/t)^(gamma+1),   which is the recursion  w_ema <- beta w_ema + (1 - beta) w,
     beta_t = (1 - 1/t)^(gamma+1),   std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)),
 
-and any other is a combination of snapshots, by least squares between these profiles.
+and any other is a combination of snapshots, by least squares between these profiles, with coefficients that sum to 1.
 
 Source: Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv:2312.02696, section 3
 and appendix C (equations 121 to 127).
 """
 
 import argparse
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +32,11 @@ from runtime.cli import report_errors
 from runtime.shards import shard_like
 
 MAX_CELLS = 20_000  # of the axis of steps on which profiles are compared; up to so many steps it is exact
+
+# Error of a profile above which the user is warned. Up to here the rebuilt average of random walks, of 60 to 400,000 steps
+# and 1 to 20 snapshots, was off by at most 7 % of the distance between the true average and the last weights. At an error
+# of 5 % it was off by up to 18 %.
+LARGE_ERROR = 0.03
 
 
 class Ema:
@@ -99,36 +107,66 @@ def profile(step: int, gamma: float, edges: np.ndarray) -> np.ndarray:
     return np.diff(cumulative)
 
 
-def solve(snapshots: Sequence[tuple[int, float]], step: int, std: float) -> tuple[np.ndarray, float]:
+class Combination(NamedTuple):
+    """Snapshots combined to an average, and how near its profile is to the wanted one.
+
+    Attributes:
+        coefficients: (S,), which sum to 1.
+        error: L2 distance between the combined profile and the wanted one, relative to the latter.
+        std: The relative width that the combination has; None where the steps that it counts as negative outweigh the rest.
+    """
+
+    coefficients: np.ndarray
+    error: float
+    std: float | None
+
+
+def solve(snapshots: Sequence[tuple[int, float]], step: int, std: float) -> Combination:
     """How to combine snapshots to the average of width `std` at `step`.
+
+    The least squares leave the sum of the coefficients free. It is 1 if the snapshots can express the profile; in general
+    they are divided by it, so that weights that never change stay as they are.
 
     Args:
         snapshots: (step, width) of each.
         step: The step to average up to, at most that of the last snapshot.
         std: The width that is asked for.
-
-    Returns:
-        The coefficients (S,), and how far the combined profile is from the wanted one, relative to the latter.
     """
     last = max(step, *(at for at, _ in snapshots))
     kinks = [at for at, _ in snapshots] + [step]
-    edges = np.unique(np.concatenate([np.linspace(0, last, min(last, MAX_CELLS) + 1).round(), kinks]))
-    width = np.diff(edges) ** 0.5  # a profile's L2 norm over steps: sum of (share / width)^2 width
-    basis = np.stack([profile(at, gamma_of(s), edges) / width for at, s in snapshots], axis=1)  # (K, S)
-    target = profile(step, gamma_of(std), edges) / width
-    coefficients = np.linalg.lstsq(basis, target, rcond=None)[0]
-    error = np.linalg.norm(basis @ coefficients - target) / np.linalg.norm(target)
-    return coefficients, float(error)
+    edges = np.unique(np.concatenate([np.linspace(0, last, min(last, MAX_CELLS) + 1).round(), kinks]))  # (K + 1,)
+    shares = np.stack([profile(at, gamma_of(s), edges) for at, s in snapshots])  # (S, K)
+    wanted = profile(step, gamma_of(std), edges)  # (K,)
+    scale = np.diff(edges) ** -0.5  # a profile's L2 norm over steps: sum of (share / width)^2 width
+    coefficients = np.linalg.lstsq((shares * scale).T, wanted * scale, rcond=None)[0]
+    coefficients /= coefficients.sum()
+
+    combined = coefficients @ shares  # (K,), sums to 1
+    error = np.linalg.norm((combined - wanted) * scale) / np.linalg.norm(wanted * scale)
+    middles = (edges[1:] + edges[:-1]) / 2 / step
+    variance = combined @ (middles - combined @ middles) ** 2
+    return Combination(coefficients, float(error), math.sqrt(variance) if variance > 0 else None)
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct` made: the folder, the step, the number of snapshots, and the relative error of the profile."""
+    """What `reconstruct` made.
+
+    Attributes:
+        folder: The checkpoint.
+        step: The step that it ends at.
+        num_snapshots: How many files were combined.
+        stored: The widths of these.
+        error: How far its profile is from the wanted one, and
+        std: the width that it has; see `Combination`.
+    """
 
     folder: Path
     step: int
     num_snapshots: int
+    stored: list[float]
     error: float
+    std: float | None
 
 
 def reconstruct(run_dir: Path, std: float, step: int | None = None, out: Path | None = None) -> Reconstruction:
@@ -163,15 +201,16 @@ def reconstruct(run_dir: Path, std: float, step: int | None = None, out: Path | 
         for width in record["ema_stds"]
         if at <= step
     ]
-    coefficients, error = solve([(at, width) for at, width, _ in files], step, std)
+    coefficients, error, found = solve([(at, width) for at, width, _ in files], step, std)
     tensors = dict(_combined([file for *_, file in files], coefficients))
-    record = {**records[step], "ema": {"std": std, "snapshots": len(files), "profile_error": error}}
+    description = {"std": std, "snapshots": len(files), "profile_error": error, "profile_std": found}
+    record = {**records[step], "ema": description}
     del record["format"], record["step"], record["id"], record["ema_stds"]
     folder = out or run_dir / "reconstructed" / f"step-{step:08d}-std-{std:g}"
     if folder.exists() and not (folder / checkpoint.RECORD).is_file():
         raise ValueError(f"{str(folder)!r} is there already and is no checkpoint; choose another --out.")
     checkpoint.save(folder, step, {"ema": tensors}, record)
-    return Reconstruction(folder, step, len(files), error)
+    return Reconstruction(folder, step, len(files), sorted({width for _, width, _ in files}), error, found)
 
 
 def _combined(files: Sequence[Path], coefficients: np.ndarray) -> Iterator[tuple[str, Tensor]]:
@@ -208,6 +247,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"wrote {made.folder}: width {args.std:g} at step {made.step}, from {made.num_snapshots} snapshots, whose "
         f"profile is {made.error:.2%} from the wanted one. Sample with: python sample.py --checkpoint {made.folder}"
     )
+    if made.error > LARGE_ERROR:
+        width = "subtracts more than it averages" if made.std is None else f"has width {made.std:.3g}"
+        print(
+            f"warning: the snapshots up to step {made.step} cannot express width {args.std:g}: what comes nearest {width}, "
+            f"and its shares of the steps are off by {made.error:.0%}. Choose a width nearer to the stored ones "
+            f"({', '.join(f'{std:g}' for std in made.stored)}), or train with a smaller train.snapshot_every for more.",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -22,18 +22,13 @@ class Coefficients:
 
     @property
     def wronskian(self) -> Tensor:
-        """alpha' sigma - alpha sigma', which joins the velocity and the data and is never zero."""
+        """alpha' sigma - alpha sigma', which joins the velocity to data and noise and is never zero."""
         return self.d_alpha * self.sigma - self.alpha * self.d_sigma
-
-    @property
-    def sigma_wronskian(self) -> Tensor:
-        """sigma (alpha' sigma - alpha sigma'), which joins velocity and score and is zero only at data (t = 1)."""
-        return self.sigma * self.wronskian
 
     @property
     def g(self) -> Tensor:
         """g = (alpha'/alpha) sigma^2 - sigma sigma', so that velocity = (alpha'/alpha) x_t + g score."""
-        return self.sigma_wronskian / self.alpha
+        return self.sigma * self.wronskian / self.alpha
 
 
 def broadcast(t: Tensor, like: Tensor) -> Tensor:

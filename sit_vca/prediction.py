@@ -27,8 +27,8 @@ class Prediction(Protocol):
     def velocity(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """The velocity at x_t that `output` implies."""
 
-    def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """The score at x_t that `output` implies."""
+    def noise(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """The noise in x_t that `output` implies, finite on the whole path; the score is -noise / sigma."""
 
     def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """The data at the end of the path through x_t that `output` implies, finite on the whole path."""
@@ -47,9 +47,9 @@ class VelocityPrediction:
         """U itself."""
         return output
 
-    def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """(alpha u - alpha' x_t) / (sigma (alpha' sigma - alpha sigma'))."""
-        return (c.alpha * output - c.d_alpha * x_t) / c.sigma_wronskian
+    def noise(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """(alpha' x_t - alpha u) / (alpha' sigma - alpha sigma')."""
+        return (c.d_alpha * x_t - c.alpha * output) / c.wronskian
 
     def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """(sigma u - sigma' x_t) / (alpha' sigma - alpha sigma')."""
@@ -66,12 +66,12 @@ class ScorePrediction:
         return c.sigma * output + noise
 
     def velocity(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """(alpha'/alpha) x_t + g score."""
-        return c.d_alpha / c.alpha * x_t + c.g * self.score(output, x_t, c)
+        """(alpha'/alpha) x_t + g score = (alpha' x_t - (alpha' sigma - alpha sigma') noise) / alpha."""
+        return (c.d_alpha * x_t - c.wronskian * self.noise(output, x_t, c)) / c.alpha
 
-    def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """The output itself."""
-        return output
+    def noise(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """-sigma score."""
+        return -c.sigma * output
 
     def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """(x_t + sigma^2 score) / alpha."""
@@ -85,9 +85,9 @@ class NoisePrediction(ScorePrediction):
         """Output - noise."""
         return output - noise
 
-    def score(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """-noise / sigma."""
-        return -output / c.sigma
+    def noise(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
+        """The output itself."""
+        return output
 
     def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
         """(x_t - sigma noise) / alpha."""

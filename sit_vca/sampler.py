@@ -17,7 +17,7 @@ import torchdiffeq
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sit_vca.path import Coefficients, VPPath
+from sit_vca.path import Coefficients, GVPPath, VPPath
 from vca import lookup
 
 if TYPE_CHECKING:
@@ -189,14 +189,20 @@ class ODE:
         return path[-1] if isinstance(state, Tensor) else tuple(part[-1] for part in path)
 
 
-# The diffusion coefficient w(t) before its factor `diffusion_norm` c, which acts inside for the last two.
+def over_sigma(w: Tensor, k: Coefficients) -> Tensor:
+    """w / sigma; and 0 where w is 0, as the published code has it at data, where sigma vanishes, too."""
+    return torch.where(w == 0, 0.0, w / k.sigma)
+
+
+# The diffusion coefficient w(t) over sigma, with `diffusion_norm` c: w score is -(w / sigma) noise, finite at data, too, for
+# all but constant and, unless c is 1, decreasing.
 DIFFUSION_FORMS = {
-    "constant": lambda t, k, c: c * torch.ones_like(t),
-    "sbdm": lambda t, k, c: c * k.g,
-    "sigma": lambda t, k, c: c * k.sigma,
-    "linear": lambda t, k, c: c * (1 - t),
-    "decreasing": lambda t, k, c: (c * torch.cos(math.pi * t) + 1).square() / 4,
-    "increasing-decreasing": lambda t, k, c: c * torch.sin(math.pi * t).square(),
+    "constant": lambda t, k, c: over_sigma(c * torch.ones_like(t), k),
+    "sbdm": lambda t, k, c: c * k.wronskian / k.alpha,  # w = c g
+    "sigma": lambda t, k, c: c * torch.ones_like(t),
+    "linear": lambda t, k, c: over_sigma(c * (1 - t), k),
+    "decreasing": lambda t, k, c: over_sigma((c * torch.cos(math.pi * t) + 1).square() / 4, k),
+    "increasing-decreasing": lambda t, k, c: over_sigma(c * torch.sin(math.pi * (1 - t)).square(), k),
 }
 
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
@@ -215,6 +221,9 @@ class SDE:
         diffusion_norm: Its factor c.
         last_step: `none`; `mean`, x + drift h; `tweedie`, x / alpha + sigma^2 / alpha score; `euler`, x + velocity h.
         last_step_size: Its length h; the SDE stops at 1 - h.
+
+    Attributes:
+        interval: (t0, t1). Without a last step t1 is 1, or .999 where the network or the drift is not defined at data.
 
     Raises:
         ValueError: An unknown name, or a size out of range.
@@ -246,10 +255,13 @@ class SDE:
         self.heun = method == "heun"
         self.last_step = last_step
         self.last_step_size = 0.0 if last_step == "none" else last_step_size
+        # The last step of Heun's method ends in a drift at data, which is infinite if w does not vanish there. On the linear
+        # path the published code divides 0 by 0 even then; on gvp the rounding of cos(pi/2) saves it from that.
+        w_at_data = {"constant": diffusion_norm, "decreasing": (1 - diffusion_norm) ** 2 / 4}.get(diffusion, 0.0)
         self.interval = transport.sde_interval(
             self.last_step_size,
             diverges_at_noise=diffusion == "sbdm" and not isinstance(transport.path, VPPath),
-            needs_end=self.heun,
+            diverges_at_data=self.heun and (w_at_data > 0 or not isinstance(transport.path, GVPPath)),
         )
         if self.interval[0] >= self.interval[1]:
             raise ValueError(
@@ -276,28 +288,29 @@ class SDE:
 
     def w(self, x: Tensor, t: Tensor) -> Tensor:
         """The diffusion coefficient at t (), broadcastable to x."""
-        return self.form(t, self._at(x, t), self.norm)
+        k = self._at(x, t)
+        return self.form(t, k, self.norm) * k.sigma
 
     def drift(self, predict: Predict, x: Tensor, t: Tensor) -> Tensor:
         """Velocity + w score at x (B, C, H, W) and t ()."""
-        velocity, score = self._velocity_and_score(predict, x, t)
-        return velocity + self.w(x, t) * score
+        velocity, noise = self._velocity_and_noise(predict, x, t)
+        return velocity - self.form(t, self._at(x, t), self.norm) * noise
 
     def _finish(self, predict: Predict, x: Tensor, t: Tensor) -> Tensor:
         if self.last_step == "mean":
             return x + self.drift(predict, x, t) * self.last_step_size
         if self.last_step == "none":
             return x
-        velocity, score = self._velocity_and_score(predict, x, t)
+        velocity, noise = self._velocity_and_noise(predict, x, t)
         if self.last_step == "euler":
             return x + velocity * self.last_step_size
-        c = self._at(x, t)
-        return x / c.alpha + c.sigma.square() / c.alpha * score
+        k = self._at(x, t)
+        return (x - k.sigma * noise) / k.alpha  # tweedie
 
-    def _velocity_and_score(self, predict: Predict, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _velocity_and_noise(self, predict: Predict, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         times = t.expand(len(x))
         output = predict(x, times)
-        return self.transport.velocity(output, x, times), self.transport.score(output, x, times)
+        return self.transport.velocity(output, x, times), self.transport.noise(output, x, times)
 
     def _at(self, x: Tensor, t: Tensor) -> Coefficients:
         return self.transport.path.at(t.reshape(1), like=x)

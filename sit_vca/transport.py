@@ -121,9 +121,13 @@ class Transport:
         """The velocity (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies."""
         return self.prediction.velocity(output, x_t, self.path.at(t, like=x_t))
 
+    def noise(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies, at data, too."""
+        return self.prediction.noise(output, x_t, self.path.at(t, like=x_t))
+
     def score(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The score (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies."""
-        return self.prediction.score(output, x_t, self.path.at(t, like=x_t))
+        """The score (B, C, H, W), -noise / sigma, that the network's `output` at x_t (B, C, H, W) and t (B,) implies."""
+        return -self.noise(output, x_t, t) / self.path.at(t, like=x_t).sigma
 
     def clean(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The clean latent (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies.
@@ -180,19 +184,20 @@ class Transport:
             return 0.0, 1 - 1e-3
         return self._margin, 1 - self._margin
 
-    def sde_interval(self, last_step_size: float, *, diverges_at_noise: bool, needs_end: bool) -> tuple[float, float]:
+    def sde_interval(
+        self, last_step_size: float, *, diverges_at_noise: bool, diverges_at_data: bool
+    ) -> tuple[float, float]:
         """(t0, t1) of the SDE, which ends one last step before data.
 
         Args:
             last_step_size: Length of the last step, 0 if there is none.
-            diverges_at_noise: The diffusion coefficient is infinite at t = 0 (the `sbdm` form off the vp path).
-            needs_end: The drift is evaluated at t1 even without a last step. Where the published code would evaluate it
-                at data, where no score exists, this stops 1e-3 before.
+            diverges_at_noise: The drift is needed at t = 0 and infinite there, so this starts at 1e-3.
+            diverges_at_data: Without a last step the drift is needed at t = 1 and infinite there, so this stops 1e-3 before.
         """
         if isinstance(self.path, VPPath):
             return 0.0, 1 - (last_step_size or 1e-3)
         t0 = max(self._margin, 1e-3) if diverges_at_noise else self._margin
-        return t0, 1 - (last_step_size or (1e-3 if needs_end else self._margin))
+        return t0, 1 - (last_step_size or (1e-3 if diverges_at_data else self._margin))
 
     @property
     def _margin(self) -> float:

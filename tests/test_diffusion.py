@@ -9,7 +9,7 @@ from diffusers.schedulers import scheduling_dpmsolver_multistep
 
 from dit_vca import BETAS, DDIM, DDPM, SAMPLERS, Diffusion, DPMSolver, UniPC, respace
 from dit_vca.diffusion import discretised_log_likelihood, gaussian_kl
-from dit_vca.sampler import with_signal
+from dit_vca.sampler import SPACINGS, with_signal
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
@@ -233,12 +233,65 @@ def test_respacing_to_all_steps_changes_nothing(process):
     torch.testing.assert_close(betas, process.betas, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("num_steps", [2, 3, 7, 25, 50, 250, 777, 999])
-def test_respacing_keeps_both_ends_and_the_cumulative_products(process, num_steps):
-    steps, betas = respace(process.betas, num_steps)
-    assert steps.tolist() == [round(i * 999 / (num_steps - 1)) for i in range(num_steps)]
-    assert (steps[0].item(), steps[-1].item()) == (0, 999)
-    assert (steps.diff() > 0).all()
+def published_steps(num_timesteps, num_steps):
+    """The published respacing: a place moves on by the stride, and is rounded to a step."""
+    place, steps = 0.0, []
+    for _ in range(num_steps):
+        steps.append(round(place))
+        place += (num_timesteps - 1) / (num_steps - 1)
+    return steps
+
+
+@pytest.mark.parametrize("num_timesteps", [100, 256, 1000])
+def test_even_steps_are_the_published_ones_for_every_count(num_timesteps):
+    betas = Diffusion(num_timesteps=num_timesteps).betas
+    found = {count: respace(betas, count)[0] for count in range(2, num_timesteps + 1)}
+    for count, steps in found.items():
+        assert steps.tolist() == published_steps(num_timesteps, count)
+        assert (steps[0], steps[-1]) == (0, num_timesteps - 1)
+        assert (steps.diff() > 0).all()
+
+
+def test_even_steps_are_not_the_rounded_products():
+    """21 steps of 1000: the eleventh falls on 499.5. The sum of floats is just below it, the product is not."""
+    steps, _ = respace(Diffusion().betas, 21)
+    assert steps.tolist() == [
+        *(0, 50, 100, 150, 200, 250, 300, 350, 400, 450),
+        *(499, 549, 599, 649, 699, 749, 799, 849, 899, 949, 999),
+    ]
+    products = {count: [round(i * (999 / (count - 1))) for i in range(count)] for count in range(2, T + 1)}
+    different = [count for count in products if respace(Diffusion().betas, count)[0].tolist() != products[count]]
+    assert len(different) == 278
+    assert not set(different) & {10, 25, 50, 100, 250, 500, 1000}
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 7, 100, 256, 1000])
+def test_a_stride_is_the_smallest_that_gives_the_count(num_timesteps):
+    betas = Diffusion(betas="cosine", num_timesteps=num_timesteps).betas
+    strides = {}
+    for stride in range(num_timesteps, 0, -1):
+        strides[len(range(0, num_timesteps, stride))] = stride  # the smallest last
+    for count in range(2, num_timesteps + 1):
+        if count in strides:
+            assert respace(betas, count, "stride")[0].tolist() == list(range(0, num_timesteps, strides[count]))
+            continue
+        below, above = (pick(c for c in strides if (c > count) == (pick is min)) for pick in (max, min))
+        with pytest.raises(ValueError, match=f"num_steps is {count}, but no .* choose {below} or {above}, or"):
+            respace(betas, count, "stride")
+
+
+def test_fifty_steps_with_a_stride_are_every_twentieth():
+    assert respace(Diffusion().betas, 50, "stride")[0].tolist() == list(range(0, 981, 20))
+    with pytest.raises(
+        ValueError, match="num_steps is 180, but no whole stride .* choose 167 or 200, or .*spacing even"
+    ):
+        DDIM(Diffusion(), num_steps=180, spacing="stride")
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_steps", [2, 3, 7, 21, 25, 50, 250, 1000])
+def test_respacing_keeps_the_cumulative_products(process, num_steps, spacing):
+    steps, betas = respace(process.betas, num_steps, spacing)
     torch.testing.assert_close(torch.cumprod(1 - betas, dim=0), abar_of(process)[steps], rtol=1e-6, atol=0)
 
 
@@ -279,12 +332,11 @@ def assert_same_chain(sampler, slow_steps, noise):
         torch.testing.assert_close(x, slow, rtol=1e-6, atol=1e-6)
 
 
-def slow_chain(process, num_steps, noise, generator, step):
+def slow_chain(process, kept, noise, generator, step):
     """(original step, x) from noise to sample, K + 1 pairs; `step(...)` is one transition of the kept steps."""
-    kept = [round(i * 999 / (num_steps - 1)) for i in range(num_steps)]
     abar = [slow_abar(process.betas.tolist())[t] for t in kept]
     x = noise
-    for i in reversed(range(num_steps)):
+    for i in reversed(range(len(kept))):
         yield kept[i], x
         predicted, v = smooth_network(x, torch.full((len(x),), kept[i])).chunk(2, dim=1)
         z = torch.randn(x.shape, generator=generator, dtype=x.dtype) if i > 0 else torch.zeros_like(x)
@@ -304,16 +356,22 @@ def slow_ddpm(x, predicted, v, z, abar, i):
     return mean + torch.exp(log_variance / 2) * z
 
 
-@pytest.mark.parametrize("num_steps", [2, 25, 250])
-def test_ddpm_equals_the_formulas_at_every_step(process, num_steps):
+KEPT = {  # options of the respaced samplers -> the steps that they keep
+    **{(count, "even"): published_steps(T, count) for count in (2, 7, 21, 50, 250)},
+    **{(count, "stride"): list(range(0, T, T // count)) for count in (2, 50, 250)},
+}
+
+
+@pytest.mark.parametrize("num_steps, spacing", KEPT)
+def test_ddpm_equals_the_formulas_at_every_step(process, num_steps, spacing):
     noise = torch.randn(2, 3, 2, 2, dtype=torch.float64)
-    slow = slow_chain(process, num_steps, noise, torch.Generator().manual_seed(1), slow_ddpm)
-    assert_same_chain(DDPM(process, num_steps=num_steps), slow, noise)
+    slow = slow_chain(process, KEPT[num_steps, spacing], noise, torch.Generator().manual_seed(1), slow_ddpm)
+    assert_same_chain(DDPM(process, num_steps=num_steps, spacing=spacing), slow, noise)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("num_steps", [7, 50, 250])
-def test_ddim_equals_the_formulas_at_every_step(process, num_steps, eta):
+@pytest.mark.parametrize("num_steps, spacing", KEPT)
+def test_ddim_equals_the_formulas_at_every_step(process, num_steps, spacing, eta):
     def step(x, predicted, v, z, abar, i):
         before = abar[i - 1] if i > 0 else 1.0
         std = eta * math.sqrt((1 - before) / (1 - abar[i]) * (1 - abar[i] / before))
@@ -321,8 +379,8 @@ def test_ddim_equals_the_formulas_at_every_step(process, num_steps, eta):
         return math.sqrt(before) * clean + math.sqrt(1 - before - std**2) * predicted + std * z
 
     noise = torch.randn(2, 3, 2, 2, dtype=torch.float64)
-    slow = slow_chain(process, num_steps, noise, torch.Generator().manual_seed(1), step)
-    assert_same_chain(DDIM(process, num_steps=num_steps, eta=eta), slow, noise)
+    slow = slow_chain(process, KEPT[num_steps, spacing], noise, torch.Generator().manual_seed(1), step)
+    assert_same_chain(DDIM(process, num_steps=num_steps, spacing=spacing, eta=eta), slow, noise)
 
 
 @pytest.mark.parametrize("sde", [False, True])
@@ -503,7 +561,7 @@ def exact_v(process, num_steps, std):
     x_{t-1} and x_t are jointly Gaussian with variances a' s^2 + 1 - a' and a s^2 + 1 - a and covariance
     sqrt(a / a') Var(x_{t-1}).
     """
-    kept = [round(i * 999 / (num_steps - 1)) for i in range(num_steps)]
+    kept = published_steps(T, num_steps)
     abar = abar_of(process)
     v = torch.zeros(T, dtype=torch.float64)
     for t_before, t in itertools.pairwise(kept):
@@ -622,12 +680,13 @@ def test_wrong_values_end_in_a_sentence():
         (sampler(name="ddpm", num_steps=1), r"num_steps is 1; choose 2 ... 1000"),
         (sampler(name="ddpm", num_steps=1001), r"num_steps is 1001; choose 2 ... 1000"),
         (sampler(name="ddim", num_steps=0), r"num_steps is 0; choose 2 ... 1000"),
+        (sampler(name="ddim", spacing="strid"), r"sampler.spacing is 'strid'; did you mean 'stride'\?"),
         (sampler(name="ddim", eta=-0.1), r"eta is -0.1; choose 0 ... 1"),
         (sampler(name="ddim", eta=1.5), r"eta is 1.5; choose 0 ... 1"),
         (sampler(name="dpm-solver", num_steps=0), r"num_steps is 0; choose 1 ... 999"),
         (sampler(name="dpm-solver", num_steps=1000), r"num_steps is 1000; choose 1 ... 999"),
         (sampler(name="ddmp"), r"sample.sampler.name is 'ddmp'; did you mean 'ddpm'\?"),
-        (sampler(name="ddpm", eta=1.0), r"sample.sampler 'ddpm' takes no 'eta'; it takes \['num_steps'\]"),
+        (sampler(name="ddpm", eta=1.0), r"sample.sampler 'ddpm' takes no 'eta'; it takes \['num_steps', 'spacing'\]"),
         (sampler(num_stps=5), r"sample.sampler 'ddpm' takes no 'num_stps'; did you mean 'num_steps'\?"),
         (sampler(name="dpm-solver", order=5), r"sample.sampler.order is 5; choose 1 ... 3"),
         (sampler(name="dpm-solver", order=3, sde=True), r"sample.sampler.order is 3; choose 1 ... 2"),

@@ -114,7 +114,7 @@ def test_an_image_is_what_the_published_loop_draws(published, vae):
     pixels = (127.5 * decoded.detach() + 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(output.images - pixels).max() <= 1
     assert output.record["nfe"] == 8
-    assert output.record["sampler"] == {"name": "ddpm", "num_steps": 4}
+    assert output.record["sampler"] == {"name": "ddpm", "num_steps": 4, "spacing": "even"}
     assert output.record["labels"] == [3, 5]
 
 
