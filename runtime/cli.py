@@ -89,7 +89,7 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
     kinds, found, printed, rest = dict(leaves(cls)), {}, False, deque(words)
     while rest:
         word = rest.popleft()
-        if not word.startswith("-") and first and first not in found:
+        if word and not word.startswith("-") and first and first not in found:
             found[first] = Word(word)
             continue
         name, equals, value = word.removeprefix("--").partition("=")
@@ -103,8 +103,12 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
             positional = rest and first and first not in found and rest[0].lower() not in TRUTH
             if kinds.get(key) is bool and (not rest or rest[0].startswith("--") or positional):
                 value = "true"
-            elif rest and not rest[0].startswith("--"):
+            elif rest and rest[0] and not rest[0].startswith("--"):
                 value = rest.popleft()
+            elif rest and not rest[0]:
+                raise ValueError(
+                    f"--{name} is empty, as of a variable that is not set; to take a setting back, write --{name}=."
+                )
             else:
                 raise ValueError(f"--{name} needs a value; one that begins with -- is written so: --{name}=VALUE.")
         if key == "config":

@@ -617,6 +617,15 @@ def test_a_flag_needs_no_value_and_a_word_alone_is_the_first_setting():
     assert parsed("run", "--fid-metrics", "[fid, is]").fid_metrics == ["fid", "is"]
 
 
+def test_a_setting_is_taken_back_but_not_by_a_variable_that_is_empty(file, capsys):
+    file.write_text(
+        file.read_text() + "init: runs/y\nfid: {weights: x}\nsample: {classes: [a], sampler: {name: sde}}\n"
+    )
+    config = read("--config", file, "--init=", "--sample.classes=", "--sample.sampler=", "--fid.weights=")
+    assert (config.init, config.sample.classes, config.sample.sampler, config.fid.weights) == (None, None, None, None)
+    assert "--init is empty" in sentence(capsys, "--config", file, "--init", "")
+
+
 def test_a_group_may_be_given_as_a_whole(file, tmp_path):
     (tmp_path / "train.yaml").write_text("lr: 0.25\nnum_steps: 3\n")
     assert read("--config", file, "--train", "{lr: 0.125}").train == TrainConfig(num_steps=7, lr=0.125)
