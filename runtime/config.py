@@ -297,7 +297,9 @@ class Config(Strict):
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "choose at least 0")
         for key in ("process", "data", "codec"):
-            require("name" in getattr(self, key), key, getattr(self, key), f"it needs a name, so give {key}.name")
+            spec = getattr(self, key)
+            require("name" in spec, key, spec, f"it needs a name, so give {key}.name")
+            require(isinstance(spec["name"], str), f"{key}.name", spec["name"], "it must be a word")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str, parts: Parts 
         ValueError: A key or value that does not fit.
     """
     try:
+        if not isinstance(values, dict):
+            raise ValueError(f"the settings are {values!r}; they must be names with values")
         return check(cls, typed(cls, values, parts or {}))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -574,6 +574,15 @@ def test_files_of_other_versions_of_yaml_are_read_as_they_were_meant(tmp_path):
     assert (config.train.batch_size, config.sample.classes, config.model) == (16, ["3", "007"], ModelConfig())
 
 
+@pytest.mark.parametrize("name", [{"class_path": "os.system"}, ["os.system"], None])
+def test_the_name_of_a_part_is_a_word(name):
+    values = {**to_dict(given(Config)), "process": {"name": name}}
+    with pytest.raises(ValueError, match=r"^here: process.name is .*; it must be a word\.$"):
+        from_dict(Config, values, "here")
+    with pytest.raises(ValueError, match="^here: the settings are"):
+        from_dict(Config, [values], "here")
+
+
 def test_a_checkpoint_of_an_earlier_version_whose_words_were_numbers_is_read(file):
     values = to_dict(read("--config", file))
     values["sample"]["classes"] = [3, "cat"]
