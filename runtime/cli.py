@@ -117,7 +117,9 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
             group = parse_yaml(value) if value.startswith("{") else read_yaml(value)
             _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
         else:
-            _put(found, key, Word(value), cls, kinds)
+            _put(
+                found, key, parse_yaml(value) if value.startswith("{") and is_spec(kinds.get(key)) else Word(value), cls
+            )
     return found, printed
 
 
@@ -128,23 +130,40 @@ def _owner(key: str, kinds: dict[str, Any]) -> str | None:
     return next((k for k, kind in kinds.items() if is_spec(kind) and key.startswith(f"{k}.")), None)
 
 
-def _put(found: dict[str, Any], key: str, value: Word, cls: type, kinds: dict[str, Any]) -> None:
+def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
+    """Let the settings of a file override; a group in it that is empty changes nothing.
+
+    Raises:
+        ValueError: A group that is a value.
+    """
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    for name, value in more.items():
+        if "." in name and _owner(name, dict(leaves(cls))):
+            _put(found, name, value, cls)
+        elif not dataclasses.is_dataclass(fields.get(name)):
+            found[name] = value
+        elif isinstance(value, dict):
+            _merge(found.setdefault(name, {}), value, fields[name])
+        elif not (isinstance(value, Plain) and value in NULLS):
+            example = dataclasses.fields(fields[name])[0].name
+            raise ValueError(f"{name} is {value!r}; it is a group of settings, such as {name}.{example}.")
+
+
+def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
     """Set one setting, or one option of a spec, which begins as its default; a bare name leaves the other options."""
-    owner = _owner(key, kinds)
+    owner = _owner(key, dict(leaves(cls)))
     *groups, last = owner.split(".")
     for group in groups:
         found = found.setdefault(group, {})
         cls = next(f.type for f in dataclasses.fields(cls) if f.name == group)
-    options = key.removeprefix(owner).split(".")[1:]
-    whole = value.startswith("{") or value in NULLS
-    if is_spec(kinds[owner]) and (options or not whole):
-        default = next(f for f in dataclasses.fields(cls) if f.name == last).default_factory
-        spec = found.get(last, default() if callable(default) else {})
-        found[last] = found = _as_dict(spec)
+    field, options = next(f for f in dataclasses.fields(cls) if f.name == last), key.removeprefix(owner).split(".")[1:]
+    if is_spec(field.type) and (options or (isinstance(value, str) and value not in NULLS)):
+        default = {} if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found[last] = found = _as_dict(found.get(last, default))
         *inner, last = options or ["name"]
         for option in inner:
             found[option] = found = _as_dict(found.get(option))
-    found[last] = parse_yaml(value) if value.startswith("{") and is_spec(kinds[owner]) and not options else value
+    found[last] = value
 
 
 def _as_dict(spec: Any) -> dict[str, Any]:
@@ -152,16 +171,6 @@ def _as_dict(spec: Any) -> dict[str, Any]:
     if isinstance(spec, dict):
         return dict(spec)
     return {"name": spec} if isinstance(spec, str) and spec not in NULLS else {}
-
-
-def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
-    """Let the settings of a file override; a group in it that is empty changes nothing."""
-    groups = {f.name: f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
-    for name, value in more.items():
-        if name not in groups or (not isinstance(value, dict) and not (isinstance(value, Plain) and value in NULLS)):
-            found[name] = value
-        elif isinstance(value, dict):
-            _merge(found.setdefault(name, {}), value, groups[name])
 
 
 def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:

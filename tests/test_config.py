@@ -635,6 +635,21 @@ def test_a_setting_is_taken_back_but_not_by_a_variable_that_is_empty(file, capsy
     assert "--init is empty" in sentence(capsys, "--config", file, "--init", "")
 
 
+def test_a_dotted_name_may_stand_in_a_file(file):
+    file.write_text(file.read_text() + "train.batch_size: 3\nprocess.path: vp\nmodel.attention.dwc: false\n")
+    config = read("--config", file)
+    assert (config.train.num_steps, config.train.batch_size) == (7, 3)
+    assert config.process == {"name": "flow", "path": "vp"}
+    assert config.model.attention == {"name": "vca", "dwc": False}
+
+
+def test_a_group_that_is_a_value_is_refused(tmp_path, capsys):
+    (tmp_path / "x.yaml").write_text("train: 3\n")
+    for argv in ((), ("--train.lr", "1")):
+        said = sentence(capsys, "--config", tmp_path / "x.yaml", *argv)
+        assert "train is '3'; it is a group of settings, such as train.num_steps." in said
+
+
 def test_a_group_may_be_given_as_a_whole(file, tmp_path):
     (tmp_path / "train.yaml").write_text("lr: 0.25\nnum_steps: 3\n")
     assert read("--config", file, "--train", "{lr: 0.125}").train == TrainConfig(num_steps=7, lr=0.125)
