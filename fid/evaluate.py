@@ -133,7 +133,8 @@ def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
             f"'{a.source}' holds statistics, '{b.source}' images: run `python -m fid stats` on these first."
         )
     one = a.statistics["features"]
-    warnings = check_protocol(b, one.dim, a.preset, a.extractor, force, f"'{a.source}' is")
+    dims = {output: given.dim for output, given in a.statistics.items()}
+    warnings = check_protocol(b, dims, a.preset, a.extractor, force, f"'{a.source}' is")
     if a.preset is None and a.extractor is None:
         warnings.append(f"'{a.source}' does not say by which protocol it was made.")
     inception = one.dim == 2048 and (a.extractor or b.extractor or "inception").startswith("inception")

@@ -96,7 +96,7 @@ class Evaluator:
         self.options = Options(pr_compat, device)
         self._warnings: list[str] = []
         if isinstance(self.reference, Reference):
-            self._warnings += check_protocol(self.reference, extractor.dim, extractor.preset, extractor.name, force)
+            self._warnings += check_protocol(self.reference, extractor.dims, extractor.preset, extractor.name, force)
         self._asked = metrics is not None
         self.metrics, left_out = choose_metrics(metrics, self.extractor, self.reference)
         self._warnings += left_out

@@ -3,21 +3,25 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
+# How far below 0 an eigenvalue may lie by rounding, relative to |cov|_F. Measured at D = 2048 on 2,000 to 20,000 features: a
+# covariance summed up in float32 without a shift is off by 3e-6 to 9e-6 of it, one kept in float32 by 1e-9.
+TOLERANCE = 1e-5
+
 
 def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike) -> float:
     """|mean1 - mean2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), in float64.
 
     Args:
         mean1: (D,).
-        cov1: (D, D), symmetric.
+        cov1: (D, D).
         mean2: (D,).
-        cov2: (D, D), symmetric.
+        cov2: (D, D).
 
     Returns:
         The squared 2-Wasserstein distance of the two Gaussians, which is what the literature reports; at least 0.
 
     Raises:
-        ValueError: Shapes that do not fit, or entries that are not finite.
+        ValueError: What `check_moments` refuses, or another D in the second Gaussian than in the first.
 
     Source: Dowson and Landau, The Frechet distance between multivariate normal distributions, 1982; as a metric
     between sets of images, Heusel et al., arXiv:1706.08500.
@@ -26,21 +30,17 @@ def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: 
     mean2, cov2 = check_moments(mean2, cov2, "the second Gaussian")
     if mean1.size != mean2.size:
         raise ValueError(f"the first Gaussian is {mean1.size}-d, the second {mean2.size}-d; use the same extractor.")
-    return max(sum(frechet_terms(mean1, factor(cov1), mean2, cov2)), 0.0)
+    return sum(frechet_terms(mean1, factor(cov1), mean2, cov2))
 
 
 def factor(cov: np.ndarray) -> np.ndarray:
     """H (D, D) with H H^T = cov and orthogonal columns, by an eigensolve: H = V diag(w)^(1/2).
 
-    Raises:
-        ValueError: An eigenvalue below 0 by more than rounding: no covariance.
+    Args:
+        cov: (D, D), as `check_moments` gives it.
     """
     w, V = np.linalg.eigh(cov)
-    if w[0] < -1e-6 * max(w[-1], 0):
-        raise ValueError(
-            f"a covariance has the eigenvalue {w[0]:.3g} below 0 (the largest is {w[-1]:.3g}); it is damaged."
-        )
-    return V * np.sqrt(w.clip(min=0))  # rounding leaves eigenvalues of about -1e-16 where there should be 0
+    return V * np.sqrt(w.clip(min=0))  # what is below 0 is so by rounding
 
 
 def frechet_terms(mean1: np.ndarray, H: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> tuple[float, float]:
@@ -57,11 +57,21 @@ def frechet_terms(mean1: np.ndarray, H: np.ndarray, mean2: np.ndarray, cov2: np.
         mean1: (D,), of the reference.
         H: (D, D), `factor` of its covariance.
         mean2: (D,).
-        cov2: (D, D), symmetric.
+        cov2: (D, D), as `check_moments` gives it.
+
+    Returns:
+        Both terms, at least 0.
+
+    Raises:
+        ValueError: The term of the covariances is below 0 by more than rounding; `cov2` is no covariance.
     """
     M = H.T @ cov2 @ H
     sqrt_trace = np.sqrt(np.linalg.eigvalsh((M + M.T) / 2).clip(min=0)).sum()
-    return float(np.square(mean1 - mean2).sum()), float(np.square(H).sum() + np.trace(cov2) - 2 * sqrt_trace)
+    cov_term = float(np.square(H).sum() + np.trace(cov2) - 2 * sqrt_trace)
+    # Eigenvalues of cov2 below 0 add to the trace only, so this term is at least their sum.
+    if cov_term < -len(M) * TOLERANCE * np.linalg.norm(cov2):
+        raise ValueError(f"two covariances have the distance {cov_term:.3g}, below 0; one of them is damaged.")
+    return float(np.square(mean1 - mean2).sum()), max(cov_term, 0.0)
 
 
 def noise_floor(H: np.ndarray, num: int) -> float:
@@ -99,15 +109,51 @@ def jackknife(value: float, left_out: ArrayLike) -> tuple[float, float]:
 
 
 def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same two, (D,) and (D, D), in float64; a ValueError that begins with `where` if they cannot be that."""
-    try:
-        mean, cov = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where} has a mean or a covariance that are not numbers: {error}.") from None
-    if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
+    """Checks a mean and a covariance that come from outside.
+
+    Whether an eigenvalue lies below -delta is seen by a Cholesky factorisation of cov + delta I, which fails if and only if
+    one does (to D eps |cov|, far less than delta); for D = 2048 that takes a fifth of the time of an eigensolve. The
+    eigenvalues of M in `frechet_terms` would not do: they do not see where the other Gaussian has no variance.
+
+    Args:
+        mean: (D,) real numbers.
+        cov: (D, D) real numbers.
+        where: What they belong to, as the beginning of an error's sentence.
+
+    Returns:
+        The same in float64, the covariance exactly symmetric.
+
+    Raises:
+        ValueError: No real numbers, other shapes, numbers that are not finite or beyond 1e100 (whose squares would not be),
+            or a matrix that is not symmetric, or has an eigenvalue below 0 by more than rounding (`TOLERANCE`).
+    """
+    mean, cov = (_real(value, f"{where} has a {name}") for value, name in ((mean, "mean"), (cov, "covariance")))
+    if mean.ndim != 1 or mean.size == 0 or cov.shape != (mean.size, mean.size):
         raise ValueError(f"{where} has a mean {mean.shape} and a covariance {cov.shape}; expected (D,) and (D, D).")
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise ValueError(f"{where} has NaN or infinite entries in its mean or covariance.")
-    if np.abs(cov - cov.T).max(initial=0) > 1e-6 * np.abs(cov).max(initial=0):
-        raise ValueError(f"{where} has a covariance that is not symmetric.")
+    if not ((np.abs(mean) <= 1e100).all() and (np.abs(cov) <= 1e100).all()):  # NaN is not, either
+        raise ValueError(f"{where} has NaN or infinite entries, or some beyond 1e100, in its mean or covariance.")
+    size = np.abs(cov).max()
+    if np.abs(cov - cov.T).max() > 1e-6 * size:
+        raise ValueError(f"{where} has a covariance that is not symmetric; it is damaged.")
+    cov = (cov + cov.T) / 2
+    unit = cov / (size or 1.0)  # so that no square is too large or too small
+    try:
+        np.linalg.cholesky(unit + (TOLERANCE * np.linalg.norm(unit) or 1.0) * np.eye(mean.size))
+    except np.linalg.LinAlgError:
+        w = np.linalg.eigvalsh(cov)
+        raise ValueError(
+            f"{where} has a covariance with the eigenvalue {w[0]:.3g} below 0 (the largest is {w[-1]:.3g}); it is damaged."
+        ) from None
     return mean, cov
+
+
+def _real(value: ArrayLike, start: str) -> np.ndarray:
+    """`value` in float64; whatever would lose a part on the way is refused."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{start} that is no array: {error}.") from None
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{start} of {array.dtype}; expected real numbers.")
+    with np.errstate(over="ignore"):
+        return array.astype(np.float64)

@@ -58,7 +58,7 @@ def _frechet(name: str, output: str, error_bar: bool = True) -> Callable[[Side, 
         """Frechet distance; with its standard error and its limit for infinitely many samples where groups are there."""
         side, given = reference.statistics[output], samples.statistics[output]
         mean_term, cov_term = frechet_terms(side.mean, side.factor, given.mean, given.cov)
-        value = max(mean_term + cov_term, 0.0)
+        value = mean_term + cov_term
         if not error_bar:
             return {name: value}
         found = {name: value, f"{name}_se": None, f"{name}_inf": None}

@@ -26,6 +26,8 @@ KEYS = {"features": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu
 class Reference:
     """What samples are compared with: statistics of outputs of an extractor, and maybe images.
 
+    All statistics from outside come in as one, those of samples, too, and are checked here.
+
     Args:
         source: The file, or what it was made of.
         kind: `fid` (ours), `adm`, `npz` (pytorch-fid's and its kin), `edm2` or `torch-fidelity`.
@@ -35,6 +37,9 @@ class Reference:
         extractor: Name of the network, with the fingerprint of its weights; None where a file does not say.
         preset: The protocol; None likewise.
         crop: Side of the centre crop that its images went through, in pixels; None for none, or likewise.
+
+    Raises:
+        ValueError: Statistics that `check_moments` refuses, fewer than 2 images, or a crop below 1 pixel.
     """
 
     source: str
@@ -45,6 +50,17 @@ class Reference:
     extractor: str | None = None
     preset: str | None = None
     crop: int | None = None
+
+    def __post_init__(self) -> None:
+        statistics = {}
+        for output, given in self.statistics.items():
+            where = f"'{self.source}'" if output == "features" else f"'{self.source}' ({output})"
+            num = _whole(given.num, f"{where} has the num_images", 2)
+            statistics[output] = Statistics(*check_moments(given.mean, given.cov, where), num)
+        num_images = _whole(self.num_images, f"'{self.source}' has the num_images", 2)
+        crop = _whole(self.crop, f"'{self.source}' has the crop", 1)
+        for name, value in (("statistics", statistics), ("num_images", num_images), ("crop", crop)):
+            object.__setattr__(self, name, value)  # the class is frozen
 
     @cached_property
     def sha256(self) -> str | None:
@@ -81,24 +97,23 @@ def load_ref(path: str | Path, label: str = "FID") -> Reference:
         raise FileNotFoundError(f"the statistics '{path}' do not exist.")
     read = {".pkl": _read_pickle, ".pt": _read_pt}.get(path.suffix.lower(), _read_npz)
     arrays, kind = read(path, label)
-    num, crop = (
-        None if arrays.get(key) is None else _integer(path, key, arrays[key]) for key in ("num_images", "crop")
-    )
-    statistics = {}
-    for output, choices in KEYS.items():
-        for mean, cov in choices:
-            if mean in arrays and cov in arrays:
-                pair = check_moments(arrays[mean], arrays[cov], f"'{path}'")
-                statistics[output] = Statistics(*pair, num)
+    num = arrays.get("num_images")
+    statistics = {
+        output: Statistics(arrays[mean], arrays[cov], num)
+        for output, choices in KEYS.items()
+        for mean, cov in choices
+        if mean in arrays and cov in arrays
+    }
     if "features" not in statistics:
-        found = sorted(arrays)
+        found = sorted(map(str, arrays))
         if {"reps", "feats"} & set(found):
             raise ValueError(f"'{path}' holds features, not statistics; this needs their mean and covariance.")
         hint = " It holds images: run `python -m fid stats` on it first." if "arr_0" in found else ""
         raise ValueError(f"'{path}' has no mu and sigma, but {found}.{hint}")
     images = Images(path) if "arr_0" in arrays else None
-    preset = arrays.get("protocol") or ("adm" if kind == "adm" else None)
-    return Reference(str(path), kind, statistics, num, images, arrays.get("extractor"), preset, crop)
+    extractor, preset = (None if arrays.get(key) is None else str(arrays[key]) for key in ("extractor", "protocol"))
+    preset = preset or ("adm" if kind == "adm" else None)
+    return Reference(str(path), kind, statistics, num, images, extractor, preset, arrays.get("crop"))
 
 
 def open_reference(ref: Any, label: str = "FID", **choices: bool) -> Reference | Images | None:
@@ -114,7 +129,7 @@ def open_reference(ref: Any, label: str = "FID", **choices: bool) -> Reference |
 
 def check_protocol(
     reference: Reference,
-    dim: int,
+    dims: dict[str, int],
     preset: str | None,
     extractor: str | None,
     force: bool = False,
@@ -124,11 +139,11 @@ def check_protocol(
 
     Args:
         reference: Statistics.
-        dim: Of the samples' features.
+        dims: Output of the samples' network -> its width.
         preset: Protocol of the samples; None where nobody says.
         extractor: Name of their network, likewise.
         force: Warn of a difference in place of refusing it.
-        samples: What has `dim` dimensions, for a message.
+        samples: What has these `dims`, for a message.
 
     Returns:
         Warnings.
@@ -136,10 +151,11 @@ def check_protocol(
     Raises:
         ValueError: They differ.
     """
-    given = reference.statistics["features"].dim
-    if given != dim:
-        guess = {1024: " (DINOv2?)", 2048: " (Inception?)"}.get(given, "")
-        raise ValueError(f"reference is {given}-d{guess}, {samples} {dim}-d.")
+    for output in reference.statistics.keys() & dims.keys():
+        given, of = reference.statistics[output].dim, "" if output == "features" else f" in {output}"
+        if given != dims[output]:
+            guess = {1024: " (DINOv2?)", 2048: " (Inception?)"}.get(given, "")
+            raise ValueError(f"reference is {given}-d{guess}{of}, {samples} {dims[output]}-d.")
     found = None
     if reference.preset and preset and reference.preset != preset:
         found = (
@@ -178,11 +194,15 @@ def save_reference(path: str | Path, reference: Reference, images: np.ndarray | 
         np.savez(file, **{key: value for key, value in record.items() if value is not None})
 
 
-def _integer(path: Path, key: str, value: Any) -> int:
-    try:
-        return int(value)
-    except (ValueError, TypeError):
-        raise ValueError(f"'{path}' has the {key} {value!r}, which is no number.") from None
+def _whole(value: Any, start: str, least: int) -> int | None:
+    """`value` as an integer; None stays None. A file may keep it as an array of one number."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    number = array.item() if array.size == 1 else f"of shape {array.shape}"
+    if array.size != 1 or array.dtype.kind not in "iuf" or number != number // 1 or number < least:  # NaN != NaN
+        raise ValueError(f"{start} {number}; it must be a whole number from {least}.")
+    return int(number)
 
 
 def _read_npz(path: Path, label: str) -> tuple[dict[str, Any], str]:
@@ -199,8 +219,6 @@ def _read_npz(path: Path, label: str) -> tuple[dict[str, Any], str]:
             arrays = {name: archive[name] if name in wanted else None for name in names}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"'{path}' cannot be read: {error}.") from error
-    for key in {"extractor", "protocol"} & arrays.keys():
-        arrays[key] = str(arrays[key])
     kind = "fid" if "protocol" in arrays or "extractor" in arrays else "adm" if "mu_s" in arrays else "npz"
     return arrays, kind
 

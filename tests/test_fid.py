@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from torch import nn
 import fid
 from fid.__main__ import _parser, main
 from fid.collector import Collector, digests
-from fid.frechet import factor, frechet_terms, jackknife, noise_floor
+from fid.frechet import TOLERANCE, factor, frechet_terms, jackknife, noise_floor
 from fid.moments import splitmix64
 from fid.pictures import read_records
 
@@ -27,6 +28,13 @@ def gaussian(dim, num, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(num, dim)) @ rng.normal(size=(dim, dim)) + rng.normal(size=dim)
     return x.mean(0), np.cov(x, rowvar=False), x
+
+
+def with_eigenvalues(w, seed=0):
+    """A symmetric matrix with these eigenvalues, in random directions."""
+    q = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(w), len(w))))[0]
+    cov = q * np.asarray(w) @ q.T
+    return (cov + cov.T) / 2
 
 
 def reference_of(statistics, num, extractor, preset):
@@ -155,6 +163,148 @@ def test_more_images_than_dimensions_against_both_other_tools(monkeypatch):
 def test_frechet_refuses(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         fid.frechet_distance(*arguments)
+
+
+# What is no mean or no covariance, on either side
+
+ONES = np.ones(8)
+DAMAGED = {  # mean, covariance, the sentence after the name
+    "one eigenvalue far below 0": (ONES, with_eigenvalues([1] * 7 + [-0.01]), "eigenvalue -0.01 below 0"),
+    "all of them": (ONES, -np.eye(8), "eigenvalue -1 below 0"),
+    "a variance below 0": (ONES, np.diag([1.0] * 7 + [-3.0]), "eigenvalue -3 below 0"),
+    "tiny numbers": (ONES, 1e-200 * with_eigenvalues([1] * 7 + [-1]), "eigenvalue -1e-200 below 0"),
+    "a complex covariance": (ONES, np.eye(8) + 1e-3j, "a covariance of complex128; expected real numbers"),
+    "complex without an imaginary part": (ONES, np.eye(8).astype(complex), "a covariance of complex128"),
+    "a complex mean": (ONES * 1j, np.eye(8), "a mean of complex128; expected real numbers"),
+    "booleans": (ONES, np.eye(8, dtype=bool), "a covariance of bool; expected real numbers"),
+    "text": (ONES.astype(str), np.eye(8), "a mean of <U"),
+    "NaN": (ONES, np.full((8, 8), np.nan), "NaN or infinite entries"),
+    "an infinity": (np.array([1.0] * 7 + [-np.inf]), np.eye(8), "NaN or infinite entries"),
+    "numbers whose squares are infinite": (ONES, 1e200 * np.eye(8), "entries, or some beyond 1e100"),
+    "more than float64 holds": (ONES.astype(np.longdouble) * np.longdouble("1e4000"), np.eye(8), "infinite entries"),
+    "not symmetric": (ONES, np.eye(8) + np.triu(ONES, 1), "not symmetric"),
+    "other shapes": (ONES, np.eye(7), r"a mean \(8,\) and a covariance \(7, 7\)"),
+    "a stack": (ONES[None], np.eye(8), r"a mean \(1, 8\)"),
+    "nothing": (ONES[:0], np.eye(0), r"a mean \(0,\) and a covariance \(0, 0\); expected \(D,\)"),
+    "a number": (np.float64(1), np.float64(1), r"a mean \(\) and a covariance \(\)"),
+}
+
+
+@pytest.mark.parametrize(("mean", "cov", "sentence"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_statistics_are_refused_on_both_sides(mean, cov, sentence, tmp_path):
+    """Each named: by its file, whichever tool's, by the one who made it, or as the first or the second Gaussian."""
+    bad, good = {"mu": mean, "sigma": cov}, {"mu": np.zeros(8), "sigma": np.eye(8)}
+    np.savez(tmp_path / "good.npz", **good)
+    np.savez(tmp_path / "bad.npz", **bad)
+    np.savez(tmp_path / "ref.npz", ref_mu=mean, ref_sigma=cov)
+    np.savez(tmp_path / "spatial.npz", **good, mu_s=mean, sigma_s=cov)
+    for name, where in (("bad.npz", ""), ("ref.npz", ""), ("spatial.npz", r" \(spatial\)")):
+        for sides in ((name, "good.npz"), ("good.npz", name)):
+            with pytest.raises(ValueError, match=rf"{name}'{where} has .*{sentence}"):
+                fid.compare(*(tmp_path / side for side in sides))
+        with pytest.raises(ValueError, match=rf"{name}'{where} has .*{sentence}"):
+            fid.evaluate(tmp_path / name, tmp_path / "good.npz")
+    with pytest.raises(ValueError, match=f"'made here' has .*{sentence}"):
+        reference_of({"features": fid.Statistics(mean, cov)}, None, None, None)
+    for given, which in (((mean, cov, ONES, np.eye(8)), "first"), ((ONES, np.eye(8), mean, cov), "second")):
+        with pytest.raises(ValueError, match=f"the {which} Gaussian has .*{sentence}"):
+            fid.frechet_distance(*given)
+
+
+def test_damaged_statistics_of_other_tools_are_refused(tmp_path):
+    bad = {"mu": ONES, "sigma": with_eigenvalues([1] * 7 + [-0.01])}
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({"fid": bad, "num_images": 9}))
+    torch.save(bad, tmp_path / "torch_fidelity.pt")
+    np.savez(tmp_path / "good.npz", mu=ONES, sigma=np.eye(8))
+    for name in ("edm2.pkl", "torch_fidelity.pt"):
+        for sides in ((name, "good.npz"), ("good.npz", name)):
+            with pytest.raises(ValueError, match=f"{name}' has a covariance with the eigenvalue -0.01 below 0"):
+                fid.compare(*(tmp_path / side for side in sides))
+
+
+def test_a_covariance_that_would_make_the_distance_0(tmp_path, capsys):
+    """All of its eigenvalues are below 0 by about 1, so that tr (cov1 cov2)^(1/2) has no real term at all."""
+    mean, cov, _ = gaussian(64, 500)
+    cov /= np.linalg.eigvalsh(cov)[-1]
+    np.savez(tmp_path / "a.npz", mu=mean, sigma=cov - 2 * np.eye(64))
+    np.savez(tmp_path / "b.npz", mu=mean, sigma=cov)
+    for command in ("compare a.npz b.npz", "compare b.npz a.npz", "eval a.npz --ref b.npz", "eval b.npz --ref a.npz"):
+        with pytest.raises(SystemExit) as ended:
+            main([str(tmp_path / word) if word.endswith("npz") else word for word in command.split()])
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert "a.npz' has a covariance with the eigenvalue -2 below 0 (the largest is -1)" in printed.err
+        assert printed.out == ""
+
+
+def test_an_eigenvalue_below_0_is_rounding_up_to_a_bound():
+    w = np.linspace(0.1, 1, 30)
+    for times, refused in ((0.9, False), (1.1, True)):  # the Cholesky factorisation tells them apart by far finer steps
+        cov = with_eigenvalues([-times * TOLERANCE * np.linalg.norm(w), *w])
+        for given in ((cov, np.eye(31)), (np.eye(31), cov)):
+            if refused:
+                with pytest.raises(ValueError, match="below 0"):
+                    fid.frechet_distance(np.zeros(31), given[0], np.zeros(31), given[1])
+            else:
+                found = fid.frechet_distance(np.zeros(31), given[0], np.zeros(31), given[1])
+                assert found == pytest.approx(np.square(1 - np.sqrt([0, *w])).sum(), abs=1e-3)  # it is taken as about 0
+
+
+def test_float32_covariances_of_few_images_are_taken_on_both_sides():
+    """Rounding leaves eigenvalues of up to 6e-8 |cov|_F (Weyl's bound) in the 45 directions that have no variance.
+
+    The roots of those of M, e = 6e-8 |cov1|_F |cov2|_F, are added up: 2 * 45 e^(1/2).
+    """
+    (m1, c1, x), (m2, c2, y) = gaussian(64, 20), gaussian(64, 30, seed=1)
+    nuclear = np.linalg.norm((x - m1) @ (y - m2).T, "nuc") / np.sqrt((20 - 1) * (30 - 1))
+    expected = np.square(m1 - m2).sum() + np.trace(c1) + np.trace(c2) - 2 * nuclear
+    short = [array.astype(np.float32) for array in (m1, c1, m2, c2)]
+    assert np.linalg.eigvalsh(short[1].astype(np.float64))[0] < 0
+    most = 2 * 45 * np.sqrt(6e-8 * np.linalg.norm(c1) * np.linalg.norm(c2))
+    assert most < 0.01 * expected
+    assert fid.frechet_distance(*short) == pytest.approx(expected, abs=most)
+    assert fid.frechet_distance(*short[2:], *short[:2]) == pytest.approx(expected, abs=most)
+    assert 0 <= fid.frechet_distance(*short[:2], *short[:2]) < most
+
+
+def test_a_covariance_of_0_is_one():
+    """Of equal images; the distance is the variance of the other side."""
+    mean, cov, _ = gaussian(8, 100)
+    for given in ((mean, 0 * cov, mean, cov), (mean, cov, mean, 0 * cov)):
+        assert fid.frechet_distance(*given) == pytest.approx(np.trace(cov), rel=1e-12)
+    assert fid.frechet_distance(mean, 0 * cov, mean, 0 * cov) == 0
+
+
+def test_a_term_far_below_0_is_never_0():
+    with pytest.raises(ValueError, match="have the distance -3, below 0; one of them is damaged"):
+        frechet_terms(np.zeros(3), np.eye(3), np.zeros(3), -2 * np.eye(3))
+
+
+@pytest.mark.parametrize("value", [-5, 0, 1, 2.7, np.nan, np.inf, True, 1j, "50", [3, 4], []])
+def test_a_number_of_images_that_is_none(value, tmp_path):
+    good = {"mu": ONES, "sigma": np.eye(8)}
+    np.savez(tmp_path / "good.npz", **good, num_images=50_000.0)
+    np.savez(tmp_path / "bad.npz", **good, num_images=value)
+    assert fid.load_ref(tmp_path / "good.npz").num_images == 50_000
+    for sides in (("bad.npz", "good.npz"), ("good.npz", "bad.npz")):
+        with pytest.raises(ValueError, match=r"bad.npz' has the num_images .* must be a whole number from 2"):
+            fid.compare(*(tmp_path / side for side in sides))
+    (tmp_path / "bad.pkl").write_bytes(pickle.dumps({"fid": good, "num_images": value}))
+    sentence = "nothing in it was run" if isinstance(value, complex) else "has the num_images .* must be a whole"
+    with pytest.raises(ValueError, match=f"bad.pkl' .*{sentence}"):
+        fid.load_ref(tmp_path / "bad.pkl")
+    if not isinstance(value, list):
+        np.savez(tmp_path / "bad.npz", **good, crop=value if value != 1 else -256)
+        with pytest.raises(ValueError, match=r"bad.npz' has the crop .* must be a whole number from 1"):
+            fid.load_ref(tmp_path / "bad.npz")
+
+
+def test_widths_that_differ_in_one_output(tmp_path):
+    good = {"mu": ONES, "sigma": np.eye(8)}
+    np.savez(tmp_path / "a.npz", **good, mu_s=ONES, sigma_s=np.eye(8))
+    np.savez(tmp_path / "b.npz", **good, mu_s=ONES[:5], sigma_s=np.eye(5))
+    with pytest.raises(ValueError, match=r"reference is 5-d in spatial, '.*a.npz' is 8-d"):
+        fid.compare(tmp_path / "a.npz", tmp_path / "b.npz")
 
 
 # Moments and statistics

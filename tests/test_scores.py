@@ -28,7 +28,29 @@ def coarse(num, seed, dim=12):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 128, (num, dim)) / 8).float()
 
 
+def pooled(num, seed):
+    """As Inception's pooled features: 2048 numbers, not negative, mean 0.42, |x|^2 about 450; the first two terms correlate.
+
+    Multiples of 1/128 below 1, so that products are exact in float32 in any order, and TensorFlow's numbers hold anywhere.
+    """
+    rng, which = np.random.default_rng(seed), np.random.default_rng(99).integers(0, 24, (2, 2048))
+    factors = rng.integers(0, 40, (num, 24))
+    rows = factors[:, which[0]] + factors[:, which[1]] + rng.integers(0, 32, (num, 2048))
+    return torch.from_numpy(rows / 128).float()
+
+
 # Slow and plain: one pair at a time
+
+
+def short_sum(numbers):
+    """TensorFlow's sum of fewer than 32 float16 numbers: packets of 8, then these 8 in float32; what is left, one by one."""
+    whole = len(numbers) // 8 * 8
+    lanes, rest = np.zeros(8, np.float16), np.float16(0)
+    for start in range(0, whole, 8):
+        lanes = lanes + numbers[start : start + 8]
+    for number in numbers[whole:]:
+        rest = rest + number
+    return rest + np.float16(lanes.astype(np.float32).sum())
 
 
 def distance(u, v, arithmetic):
@@ -36,7 +58,7 @@ def distance(u, v, arithmetic):
     if arithmetic == "exact":
         return float(((u.astype(np.float64) - v) ** 2).sum())
     u, v = u.astype(np.float16), v.astype(np.float16)
-    norm_u, norm_v = (np.float16((x * x).astype(np.float32).sum()) for x in (u, v))
+    norm_u, norm_v = (short_sum(x * x) for x in (u, v))
     product = np.float16((u.astype(np.float32) * v.astype(np.float32)).sum())
     return float(max(np.float16(np.float16(norm_u - np.float16(2) * product) + norm_v), np.float16(0)))
 
@@ -201,6 +223,35 @@ def test_float16_precision_recall_against_a_plain_version(k):
     assert precision_recall(real, fake, k) == pytest.approx(want, **EXACT)
 
 
+@pytest.mark.parametrize(
+    ("dim", "norms"),
+    [
+        (5, [1.23828125, 1.005859375, 1.6767578125, 0.978515625, 2.01953125]),
+        (12, [2.87109375, 3.134765625, 4.296875, 3.41796875, 4.06640625]),
+        (43, [13.0703125, 11.75, 13.078125, 12.0234375, 13.109375]),  # 32, a packet of 8, and 3
+        (64, [18.21875, 18.4375, 19.484375, 18.375, 18.8125]),
+        (1600, [472.25, 472.25, 473.0, 471.75, 472.5]),
+        (2048, [605.0, 604.0, 606.0, 605.0, 605.0]),  # in two halves; the exact values are 604.76, 604.45, 605.87, ...
+    ],
+)
+def test_norms_in_float16_are_those_of_tensorflow(dim, norms):
+    """Taken from `tf.reduce_sum(tf.square(rows), 1)` in float16, of TensorFlow 2.21 on an x86 processor."""
+    i, j = np.ogrid[:5, :dim]
+    rows = torch.from_numpy((7 * i * i + 13 * j + i * j) % 61 / 64).half()
+    assert scores._sum_as_tensorflow(rows * rows).tolist() == norms
+
+
+@pytest.mark.parametrize(("seed", "precise", "recalled"), [(0, 339, 254), (1, 350, 273), (2, 342, 260), (3, 346, 259)])
+def test_float16_precision_recall_are_those_of_tensorflow(seed, precise, recalled):
+    """Taken from the operations of ADM's script, in TensorFlow 2.21 on an x86 processor.
+
+    With norms summed in float32 and rounded once all four pairs differ, by up to 3 of these rows.
+    """
+    real, fake = pooled(300, 2 * seed), pooled(400, 2 * seed + 1)
+    assert precision_recall(real, fake) == (precise / 400, recalled / 300)
+    assert precision_recall(real, fake, block=128) == (precise / 400, recalled / 300)
+
+
 def test_float16_raises_precision_and_recall():
     real, fake = relu_features(600, 1, mean=1.5), relu_features(800, 11, mean=1.5, shift=0.03)
     plain, rounded = (precision_recall(real, fake, arithmetic=a) for a in ("fp32", "adm-fp16"))
@@ -219,6 +270,13 @@ def test_what_float16_cannot_hold_is_done_in_float32(scale):
 def test_a_product_beyond_float16_alone_is_done_in_float32():
     rows = torch.full((2, 4), 100.0)  # norms 40000 fit, twice the product does not
     assert scores._squared_distances(rows, rows + 1, "adm-fp16").tolist() == [[4, 4], [4, 4]]
+
+
+def test_what_float32_cannot_hold_is_refused():
+    rows = torch.full((8, 4), 1e19)  # finite, but NaN distances would be below no radius: precision 0
+    for call in (precision_recall, lambda a, b: precision_recall(a, b, arithmetic="fp32"), density_coverage, nearest):
+        with pytest.raises(ValueError, match="squared distances of these rows are beyond float32; scale"):
+            call(rows, rows.double())
 
 
 @pytest.mark.parametrize("save_memory", [False, True])
