@@ -780,7 +780,7 @@ def test_wrong_values_end_in_a_sentence():
         ),
         (ode(method="explicit_adams", time_shift=3.0), r"time_shift is 3.0, but explicit_adams needs even steps"),
         (sde(time_shift=-2.0), r"sample.sampler.time_shift is -2.0; choose a positive number"),
-        (sde(time_shift=math.inf), r"sample.sampler.time_shift is inf; choose a positive number"),
+        (sde(time_shift=math.inf), r"time_shift is inf; it must be a finite number"),
         (sde(num_steps=1), r"num_steps is 1; it counts points of time, so at least 2"),
         (sde(method="dopri5"), r"sample.sampler.method is 'dopri5'; choose one of \['euler', 'heun'\]"),
         (sde(diffusion="sigm"), r"sample.sampler.diffusion is 'sigm'; did you mean 'sigma'\?"),

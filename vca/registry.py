@@ -84,7 +84,9 @@ def _check_type(entry: Callable[..., Any], option: str, value: Any, where: str) 
     kinds = annotations_of(entry)[option]
     kinds = get_args(kinds) if get_origin(kinds) in (Union, UnionType) else (kinds,)
     if not any(_is(kind, value) for kind in kinds):
-        raise ValueError(f"{where}: {option} is {value!r}; it must be {' or '.join(map(_described, kinds))}.")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        kind = " or ".join(map(_described, kinds)) if finite else "a finite number"
+        raise ValueError(f"{where}: {option} is {value!r}; it must be {kind}.")
 
 
 def _is(kind: Any, value: Any) -> bool:
