@@ -23,8 +23,8 @@ from runtime import checkpoint
 from runtime.codecs import draw
 from runtime.config import Config, from_dict, parse, report_errors
 from runtime.files import write_text
-from runtime.images import to_uint8
 from vca import build as build_entry
+from vca_engine.images import to_uint8
 
 
 @dataclass(frozen=True)
