@@ -68,10 +68,10 @@ def advice(low: float, high: float, numpy: bool = False) -> str:
     if low >= 0 and 2 < high <= 255:  # up to 2 they may be in [0, 1] and overshoot
         form = "x.round().astype(np.uint8)" if numpy else "x.round().to(torch.uint8)"
         return f"Convert with {form}, if they are in [0, 255]."
-    form = "x.clip(-1, 1)" if numpy else "x.clamp(-1, 1)"
+    clamp = "clip" if numpy else "clamp"
     return (
-        "No convention of images with this range is known: bring them to [-1, 1] first. If they are there but for what a "
-        f"decoder overshoots, clamp them: fid.quantize({form})."
+        "No convention of images with this range is known. What a decoder overshoots is for you to clamp: "
+        f"fid.quantize(x.{clamp}(-1, 1)) if [-1, 1] is meant, fid.quantize(2 * x.{clamp}(0, 1) - 1) if [0, 1] is."
     )
 
 

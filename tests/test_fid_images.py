@@ -180,7 +180,7 @@ def test_quantize_is_the_rule_of_dit():
     [
         ([math.nan, 0], r"\[nan, nan\]\. They hold NaN or infinite values"),
         ([0, math.inf], r"\[0, inf\]\. They hold NaN or infinite values"),
-        ([-1.004, 0], r"\[-1\.004, 0\]\. No convention .* clamp them: fid\.quantize\(x\.clamp\(-1, 1\)\)"),
+        ([-1.004, 0], r"\[-1\.004, 0\]\. No convention .* clamp: fid\.quantize\(x\.clamp\(-1, 1\)\)"),
         ([-0.5, 1.004], r"\[-0\.5, 1\.004\]\. No convention .* fid\.quantize\(x\.clamp\(-1, 1\)\)"),
         ([0.0, 254.7], r"\[0, 254\.7\]\. Convert with x\.round\(\)\.to\(torch\.uint8\)"),
     ],

@@ -178,12 +178,12 @@ def _walk(root: str) -> list[str]:
                 if (identity := _identity(entry.path)) not in above:
                     found.append(f"{name}/")
                     waiting.append((f"{name}/", above | {identity}))
-            elif not (is_image(name) or entry.name in LABEL_FILES) or not _is_special(entry):
-                found.append(name)
-            else:
+                continue
+            if (is_image(name) or entry.name in LABEL_FILES) and _is_special(entry):
                 raise ValueError(
                     f"{entry.path!r} is no file but a FIFO, a device or a socket, or a link to one; remove it."
                 )
+            found.append(name)
     return found
 
 
