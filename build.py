@@ -78,6 +78,7 @@ def describe_sampling(config: Config) -> dict[str, Any]:
         "process": resolved_process(config),
         "sampler": {"name": name, **options, **spec},
         **{name: getattr(config.sample, name) for name in fields},
+        "quantize": "dit",  # how pixels are rounded to uint8, see `vca_engine.images.quantize`
     }
 
 

@@ -25,8 +25,9 @@ from runtime.cli import parse, report_errors
 from runtime.config import Config
 from runtime.data import Images
 from runtime.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen
-from runtime.images import grid, save_picture, to_uint8
+from runtime.images import grid, save_picture
 from runtime.latents import DamagedError, LatentDataset
+from vca_engine.images import to_uint8
 
 NUM_SHOWN = 16
 

@@ -201,7 +201,7 @@ class Pipeline:
         Raises:
             ValueError: A sampler or a guidance that this model cannot have.
         """
-        config = dataclasses.replace(self.config, sample=sample)
+        config, step = dataclasses.replace(self.config, sample=sample), self.origin.get("step")
         if (guide or negative is not None) and sample.cfg_scale == 1.0:
             raise ValueError("cfg_scale is 1.0, which is no guidance; with a guide or a negative class choose another.")
         if guide:
@@ -221,6 +221,7 @@ class Pipeline:
             guidance=build.build_guidance(sample, negative=negative, guide=guide.network if guide else None),
             noise_level=self.process.noise_level,
             dtype=torch.bfloat16 if self.precision == "bf16" else None,
+            weights="these weights" if step is None else f"{self.origin['part']} of step {step}",
         )
 
     def settings(

@@ -39,6 +39,7 @@ from runtime.resume import CONFIG_FILE, read_origin, write_origin
 from runtime.seeds import mix, normal, uniform
 from runtime.shards import gather, whole
 from runtime.stop import StopSignal
+from vca_engine.images import NonFiniteError
 
 BEST_FILE = "best.json"
 
@@ -306,23 +307,13 @@ class Run:
         """Draw a grid with the averaged weights, a row a class. All processes call this."""
         with self.averaged():
             if self.log:
-                s = self.config.sample
-                labels = [k for k in self.classes for _ in range(s.per_class)]
-                images = self.drawer.all(labels, s.group_size)
-                images = images.reshape(len(self.classes), s.per_class, *images.shape[1:])
-                file = preview_file(self.folder, self.step)
-                names = [self.shape.class_names[k] for k in self.classes]
-                picture = grid(images, names, title=f"step {self.step}, cfg {s.cfg_scale:g}")
-
-                def write() -> None:
-                    save_picture([picture], file)
-                    self.log.add_preview(self.step, picture)
-
-                self.log.attempt(file.name, write)
+                self.log.attempt(preview_file(self.folder, self.step).name, self._draw_preview)
         self.accelerator.wait_for_everyone()
 
     def measure(self, stop: StopSignal) -> bool:
         """Draw `fid.num` images with the averaged weights, as sample.py would, and measure them; no image is kept.
+
+        Where images of any process are not finite, there is a warning in the place of a number.
 
         Returns:
             Whether it came to its end, before a stop signal. All processes call this.
@@ -330,17 +321,25 @@ class Run:
         num, rank, world = self.config.fid.num, self.accelerator.process_index, self.accelerator.num_processes
         s = self.config.sample
         self.evaluator.reset()
-        self.drawer.evaluations = self.drawer.drawn = 0
+        self.drawer.evaluations, self.drawer.drawn, failed = 0, 0, None
         with self.averaged():
             for first in range(0, num, world * s.group_size):
                 if stop.requested():
                     return False
                 group = first // s.group_size + rank
                 index = range(group * s.group_size, min((group + 1) * s.group_size, num))
-                if index:
+                if index and not failed:
                     label = functools.partial(random_label, s.seed, num_classes=self.num_classes)
-                    images = self.drawer.group(group, s.group_size, label)[: len(index)]
+                    try:
+                        images = self.drawer.group(group, s.group_size, label)[: len(index)]
+                    except NonFiniteError as error:  # the other processes do not know of it, and go on
+                        failed = str(error)
+                        continue
                     self.evaluator.update(torch.from_numpy(images), index, [label(i) for i in index])
+        if failures := [text for text in gather_object([failed]) if text]:
+            if self.log:
+                self.log.warn(f"the FID of step {self.step}", failures[0])
+            return True
         sample = {
             "weights": {"part": "ema", "step": self.step},
             **build.describe_sampling(self.config),
@@ -359,6 +358,7 @@ class Run:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The drawer has the averaged weights, whole, on every process, in the block. All processes call this."""
+        self.drawer.weights = f"ema of step {self.step}"
         for name, p in self.copy.named_parameters():
             p.data = whole(self.ema.weights[name])
         try:
@@ -367,6 +367,15 @@ class Run:
             self._return_weights()
 
     # Parts of the above
+
+    def _draw_preview(self) -> None:
+        s, file = self.config.sample, preview_file(self.folder, self.step)
+        images = self.drawer.all([k for k in self.classes for _ in range(s.per_class)], s.group_size)
+        images = images.reshape(len(self.classes), s.per_class, *images.shape[1:])
+        names = [self.shape.class_names[k] for k in self.classes]
+        picture = grid(images, names, title=f"step {self.step}, cfg {s.cfg_scale:g}")
+        save_picture([picture], file)
+        self.log.add_preview(self.step, picture)
 
     def _return_weights(self) -> None:
         for p in self.copy.parameters():

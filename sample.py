@@ -396,7 +396,8 @@ class Sampling:
         num = min(args.num or 1000, len(images))
         if args.num and args.num > num and state.is_main_process:
             print(f"there are {num} images, not {args.num}", file=sys.stderr)
-        asked = {"of": unit(pipe.codec), "num": num, "data": spec, **self.settings()}
+        settings = {key: value for key, value in self.settings().items() if key != "quantize"}  # no pixel is made
+        asked = {"of": unit(pipe.codec), "num": num, "data": spec, **settings}
         if state.is_main_process and out.exists():
             same_as_before(out, asked, out)
             print(f"{out}: {_read_json(out)['bits_per_dim']:.3f} bits per dimension, measured before")

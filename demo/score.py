@@ -24,9 +24,9 @@ from runtime.cli import parse, report_errors
 from runtime.codecs import draw
 from runtime.config import Config
 from runtime.files import write_text
-from runtime.images import to_uint8
 from runtime.reading import Strict, from_dict
 from vca import build as build_entry
+from vca_engine.images import to_uint8
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,10 @@ class Collector:
         for rows in found.values():
             if not (finite := rows.isfinite().all(dim=1).cpu()).all():
                 rank = rank_and_size(self.process_group)[0]
-                raise ValueError(f"non-finite features for sample index {int(index[~finite][0])} (rank {rank}).")
+                raise ValueError(
+                    f"non-finite features for sample index {int(index[~finite][0])} (rank {rank}); its pixels are finite, "
+                    "so look at the extractor's weights and its precision."
+                )
         found = {output: rows.cpu() for output, rows in found.items()}
         for output, moments in self.moments.items():
             moments.update(found[output], index)

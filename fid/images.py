@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.pixels import centre_crop
 from fid.readers import LOSSY, Array, Memory, open_reader
 
 AHEAD = 4  # batches whose files are decoded before they are asked for
@@ -51,7 +50,7 @@ class Images:
         if crop is not None and crop < 1:
             raise ValueError(f"crop is {crop}; it must be at least 1 pixel.")
         self.mixed_sizes, self.crop = mixed_sizes and crop is None, crop
-        self._reader = open_reader(source, drop_alpha, trained=crop is not None)
+        self._reader = open_reader(source, drop_alpha)
         self.kind = self._reader.kind
         self.source = "a tensor" if self.kind == "tensor" else str(source)
         self.num, self.labels = len(self._reader), self._reader.labels
@@ -126,8 +125,7 @@ class Images:
 
     def _read(self, index: list[int], ahead: int) -> Iterator[np.ndarray]:
         def read(i: int) -> np.ndarray:
-            image = self._reader.read(i)
-            return image if self.crop is None else centre_crop(image, self.crop)
+            return self._reader.read(i, self.crop)
 
         if isinstance(self._reader, Memory):
             yield from map(read, index)

@@ -1,26 +1,24 @@
 """Where images come from: files in a folder or in a zip, an array in an .npz or an .npy, memory."""
 
-import io
 import math
-import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fid.pixels import as_nchw, as_trained, check_uint8
+from fid.pixels import advice, as_nchw, check_uint8
+from vca_engine.images import ImageFiles, centre_crop, is_image, open_image
 
-SUFFIXES = ("png", "jpg", "jpeg", "webp", "bmp", "ppm", "tif", "tiff")
-LOSSY = (".jpg", ".jpeg", ".webp")  # a webp may be lossless, which its name does not say
+LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # a webp may be lossless, which its name does not say
 MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of Pillow, with 8 bits and no alpha
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+SEEN = 10**7  # numbers of an array of floats whose range is looked at; 50 images of 256 x 256
 
 
 class Reader(Protocol):
@@ -36,8 +34,13 @@ class Reader(Protocol):
     def name(self, i: int) -> str:
         """What a message calls image `i`."""
 
-    def read(self, i: int) -> np.ndarray:
-        """Image `i`, (H, W, 3) uint8; a ValueError that names it if it cannot be read."""
+    def read(self, i: int, crop: int | None = None) -> np.ndarray:
+        """Image `i`, (H, W, 3) uint8; with a crop, its centre square as training takes it, (crop, crop, 3).
+
+        Raises:
+            ValueError: It cannot be read; names it.
+            OSError: The disk does not give it.
+        """
 
     def warnings(self) -> list[str]:
         """What this process saw in the images that it has read, a sentence each."""
@@ -46,8 +49,8 @@ class Reader(Protocol):
         """What has come and gone since the images were counted, a sentence."""
 
 
-def open_reader(source: Any, drop_alpha: bool = False, trained: bool = False) -> Reader:
-    """The reader for what `source` is, by its content; see `fid.Images`.
+def open_reader(source: Any, drop_alpha: bool = False) -> Reader:
+    """The reader for what `source` is; see `fid.Images`.
 
     Raises:
         FileNotFoundError: There is no such path.
@@ -58,13 +61,15 @@ def open_reader(source: Any, drop_alpha: bool = False, trained: bool = False) ->
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist.")
-    if path.is_dir():
-        return Folder(path, drop_alpha, trained)
-    if path.suffix.lower() == ".zip":
-        return Zip(path, drop_alpha, trained)
-    if path.suffix.lower() in (".npz", ".npy"):
+    if path.is_file() and path.suffix.lower() in (".npz", ".npy"):
         return Array(path)
-    raise ValueError(f"'{path}' is neither a folder or .zip of images nor an .npz or .npy file.")
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
+        raise ValueError(f"'{path}' is neither a folder or .zip of images nor an .npz or .npy file.")
+    try:
+        return Files(path, drop_alpha)
+    except ValueError as error:
+        arrays = path.is_dir() and any(file.suffix in (".npz", ".npy") for file in path.iterdir())
+        raise ValueError(f"{error}{' Did you mean an .npz with arr_0?' if arrays else ''}") from None
 
 
 class Memory:
@@ -83,9 +88,9 @@ class Memory:
         """See `Reader`."""
         return f"image {i}"
 
-    def read(self, i: int) -> np.ndarray:
+    def read(self, i: int, crop: int | None = None) -> np.ndarray:
         """See `Reader`."""
-        return self.images[i].permute(1, 2, 0).cpu().numpy()
+        return _cropped(self.images[i].permute(1, 2, 0).cpu().numpy(), crop, self.name(i))
 
     def warnings(self) -> list[str]:
         """See `Reader`."""
@@ -97,29 +102,16 @@ class Memory:
 
 
 class Files:
-    """Image files: their names in order, from `listing`, each opened by `open`.
+    """Image files of a folder and all folders below, or of a .zip.
 
     Args:
         path: Where they are.
-        drop_alpha: Leave out what says how transparent a pixel is; else it is refused.
-        trained: Read whatever training reads, as it does.
+        drop_alpha: Leave out what says how transparent a pixel is; else it is refused. With a crop it is laid on white.
     """
 
-    kind: str
-
-    def __init__(self, path: Path, drop_alpha: bool, trained: bool) -> None:
-        self.path, self.drop_alpha, self.trained = path, drop_alpha, trained
-        everything = self.listing()
-        self.names = [name for name in everything if _suffix(name) in SUFFIXES]
-        self.grey = False
-        if not self.names:
-            suffixes = Counter(map(_suffix, everything)).most_common(5)
-            found = ", ".join(f"{n} *.{suffix}" for suffix, n in suffixes)
-            hint = " Did you mean an .npz with arr_0?" if {"npy", "npz"} & {suffix for suffix, _ in suffixes} else ""
-            raise ValueError(
-                f"no images in '{path}' (looked for {', '.join(SUFFIXES)} in any letter case, recursively); "
-                f"found {found or 'no files'}.{hint}"
-            )
+    def __init__(self, path: Path, drop_alpha: bool) -> None:
+        self.files, self.drop_alpha, self.grey = ImageFiles(path), drop_alpha, False
+        self.kind, self.names = "zip" if self.files.zipped else "folder", self.files.names
 
     @cached_property
     def labels(self) -> np.ndarray | None:
@@ -129,37 +121,19 @@ class Files:
             return np.unique([parts[0] for parts in folders], return_inverse=True)[1].astype(np.int64)
         return None
 
-    def listing(self) -> list[str]:
-        """All files, as paths inside `path`, in order; without hidden ones."""
-        raise NotImplementedError
-
-    def open(self, name: str) -> IO[bytes]:
-        """A file."""
-        raise NotImplementedError
-
     def __len__(self) -> int:
         return len(self.names)
 
     def name(self, i: int) -> str:
         """See `Reader`."""
-        return f"'{self.path / self.names[i]}'"
+        return repr(self.files.path(self.names[i]))
 
-    def read(self, i: int) -> np.ndarray:
-        """See `Reader`."""
-        try:
-            with self.open(self.names[i]) as file, Image.open(file) as image:
-                if self.trained:
-                    return np.array(as_trained(image))
-                mode, pixels = image.mode, np.array(image.convert("RGB"))
-                alpha = mode in ALPHA or "transparency" in image.info
-                opaque = alpha and image.convert("RGBA").getextrema()[3][0] == 255
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{self.name(i)} disappeared while '{self.path}' was read; nothing may change it."
-            ) from error
-        except Exception as error:  # damaged files make Pillow and zipfile raise almost anything
-            raise ValueError(f"{self.name(i)} is not a readable image: {error}.") from error
-        if alpha and not self.drop_alpha and not opaque:
+    def read(self, i: int, crop: int | None = None) -> np.ndarray:
+        """See `Reader`; without a crop, a file is taken as it is, or refused."""
+        if crop is not None:
+            return self.files.pixels(self.names[i], crop)
+        mode, pixels, transparent = self.files.decode(self.names[i], _as_it_is)
+        if transparent and not self.drop_alpha:
             raise ValueError(f"{self.name(i)} has mode {mode}; convert to RGB first or pass --drop-alpha.")
         if mode not in (*MODES, *ALPHA):
             raise ValueError(f"{self.name(i)} has mode {mode}; convert it to 8-bit RGB or grey first.")
@@ -169,75 +143,24 @@ class Files:
 
     def warnings(self) -> list[str]:
         """See `Reader`."""
-        return [f"some images of '{self.path}' are grey; they were taken as RGB."] if self.grey else []
+        return [f"some images of '{self.files.root}' are grey; they were taken as RGB."] if self.grey else []
 
     def changes(self) -> list[str]:
         """See `Reader`."""
-        now, before = {name for name in self.listing() if _suffix(name) in SUFFIXES}, set(self.names)
-        if now == before:
-            return []
+        before = {self.files.prefix + name for name in self.names}
+        now = set(filter(is_image, self.files.listing()))
         came, went = len(now - before), len(before - now)
-        return [f"'{self.path}' changed while it was read: {came} images came and {went} went."]
+        if not came and not went:
+            return []
+        return [f"'{self.files.root}' changed while it was read: {came} images came and {went} went."]
 
 
-class Folder(Files):
-    """Image files in a folder and all folders below."""
-
-    kind = "folder"
-
-    def listing(self) -> list[str]:
-        """See `Files`; links to folders are followed, unless they lead back to where they are."""
-        names: list[str] = []
-        above = {str(self.path): {_identity(self.path)}}
-        for folder, inside, files in os.walk(self.path, followlinks=True):
-            here, chain = Path(folder).relative_to(self.path).as_posix(), above.pop(folder)
-            names += files if here == "." else [f"{here}/{file}" for file in files]
-            paths = {name: os.path.join(folder, name) for name in inside}
-            inside[:] = [name for name, path in paths.items() if _identity(path) not in chain]
-            above |= {paths[name]: chain | {_identity(paths[name])} for name in inside}
-        return sorted(name for name in names if not _hidden(name))
-
-    def open(self, name: str) -> IO[bytes]:
-        """See `Files`."""
-        return (self.path / name).open("rb")
-
-
-class Zip(Files):
-    """Image files in a .zip."""
-
-    kind = "zip"
-
-    def __init__(self, path: Path, drop_alpha: bool, trained: bool) -> None:
-        try:
-            self.archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"'{path}' is not a .zip file, or is cut short.") from error
-        members = [member for member in self.archive.infolist() if not member.is_dir()]
-        self.members = {PurePosixPath(member.filename.replace("\\", "/")).as_posix(): member for member in members}
-        super().__init__(path, drop_alpha, trained)
-
-    def listing(self) -> list[str]:
-        """See `Files`."""
-        return sorted(name for name in self.members if not _hidden(name))
-
-    def open(self, name: str) -> IO[bytes]:
-        """See `Files`."""
-        return io.BytesIO(self.archive.read(self.members[name]))  # one lock inside; the decoding runs in threads
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix[1:].lower()
-
-
-def _hidden(name: str) -> bool:
-    """Of a hidden file or folder, or of what macOS puts into archives."""
-    return "/." in f"/{name}" or "/__MACOSX/" in f"/{name}"
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    """The same for each name of a folder."""
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+def _as_it_is(file: IO[bytes]) -> tuple[str, np.ndarray, bool]:
+    """Mode of Pillow, pixels (H, W, 3) uint8, and whether any of them is transparent."""
+    with open_image(file) as image:
+        mode, pixels = image.mode, np.array(image.convert("RGB"))
+        alpha = mode in ALPHA or "transparency" in image.info
+        return mode, pixels, alpha and image.convert("RGBA").getextrema()[3][0] < 255
 
 
 class Array:
@@ -256,9 +179,10 @@ class Array:
             got = f"{dtype} {self.shape}{' in Fortran order' if fortran_order else ''}"
             hint = ""
             if dtype.kind == "f" and math.prod(self.shape):
-                first = np.frombuffer(file.read(math.prod(self.shape[1:]) * dtype.itemsize), dtype)
-                got += f", the first in [{first.min():.2f}, {first.max():.2f}]"
-                hint = " Convert with fid.quantize(x) (DiT rounding)."
+                first = np.frombuffer(file.read(min(math.prod(self.shape), SEEN) * dtype.itemsize), dtype)
+                low, high = float(first.min()), float(first.max())
+                got += f", the first in [{low:.2f}, {high:.2f}]"
+                hint = f" {advice(low, high, numpy=True)}"
             elif dtype.kind in "iu" and dtype != np.uint8:
                 hint = " If they are pixels from 0 to 255, convert with array.astype(np.uint8)."
             elif len(self.shape) == 3:
@@ -289,7 +213,7 @@ class Array:
         """See `Reader`."""
         return f"image {i} of '{self.path}'"
 
-    def read(self, i: int) -> np.ndarray:
+    def read(self, i: int, crop: int | None = None) -> np.ndarray:
         """See `Reader`."""
         if self.file is None:
             self.file = self._open()
@@ -300,7 +224,7 @@ class Array:
             image = np.frombuffer(self.file.read(size), np.uint8).reshape(height, width, channels)
         except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"'{self.path}' is damaged at image {i} of {len(self)}.") from error
-        return np.repeat(image, 3, axis=2) if channels == 1 else image.copy()
+        return _cropped(np.repeat(image, 3, axis=2) if channels == 1 else image.copy(), crop, self.name(i))
 
     def warnings(self) -> list[str]:
         """See `Reader`."""
@@ -328,3 +252,11 @@ class Array:
             return read(file)
         except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"'{self.path}' is not in numpy's format: {error}.") from error
+
+
+def _cropped(image: np.ndarray, crop: int | None, name: str) -> np.ndarray:
+    """The centre square of (H, W, 3) uint8, or all of it without a crop."""
+    try:
+        return image if crop is None else centre_crop(Image.fromarray(image), crop)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be cropped: {error}.") from None

@@ -164,7 +164,7 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: There is no such part; says which there are.
-        ValueError: The file is truncated or not safetensors.
+        ValueError: The file is truncated, not safetensors, or of a run that has diverged; see `check_finite`.
     """
     file = folder / f"{name}.safetensors"
     if not file.is_file():
@@ -173,12 +173,31 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
             f"the checkpoint lacks {str(file)!r}; it has {there}. Remove its folder to use the checkpoint before it."
         )
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(
             f"{str(file)!r} is truncated or not a safetensors file: {error}. Remove its folder to use the checkpoint before "
             "it."
         ) from None
+    return tensors if name == "meter" else check_finite(tensors, file)  # the meter has the norms of skipped steps, too
+
+
+def check_finite(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors themselves.
+
+    Raises:
+        ValueError: One of them has NaN or infinite values; says which, of which file.
+    """
+
+    def is_finite(tensor: Tensor) -> bool:
+        return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())  # not all of 8 bits can
+
+    if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+        raise ValueError(
+            f"{str(file)!r} holds values that are not finite in {_some(bad)}: the run has diverged. Name an earlier "
+            "checkpoint of it; or remove this one where the newest is taken."
+        )
+    return tensors
 
 
 def weights_in(folder: Path) -> list[str]:

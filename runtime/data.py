@@ -5,7 +5,6 @@ A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it 
 """
 
 import hashlib
-import io
 import itertools
 import signal
 import time
@@ -20,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from runtime.folder import ImageFiles, centre_crop, classes_of, read_image
-from runtime.images import from_uint8
+from runtime.labels import classes_of
 from runtime.seeds import mix
 from runtime.stop import leave_process_group
+from vca_engine.images import ImageFiles, UnreadableImageError, from_uint8
 
 
 class Images(Dataset):
@@ -183,10 +182,6 @@ def load(dataset: Dataset, order: Sampler, *, num_workers: int, minutes: float, 
             worker.kill()
 
 
-class UnreadableImageError(ValueError):
-    """A file that is no image, or a damaged one; says which."""
-
-
 class Folder(Images):
     """Your own images, in a folder or in a .zip of one.
 
@@ -206,7 +201,10 @@ class Folder(Images):
     def __init__(self, *, images: str, image_size: int = 256, flip: bool = True) -> None:
         if type(image_size) is not int or image_size < 1:
             raise ValueError(f"data.image_size is {image_size!r}; choose a whole number, at least 1.")
-        self.files = ImageFiles(images)
+        try:
+            self.files = ImageFiles(images)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"data.images {error}") from None
         self.names, labels, class_names = classes_of(self.files)
         super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
 
@@ -224,21 +222,7 @@ class Folder(Images):
         Raises:
             UnreadableImageError: No image, a damaged or an animated one, or one far too small.
         """
-        path = self.files.path(self.names[index])
-        try:
-            with self.files.open(self.names[index]) as file:
-                content = io.BytesIO(file.read())
-        except OSError as error:  # the disk's fault, not the image's
-            raise OSError(f"{path!r} cannot be read: {error}") from None
-        except Exception as error:  # of a .zip
-            raise UnreadableImageError(f"{path!r} cannot be unpacked: {error}.") from None
-        try:
-            image = read_image(content)
-            if min(image.size) < max(2, self.image_size // 16):
-                raise ValueError(f"{image.width}x{image.height} pixels are too few for {self.image_size}")
-            return centre_crop(image, self.image_size)
-        except Exception as error:  # damaged files make Pillow raise almost anything
-            raise UnreadableImageError(f"{path!r} cannot be read as an image: {error}.") from None
+        return self.files.pixels(self.names[index], self.image_size)
 
 
 DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}

@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from runtime.codecs import draw
 from runtime.config import CacheConfig, differences
-from runtime.data import Images, UnreadableImageError, load
+from runtime.data import Images, load
 from runtime.files import write_text, written_aside
 from runtime.latents import LABELS, MANIFEST, VERSION, check_settings, file_size, sha256_of
+from vca_engine.images import UnreadableImageError, from_uint8
 
 SETTINGS = "settings.json"
 INFORMATIVE = ("source", "codec_path", "on_error")  # where things were, which may move; and what changes no latent
@@ -200,7 +201,7 @@ class CacheWriter:
         """(B, H, W, C) uint8 -> (B, 1 or 2, K, h, w) float16, in a batch of the one size."""
         device, num, size = self.state.device, len(pixels), self.options.batch_size
         padded = torch.cat([pixels, pixels[-1:].expand(size - num, *pixels.shape[1:])])
-        x = padded.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, C, H, W) in [-1, 1]
+        x = from_uint8(padded.to(device))  # (B, C, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             rows = [self.codec.moments(side)[:num] for side in ([x, x.flip(-1)] if self.images.flip else [x])]
         if not self.options.moments:

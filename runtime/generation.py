@@ -1,9 +1,10 @@
 """From labels to images: guidance, randomness per image, and the call of sampler and codec."""
 
+import contextlib
 import difflib
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.images import to_uint8
 from runtime.seeds import mix
+from vca_engine.images import NonFiniteError, to_uint8
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Sample = Callable[[Predict, Tensor, list[torch.Generator]], Tensor]
@@ -118,6 +119,7 @@ class Drawer:
         guidance: Not given means none.
         noise_level: t of the process -> 0 (data) ... 1 (noise); needed with an interval of guidance.
         dtype: Of autocast; None means the network's own arithmetic.
+        weights: What a message calls the network's weights.
 
     Attributes:
         evaluations: Images that went through the network, or its guide, counted as they went.
@@ -137,8 +139,9 @@ class Drawer:
         guidance: Guidance | None = None,
         noise_level: Callable[[Tensor], Tensor] | None = None,
         dtype: torch.dtype | None = None,
+        weights: str = "these weights",
     ) -> None:
-        self.network, self.sample, self.decode, self.seed = network, sample, decode, seed
+        self.network, self.sample, self.decode, self.seed, self.weights = network, sample, decode, seed, weights
         self.guidance, self.noise_level, self.dtype = guidance or Guidance(), noise_level, dtype
         self.guidance.check(network)
         self.device = next(network.parameters()).device
@@ -196,6 +199,7 @@ class Drawer:
 
         Raises:
             ValueError: A label out of range.
+            NonFiniteError: The sampler cannot go on, mostly after NaN or infinite values; says what to try.
         """
         predict = self.predict(labels)
 
@@ -206,12 +210,32 @@ class Drawer:
 
         own, generators = self.begin(indices)
         self.drawn += len(indices)
-        return self.sample(watched if watch else predict, own if noise is None else noise, generators)
+        with self.advising():
+            return self.sample(watched if watch else predict, own if noise is None else noise, generators)
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> np.ndarray:
-        """(B, C, h, w) -> (B, H, W, 3) uint8."""
-        return to_uint8(self.decode(latents))
+        """(B, C, h, w) -> (B, H, W, 3) uint8.
+
+        Raises:
+            NonFiniteError: Some of them hold NaN or infinite values; says how many, and what to try.
+        """
+        with self.advising():
+            return to_uint8(self.decode(latents))
+
+    @contextlib.contextmanager
+    def advising(self) -> Iterator[None]:
+        """Whatever in the block is not finite is said with the weights, and with what to try."""
+        try:
+            yield
+        except FloatingPointError as error:
+            guided, scale = self.guidance.cfg_scale != 1.0, f"{self.guidance.cfg_scale:g}"
+            ways = ["an earlier checkpoint", "other --weights", "more steps", "another sampler"]
+            ways += ["a lower cfg_scale"] * guided + ["--precision no"] * (self.dtype is not None)
+            raise NonFiniteError(
+                f"{error}, drawn with {self.weights}{f' and cfg_scale {scale}' if guided else ''}; try "
+                f"{', '.join(ways[:-1])} or {ways[-1]}."
+            ) from error
 
     def __call__(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
         """One batch of images, (B, H, W, 3) uint8; see `latents`."""

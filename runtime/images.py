@@ -1,26 +1,13 @@
-"""Pixels: the one conversion between [-1, 1] and uint8, and labelled pictures."""
+"""Pictures: labelled grids of images, and files of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
 from runtime.files import written_aside
-
-
-def from_uint8(pixels: np.ndarray) -> Tensor:
-    """(H, W, C) uint8 -> (C, H, W) float32 in [-1, 1]: x = pixel / 127.5 - 1."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) in [-1, 1], C 1 or 3 -> (B, H, W, 3) uint8: round(127.5 x + 127.5), clamped; grey is repeated."""
-    pixels = (127.5 * images.float() + 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
 
 
 def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), title: str = "") -> np.ndarray:

@@ -35,6 +35,9 @@ def bits_of(
         bits_per_dim: (predict, x, generators) -> (B,); of the ODE.
         codec: Images to latents.
 
+    Raises:
+        NonFiniteError: Some of them have none; says what to try.
+
     Source: Theis et al. 2016, arXiv:1511.01844, section 3.1 (uniform noise).
     """
     pairs = [images[i, False] for i in indices]
@@ -46,6 +49,9 @@ def bits_of(
         moments, extra = x + ((u - 0.5) / 127.5).to(x.dtype), math.log2(127.5)
     latents = draw(moments, codec.channels, drawer.seed, positions)  # (B, C, h, w)
     generators = [torch.Generator().manual_seed(mix(drawer.seed, i)) for i in indices]
-    bits = bits_per_dim(drawer.predict([label for _, label in pairs]), latents, generators)
+    with drawer.advising():
+        bits = bits_per_dim(drawer.predict([label for _, label in pairs]), latents, generators)
+        if not (finite := bits.isfinite()).all():
+            raise FloatingPointError(f"{int((~finite).sum())} of {len(bits)} images have no finite likelihood")
     drawer.drawn += len(indices)
     return (bits + extra).tolist()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from runtime.files import write_text, written_aside
 from runtime.images import save_picture
+from vca_engine.images import NonFiniteError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -114,13 +115,13 @@ class Log:
         plt.close(figure)
 
     def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> None:
-        """Call `write(*args)`; if the disk does not take it, say so, and that training goes on."""
+        """Call `write(*args)`; if the disk does not take it, or images are not finite, say so, and that training goes on."""
         try:
             write(*args)
-        except OSError as error:
+        except (OSError, NonFiniteError) as error:
             self.warn(what, error)
 
-    def warn(self, what: str, error: Exception) -> None:
+    def warn(self, what: str, error: Exception | str) -> None:
         """Say that something could not be written, and that training goes on."""
         tqdm.write(f"warning: {what} could not be written, training goes on: {error}")
 

@@ -79,7 +79,8 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: There is no such path, or a folder lacks one of its files.
-        ValueError: A damaged file, one that needs code to be loaded, or something else than weights.
+        ValueError: A damaged file, one that needs code to be loaded, weights of a run that has diverged, or something else
+            than weights.
     """
     path = locate(path)
     found = _read_folder(path) if path.is_dir() else _read_file(path)
@@ -141,14 +142,16 @@ def _read_file(file: Path) -> Weights:
         head = f.read(9)
     if head[8:] == b"{":
         try:
-            return Weights(load_file(file), "safetensors")
+            tensors = load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}.") from None
+        return Weights(checkpoint.check_finite(tensors, file), "safetensors")
     zipped = head.startswith(b"PK\x03\x04")
     if not zipped and not head.startswith(b"\x80"):
         raise ValueError(f"{str(file)!r} is empty, or neither a safetensors nor a torch file.")
     content = _load_torch(file, memory_mapped=zipped)
-    return Weights(_state_dict(content, file), "torch", options=_options(content))
+    tensors = checkpoint.check_finite(_state_dict(content, file), file)
+    return Weights(tensors, "torch", options=_options(content))
 
 
 def _load_torch(file: Path, memory_mapped: bool) -> Any:

@@ -136,7 +136,12 @@ class ODE:
         self.time_shift = time_shift
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W). The ODE draws nothing, so `generator` is not used."""
+        """(B, C, H, W) -> (B, C, H, W). The ODE draws nothing, so `generator` is not used.
+
+        Raises:
+            FloatingPointError: A method that chooses its own steps meets NaN or infinite values, or finds no step small
+                enough.
+        """
 
         def velocity(t: Tensor, x: Tensor) -> Tensor:
             times = t.expand(len(x))
@@ -154,6 +159,9 @@ class ODE:
             predict: Differentiable in x_t, and each sample's output a function of that sample alone.
             x: (B, C, H, W).
             generator: Of the vectors e; a list has one for each sample.
+
+        Raises:
+            FloatingPointError: As of drawing.
 
         Source: arXiv:2401.08740, appendix; Grathwohl et al. 2019, arXiv:1810.01367.
         """
@@ -180,13 +188,51 @@ class ODE:
         """The state, a tensor or a tuple of them, at the last point."""
         # order 4; the default, 11, is stable only in very small steps
         options = {"max_order": 5} if self.solver["method"] in EVEN else None
-        try:
-            path = torchdiffeq.odeint(derivative, state, points, **self.solver, options=options)
-        except AssertionError as error:  # "underflow in dt"
-            raise ValueError(
-                f"{self.solver['method']} finds no step small enough ({error}); raise sample.sampler.rtol or atol."
-            ) from error
+        if self.solver["method"] in ADAPTIVE:
+            derivative = _Checked(derivative, self.solver["method"])
+        path = torchdiffeq.odeint(derivative, state, points, **self.solver, options=options)
         return path[-1] if isinstance(state, Tensor) else tuple(part[-1] for part in path)
+
+
+class _Checked:
+    """A derivative (t, state) -> a tensor or a tuple of them, for solvers that choose their steps.
+
+    Where such a solver is stuck, torchdiffeq asserts that it is not, and with `python -O` tries for ever; here it is an
+    error, which says whether NaN is the reason. That stays on the device until the solver waits for the device anyway.
+    """
+
+    def __init__(self, derivative: Callable[[Tensor, Any], Any], method: str) -> None:
+        self.derivative, self.method = derivative, method
+        self.finite: Tensor | bool = True  # all that was found since the last step began
+
+    def __call__(self, t: Tensor, state: Any) -> Any:
+        found = self.derivative(t, state)
+        for part in _parts(found):
+            self.finite = part.isfinite().all() & self.finite
+        return found
+
+    def callback_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
+        """Called by torchdiffeq before each step.
+
+        Raises:
+            FloatingPointError: The state is NaN or infinite, or the step, after NaN or otherwise, too small to change t.
+        """
+        whole = all(part.isfinite().all() for part in _parts(state))
+        if t + dt != t and whole:
+            self.finite = True
+        elif self.finite and whole:
+            raise FloatingPointError(
+                f"{self.method} finds no step small enough at t = {float(t):.3g} (underflow in dt): the network's output "
+                "changes too fast there, or sample.sampler.rtol and atol are too small"
+            )
+        else:
+            raise FloatingPointError(
+                f"{self.method} cannot go on: the network gives NaN or infinite values near t = {float(t):.3g}"
+            )
+
+
+def _parts(state: Any) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state
 
 
 def over_sigma(w: Tensor, k: Coefficients) -> Tensor:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from runtime import checkpoint
@@ -122,6 +123,25 @@ def test_a_truncated_file_is_named_at_whatever_length_it_was_cut(tmp_path, name)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=rf"lacks .*{name}\.safetensors"):
         loads[name]()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+def test_a_checkpoint_of_a_run_that_has_diverged_is_refused(tmp_path, name, value):
+    """By the file and the tensor, and only if that part is read; the meter says which losses were not finite."""
+    folder = save(tmp_path, 1)
+    file = folder / f"{name}.safetensors"
+    tensors = load_file(file)
+    key = sorted(key for key, tensor in tensors.items() if tensor.ndim)[1]
+    tensors[key].view(-1)[-1] = value
+    save_file(tensors, file)
+    with pytest.raises(
+        ValueError, match=rf"{name}\.safetensors' holds values that are not finite in {key}: .* Name an ear"
+    ):
+        checkpoint.read(folder, name)
+    assert set(checkpoint.read(folder, "ema" if name == "model" else "model")) >= {"0.weight"}
+    save_file({"rows": torch.tensor([value])}, folder / "meter.safetensors")
+    assert not checkpoint.read(folder, "meter")["rows"].isfinite().any()
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from runtime.data import DATASETS, EndlessBatches, Folder, Images, UnreadableImageError
-from runtime.folder import centre_crop, read_image
-from runtime.images import from_uint8, to_uint8
+from runtime.data import DATASETS, EndlessBatches, Folder, Images
 from runtime.seeds import mix, normal, uniform
+from vca_engine.images import NonFiniteError, UnreadableImageError, centre_crop, from_uint8, read_image, to_uint8
 
 
 def test_the_two_pixel_conversions_are_inverse_for_all_256_values():
@@ -26,10 +25,26 @@ def test_the_two_pixel_conversions_are_inverse_for_all_256_values():
     assert (to_uint8(x[None])[0] == pixels).all()
 
 
-def test_pixels_are_rounded_clamped_and_repeated():
-    x = torch.tensor([-1.5, -1.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1, 1.0, 7.0]).reshape(1, 1, 1, 6)
-    assert to_uint8(x)[0, 0].tolist() == [[v] * 3 for v in (0, 0, 1, 0, 255, 255)]
+def test_pixels_are_the_published_floor_clamped_and_repeated():
+    """floor(127.5 x + 128): so 0 is 128, not 127, and halves go up."""
+    x = torch.tensor([-1.5, -1.0, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1, 0.0, 1.0, 7.0]).reshape(1, 1, 1, 7)
+    assert to_uint8(x)[0, 0].tolist() == [[v] * 3 for v in (0, 0, 1, 0, 128, 255, 255)]
     assert from_uint8(np.zeros((2, 3, 1), np.uint8)).shape == (1, 2, 3)
+    assert from_uint8(torch.zeros(5, 2, 3, 1, dtype=torch.uint8)).shape == (5, 1, 2, 3)
+    halves = torch.arange(255, dtype=torch.float64) / 127.5 - 1 + 0.5 / 127.5  # in the middle of two levels, to 1e-14
+    x = torch.cat([halves - 1e-9, halves + 1e-9])[None, None, None]
+    assert to_uint8(x)[0, 0, :, 0].tolist() == [*range(255), *range(1, 256)]
+    x = torch.linspace(-1.2, 1.2, 10_001)
+    expected = np.floor(127.5 * x.numpy() + np.float32(128)).clip(0, 255)  # all in float32
+    assert (to_uint8(x[None, None, None])[0, 0, :, 1] == expected).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_no_pixels(value):
+    x = torch.zeros(4, 3, 2, 2)
+    x[1, 2, 0, 1] = x[3, 0, 0, 0] = value
+    with pytest.raises(NonFiniteError, match="2 of 4 images hold NaN or infinite values"):
+        to_uint8(x)
 
 
 def test_mix_gives_distinct_seeds_that_torch_takes():
@@ -328,6 +343,14 @@ def zip_of(folder, prefix=""):
     return file
 
 
+def encrypt(file):
+    """Says of the first member of a .zip that it has a password."""
+    content = bytearray(file.read_bytes())
+    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(signature) + offset] |= 1
+    file.write_bytes(content)
+
+
 def content(data):
     return [(data.pixels(i).tobytes(), data.class_names[data.labels[i]]) for i in range(len(data))]
 
@@ -368,12 +391,9 @@ def test_a_zip_of_windows_and_one_with_a_password(tmp_path):
         for name in ("a", "b"):
             archive.write(root / name / "1.png", f"{name}\\1.png")
     assert Folder(images=str(tmp_path / "x.zip"), image_size=16).class_names == ["a", "b"]
-    content = bytearray((tmp_path / "x.zip").read_bytes())
-    for signature, offset in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
-        content[content.index(signature) + offset] |= 1
-    (tmp_path / "x.zip").write_bytes(content)
-    with pytest.raises(UnreadableImageError, match="cannot be unpacked: .*encrypted"):
-        Folder(images=str(tmp_path / "x.zip"), image_size=16).pixels(0)
+    encrypt(tmp_path / "x.zip")
+    with pytest.raises(ValueError, match=r"data\.images '.*x\.zip' is encrypted \('a/1\.png' for one\); unpack it"):
+        Folder(images=str(tmp_path / "x.zip"), image_size=16)
 
 
 def test_a_failing_disk_is_no_unreadable_image(tmp_path):
@@ -487,7 +507,7 @@ def test_no_such_folder(tmp_path):
 
 
 def test_a_folder_without_classes_or_with_an_empty_one(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no images \(looked for \.png .* in any letter case"):
+    with pytest.raises(ValueError, match=r"holds no images \(looked for \.png, .* in any letter case"):
         Folder(images=str(tmp_path))
     Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
     with pytest.raises(ValueError, match=r"images without a class, 'loose.png' and 0 more: .*or write a labels.csv"):

@@ -677,7 +677,9 @@ def test_evaluator_refuses(files):
         fid.Evaluator(None, extractor=Mean())
     with pytest.raises(ValueError, match="image 3 was given twice"):
         ev.update(images[:5]).update(images[:5], range(3, 8))
-    with pytest.raises(ValueError, match=r"expected uint8 images .* got float32 .*fid.quantize"):
+    with pytest.raises(
+        ValueError, match=r"expected uint8 images .* got float32 in \[0\.00, 255\.00\]\. .* x\.round\(\)"
+    ):
         ev.update(images.float(), range(10, 30))
     with pytest.raises(ValueError, match="5 samples were added, not 6"):
         ev.compute(6)

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -383,6 +386,65 @@ def test_the_default_is_the_published_call_of_torchdiffeq():
         **{"method": "dopri5", "rtol": 1e-3, "atol": 1e-6},
     )[-1]
     assert torch.equal(transport.sample(network, QUANTILES, sampler="ode"), expected)
+
+
+def spoilt(x, t):
+    """NaN from t = 0.4 on."""
+    return torch.where(t[:, None, None, None] > 0.4, torch.nan, x)
+
+
+def blow_up(x, t):
+    """x' = 1 + (5 x)^2, so x = tan(5 t + c) / 5: from x = 0 it ends at t = pi / 10."""
+    return 1 + (5 * x).square()
+
+
+@pytest.mark.parametrize("method", sorted(ADAPTIVE))
+def test_nan_ends_a_solver_that_chooses_its_steps_and_is_named(method):
+    calls = []
+    with pytest.raises(
+        FloatingPointError, match=rf"^{method} cannot go on: the network gives NaN or infinite values near"
+    ):
+        ODE(Transport(), method=method)(lambda x, t: (calls.append(t), spoilt(x, t))[1], torch.randn(3, 1, 2, 2))
+    assert len(calls) < 100  # and soon
+    with pytest.raises(FloatingPointError, match=f"^{method} cannot go on: the network gives NaN"):
+        ODE(Transport(), method=method).bits_per_dim(lambda x, t: x * spoilt(x, 1 - t), torch.randn(3, 1, 2, 2))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "adaptive_heun"])
+def test_a_solver_that_finds_no_step_says_where(method):
+    zero = torch.zeros(2, 1, 2, 2, dtype=FLOAT)
+    with pytest.raises(
+        FloatingPointError, match=f"^{method} finds no step small enough at .*rtol and atol are too small"
+    ) as said:
+        ODE(Transport(), method=method)(blow_up, zero)
+    found = float(str(said.value).partition("t = ")[2].partition(" ")[0])
+    assert abs(found - math.pi / 10) < 1e-3  # as many digits as it says
+
+
+def test_without_assertions_they_end_too():
+    """torchdiffeq's own check is an assertion, which `python -O` leaves out."""
+    program = """if True:
+        import sys, torch
+        sys.path[:0] = [".", "tests"]
+        from test_flow import Transport, blow_up, spoilt
+        for predict in (spoilt, blow_up):
+            try:
+                Transport().sample(predict, torch.zeros(2, 1, 2, 2), sampler="ode")
+            except FloatingPointError as error:
+                print(error)
+    """
+    command = [sys.executable, "-O", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
+    assert [line[:17] for line in done.stdout.splitlines()] == ["dopri5 cannot go ", "dopri5 finds no s"], done.stderr
+
+
+@pytest.mark.parametrize("method", sorted({*ODE_METHODS} - ADAPTIVE))
+def test_nan_goes_through_the_other_methods_to_those_samples_that_have_it(method):
+    x = torch.randn(3, 1, 2, 2)
+    x[1] = torch.nan
+    out = ODE(Transport(), method=method, num_steps=6)(lambda x, t: -x, x)
+    finite = out.isfinite().flatten(1).all(1).tolist()
+    assert finite == [True, False, True]
 
 
 @pytest.mark.parametrize("method", ODE_METHODS)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from dit_vca import Diffusion, DiT
 from runtime.generation import Drawer, Guidance, check_labels, find_class, guided, random_label, slerp, spread
+from runtime.pictures import interpolations, trajectories
 from sit_vca import SiT, Transport
+from vca_engine.images import NonFiniteError
 
 SIZES = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -223,6 +225,44 @@ def test_autocast_computes_in_bf16_and_gives_float32():
     assert latents.dtype == torch.float32
     exact = Drawer(model, sampler, gentle, seed=0).latents([1], [0])
     assert 0 < (latents - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_images_that_are_not_finite_are_counted_and_the_way_out_is_said():
+    """Whether the decoder, the network or the solver gives them."""
+    model, euler = flow(name="ode", method="euler", num_steps=3)
+
+    def spoil(latents):
+        latents[1] = torch.nan
+        return latents
+
+    with pytest.raises(NonFiniteError) as said:
+        Drawer(model, euler, spoil, seed=0)([1, 2, 3], [0, 1, 2])
+    ways = "try an earlier checkpoint, other --weights, more steps or another sampler."
+    assert str(said.value) == f"1 of 3 images hold NaN or infinite values, drawn with these weights; {ways}"
+    guided = {"guidance": Guidance(1e38), "dtype": torch.bfloat16, "weights": "ema of step 7"}
+    with pytest.raises(NonFiniteError, match=r"^2 of 2 images .* with ema of step 7 and cfg_scale 1e\+38; try") as said:
+        Drawer(model, euler, gentle, seed=0, **guided)([1, 2], [0, 1])
+    assert str(said.value).endswith("another sampler, a lower cfg_scale or --precision no.")
+    dopri5 = Transport().sampler({"name": "ode", "method": "dopri5"})
+    model.final_layer.linear.bias.data[0] = torch.nan
+    with pytest.raises(
+        NonFiniteError, match=r"^dopri5 cannot go on: the network gives NaN .* ema of step 7 and cfg_scale"
+    ):
+        Drawer(model, dopri5, gentle, seed=0, **guided)([1, 2], [0, 1])
+
+
+def test_what_is_shown_of_the_way_to_an_image_is_finite_or_said():
+    """Trajectories decode x_t and the predicted clean latent; interpolations draw from other noise."""
+    model, sampler = flow(name="ode", method="euler", num_steps=4)
+    drawer = Drawer(model, sampler, gentle, seed=0, noise_level=Transport().noise_level, guidance=Guidance(1e38))
+    names = [str(k) for k in range(5)]
+    with pytest.raises(NonFiniteError, match=r"^\d of 4 images hold NaN"):
+        trajectories(drawer, Transport().clean, [1, 2], names, 3)
+    with pytest.raises(NonFiniteError, match="^3 of 3 images hold NaN"):
+        interpolations(drawer, [1], names, (0, 1), 3)
+    plain = Drawer(model, sampler, lambda z: z, seed=0, noise_level=Transport().noise_level)
+    with pytest.raises(NonFiniteError, match="^2 of 4 images hold NaN"):
+        trajectories(plain, lambda output, x_t, t: x_t * torch.inf, [1, 2], names, 3)
 
 
 def test_generation_leaves_the_global_random_numbers_alone():

@@ -22,7 +22,7 @@ from runtime.cli import parse
 from runtime.config import Config
 
 ROOT = Path(build.__file__).parent
-PACKAGES = ("vca", "dit_vca", "sit_vca", "runtime", "fid", "demo")
+PACKAGES = ("vca", "dit_vca", "sit_vca", "vca_engine", "runtime", "fid", "demo")
 SCRIPTS = ("train", "sample", "app", "cache_latents", "run", "build", "pipeline", "published")
 OURS = {*PACKAGES, *SCRIPTS}
 FILES = [f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))] + [ROOT / f"{s}.py" for s in SCRIPTS]
@@ -33,44 +33,71 @@ def name_of(file):
     return str(file.relative_to(ROOT))
 
 
-def imports(file):
-    """Top-level names of all modules that a file imports, wherever in it."""
+def modules(file):
+    """Names of all modules that a file imports, wherever in it; `from a import b` may be of a module a.b."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0] if node.level == 0 else file.relative_to(ROOT).parts[0]
+            yield file.relative_to(ROOT).parts[0]
+
+
+def imports(file):
+    """Their top-level names."""
+    return {name.split(".")[0] for name in modules(file)}
 
 
 MAY_IMPORT = {
     "vca": set(),
-    "runtime": {"vca"},  # the registry
-    "fid": set(),
+    "vca_engine": set(),
+    "runtime": {"vca", "vca_engine"},  # of vca the registry
+    "fid": {"vca_engine"},
     "dit_vca": {"vca"},
     "dit_vca/interop/__main__.py": {"vca", "runtime", "build"},  # a program
     "sit_vca": {"vca"},
-    "demo": {"vca", "runtime", "fid", "build"},
+    "demo": {"vca", "vca_engine", "runtime", "fid", "build"},
     "build.py": {"vca", "dit_vca", "sit_vca", "runtime", "fid"},
-    "run.py": {"build", "runtime", "fid"},
+    "run.py": {"build", "vca_engine", "runtime", "fid"},
     "train.py": {"run", "build", "runtime"},
     "published.py": {"build", "dit_vca", "vca", "runtime"},
     "pipeline.py": {"published", "build", "runtime"},
     "sample.py": {"pipeline", "build", "runtime", "fid"},
     "app.py": {"pipeline", "build", "runtime", "sit_vca", "vca"},
-    "cache_latents.py": {"build", "runtime"},
+    "cache_latents.py": {"build", "vca_engine", "runtime"},
 }
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_the_arrows(file):
     owner = file.relative_to(ROOT).parts[0]
-    found = set(imports(file)) & OURS - {owner}
+    found = imports(file) & OURS - {owner}
     assert found <= MAY_IMPORT.get(name_of(file), MAY_IMPORT[owner])
 
 
 def test_the_network_imports_torch_only():
     found = {name for file in (ROOT / "vca").glob("*.py") for name in imports(file)}
     assert found - set(sys.stdlib_module_names) == {"torch", "vca"}
+
+
+def test_the_evaluator_imports_of_the_engine_its_images_only():
+    found = {name for file in (ROOT / "fid").rglob("*.py") for name in modules(file) if name.startswith("vca_engine")}
+    assert found
+    assert all(f"{name}.".startswith("vca_engine.images.") for name in found)
+
+
+def test_images_import_numpy_torch_and_pillow_only():
+    files = sorted((ROOT / "vca_engine" / "images").rglob("*.py"))
+    assert len(files) > 2
+    found = {name for file in files for name in modules(file)}
+    assert {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) == {
+        "numpy",
+        "torch",
+        "PIL",
+        "vca_engine",
+    }
+    assert all(f"{name}.".startswith("vca_engine.images.") for name in found if name.startswith("vca_engine"))
 
 
 def test_every_file_is_looked_at():

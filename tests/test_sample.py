@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import zipfile
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import fid
 import sample
@@ -311,6 +313,48 @@ def test_a_damaged_record_of_the_settings_is_named(sentence, draw, tmp_path):
 def test_a_mistake_is_a_sentence(sentence, trained, tmp_path, wrong, said):
     assert said in sentence("--out", tmp_path / "out", *wrong)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_has_diverged_ends_in_a_sentence(trained, sentence, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for file in run.glob("checkpoints/*/ema.safetensors"):
+        save_file({k: v * torch.nan if k == "blocks.0.mlp.fc1.bias" else v for k, v in load_file(file).items()}, file)
+    for extra in ((), ("--num", 2), ("--likelihood",), ("--weights", "ema")):
+        text = sentence(
+            "--checkpoint", run, "--out", tmp_path / ("x.json" if "--likelihood" in extra else "x.png"), *extra
+        )
+        assert (
+            "ema.safetensors' holds values that are not finite in blocks.0.mlp.fc1.bias: the run has diverged" in text
+        )
+    sample.main(["--checkpoint", str(run), "--weights", "model", "--out", str(tmp_path / "whole.png")])
+
+
+@pytest.mark.parametrize("extra", [("--num", 20), ("--trajectory",), ("--interpolate",), ()])
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+def test_images_that_are_not_finite_never_become_black(sentence, tmp_path, extra, method):
+    """Guidance that overflows float32: no file, but a sentence with the step and what to try."""
+    out = tmp_path / ("many.npz" if "--num" in extra else "x.png")
+    text = sentence("--cfg_scale", 1e38, "--sampler.method", method, "--out", out, *extra)
+    why = r"dopri5 (cannot|finds no step)" if method == "dopri5" else r"\d+ of \d+ images hold NaN or infinite values, "
+    assert re.search(rf"^sample\.py: {why}", text)
+    assert (
+        "drawn with ema of step 30 and cfg_scale 1e+38; try an earlier checkpoint, other --weights, more steps" in text
+    )
+    assert not out.exists()
+
+
+def test_images_that_an_older_version_rounded_otherwise_are_not_filled_up(draw, sentence, tmp_path):
+    """It wrote no word of how pixels are rounded; a likelihood has none."""
+    draw("--num", 3, "--out", tmp_path / "png")
+    record = json.loads((tmp_path / "png" / "samples.json").read_text())
+    assert record.pop("quantize") == "dit"
+    (tmp_path / "png" / "samples.json").write_text(json.dumps(record))
+    assert "made with quantize None (now 'dit'); choose another --out" in sentence(
+        "--num", 5, "--out", tmp_path / "png"
+    )
+    draw("--likelihood", "--num", 2, "--out", tmp_path / "likelihood.json")
+    assert "quantize" not in json.loads((tmp_path / "likelihood.json").read_text())
 
 
 def test_a_gpu_that_is_not_there_is_named(sentence, tmp_path, monkeypatch):

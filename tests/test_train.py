@@ -540,6 +540,22 @@ def test_the_distance_is_measured_as_training_goes_on(tmp_path):
     assert json.loads(found.read_text())["fd"] == pytest.approx(records[-1]["fd"], rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+def test_a_preview_and_a_distance_that_cannot_be_had_are_said_and_training_goes_on(tmp_path, capsys, method):
+    """Guidance that overflows spoils what is drawn, and not what is learned."""
+    options = f"{judged(tmp_path)} --train.sample_every 2 --train.checkpoint_every 2 --sample.sampler.method {method}"
+    folder = run(tmp_path / "run", 4, f"{options} --sample.cfg_scale 1e38")
+    out = capsys.readouterr().out
+    for step in (2, 4):
+        for what in (f"step-{step:08d}.png", f"the FID of step {step}"):
+            (line,) = [line for line in out.splitlines() if line.startswith(f"warning: {what} could not be written")]
+            assert ("images hold NaN or infinite values" if method == "euler" else ": dopri5 ") in line
+            assert f"drawn with ema of step {step} and cfg_scale 1e+38; try" in line
+    assert not (folder / "fid.jsonl").exists()
+    assert not list((folder / "previews").glob("*.png"))
+    assert_same(tensors(folder), tensors(run(tmp_path / "plain", 4)))
+
+
 def test_measuring_needs_a_reference(capsys, tmp_path):
     assert "no fid.reference; name the file" in sentence(capsys, settings(tmp_path, 2, "--fid.every 2"))
     missing = settings(tmp_path, 2, "--fid.every 2 --fid.reference nowhere.npz --fid.extractor classifier")

@@ -508,3 +508,12 @@ def test_weights_of_something_else_and_broken_ones_end_in_a_sentence():
             state[key] = torch.full_like(state[key], value)
         with pytest.raises(ValueError, match=r"^blocks.1.mlp.fc1.bias holds values that are not finite"):
             adapt(state, network())
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_file_of_weights_of_a_run_that_has_diverged_is_named(tmp_path, name):
+    state = network().state_dict()
+    state["blocks.1.mlp.fc1.bias"] = torch.full_like(state["blocks.1.mlp.fc1.bias"], torch.nan)
+    (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{name}' holds values that are not finite in blocks\.1\.mlp\.fc1\.bias: "):
+        read_weights(tmp_path / name)

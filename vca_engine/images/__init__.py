@@ -1,0 +1,33 @@
+"""Images between the disk and a batch: one reader of files and one conversion of pixels, for all who need them.
+
+Training, the cache of latents and the evaluator read the same files to the same pixels, because they read them here.
+Uses the standard library, numpy, torch and Pillow, and no other package of this repository.
+"""
+
+from vca_engine.images.files import LABEL_FILES, SUFFIXES, ImageFiles, UnreadableImageError, is_image
+from vca_engine.images.pixels import (
+    FORMATS,
+    NonFiniteError,
+    centre_crop,
+    from_uint8,
+    open_image,
+    quantize,
+    read_image,
+    to_uint8,
+)
+
+__all__ = [
+    "FORMATS",
+    "LABEL_FILES",
+    "SUFFIXES",
+    "ImageFiles",
+    "NonFiniteError",
+    "UnreadableImageError",
+    "centre_crop",
+    "from_uint8",
+    "is_image",
+    "open_image",
+    "quantize",
+    "read_image",
+    "to_uint8",
+]

@@ -1,0 +1,248 @@
+"""The image files of a folder, or of a .zip of one: which there are, and what is in one."""
+
+import io
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
+
+import numpy as np
+
+from vca_engine.images.pixels import centre_crop, read_image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+LABEL_FILES = ("labels.json", "labels.csv")
+# Bytes of a file. The largest image that Pillow opens, of 179 million pixels, has as many with 3 x 16 bits a pixel,
+# uncompressed; whatever has more is no image, or made to fill the memory.
+MAX_SIZE = 2**30
+T = TypeVar("T")
+
+
+class UnreadableImageError(ValueError):
+    """A file that is no image, or a damaged one; says which."""
+
+
+class ImageFiles:
+    """The image files of a folder, or of a .zip of one; hidden ones and what macOS adds are left out.
+
+    It is read once for all that is there, and can be handed to other processes, each of which opens a .zip for itself.
+
+    Args:
+        root: The folder or .zip; where all images lie in one folder of it, in folders of that or beside a file of labels,
+            that one is meant.
+
+    Attributes:
+        zipped: Whether it is a .zip.
+        prefix: That one folder, with a /; else nothing.
+        names: Of the images, as paths below the root and the prefix, sorted.
+        folders: Names of the folders there, sorted.
+        labels: Which of `LABEL_FILES` is there; None without one.
+
+    Raises:
+        FileNotFoundError: There is neither.
+        ValueError: No images; a .zip that is none, encrypted, or with names that a folder cannot have; or something that
+            is called as an image and is a FIFO, a device or a socket.
+        OSError: A folder cannot be listed.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._archive: tuple[int, zipfile.ZipFile] | None = None
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        self.zipped = self.root.suffix.lower() == ".zip" and self.root.is_file()
+        if not self.zipped and not self.root.is_dir():
+            raise FileNotFoundError(f"{str(root)!r} is neither a folder nor a .zip file.")
+        if self.zipped:
+            self._members = _members_of(self._open_archive(), str(root))
+        found = self.listing()
+        self.prefix = _prefix_of(found)
+        below = [n.removeprefix(self.prefix) for n in found if n.startswith(self.prefix) and n != self.prefix]
+        self.folders = sorted({name.split("/", 1)[0] for name in below if "/" in name})
+        self.labels = next((name for name in LABEL_FILES if name in below), None)
+        self.names = sorted(filter(is_image, below))
+        if not self.names:
+            suffixes = Counter(PurePosixPath(name).suffix.lower() for name in found if not name.endswith("/"))
+            files = ", ".join(f"{n} *{suffix}" for suffix, n in suffixes.most_common(5))
+            raise ValueError(
+                f"{str(root)!r} holds no images (looked for {', '.join(SUFFIXES)} in any letter case, recursively); found "
+                f"{files or 'no files'}."
+            )
+
+    def listing(self) -> list[str]:
+        """All that is there now, as paths below the root, in no order; folders end in a /."""
+        return list(self._members) if self.zipped else _walk(str(self.root))
+
+    def path(self, name: str) -> str:
+        """What a message calls a file."""
+        return os.path.join(self.root, self.prefix + name)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            OSError: The disk does not give it, or it has gone.
+            UnreadableImageError: It has more than `MAX_SIZE` bytes, or cannot be unpacked.
+        """
+        path = self.path(name)
+        try:
+            if self.zipped:
+                member = self._members[self.prefix + name]
+                _check_size(path, member.file_size)  # zipfile unpacks no more than that
+                return self._open_archive().read(member)
+            with open(path, "rb", buffering=0) as file:
+                _check_size(path, os.fstat(file.fileno()).st_size)
+                return file.read()
+        except OSError as error:  # the disk's fault, not the image's
+            raise _unread(path, error) from None
+        except UnreadableImageError:
+            raise
+        except Exception as error:  # of a .zip
+            raise UnreadableImageError(f"{path!r} cannot be unpacked: {error}.") from None
+
+    def decode(self, name: str, how: Callable[[IO[bytes]], T]) -> T:
+        """What `how` makes of an image file.
+
+        Raises:
+            OSError: The disk does not give it, or it has gone.
+            UnreadableImageError: See `read`; and whatever `how` raises, as a sentence with the file's name.
+        """
+        content = io.BytesIO(self.read(name))
+        try:
+            return how(content)
+        except Exception as error:  # damaged files make Pillow raise almost anything
+            raise UnreadableImageError(f"{self.path(name)!r} cannot be read as an image: {error}.") from None
+
+    def pixels(self, name: str, size: int) -> np.ndarray:
+        """An image as it is trained on and measured against: (size, size, 3) uint8, by `read_image` and `centre_crop`.
+
+        Raises:
+            OSError: The disk does not give it, or it has gone.
+            UnreadableImageError: No image, a damaged or an animated one, or one far too small.
+        """
+        return self.decode(name, lambda file: centre_crop(read_image(file), size))
+
+    def stamp(self, name: str) -> str:
+        """What changes with a file's content, as a rule, and is had without reading it: its size, or a .zip's checksum.
+
+        Raises:
+            OSError: The disk does not give it, or it has gone.
+        """
+        if self.zipped:
+            return f"{self._members[self.prefix + name].CRC:08x}"
+        try:
+            return str(os.stat(self.path(name)).st_size)
+        except OSError as error:
+            raise _unread(self.path(name), error) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None}
+
+    def _open_archive(self) -> zipfile.ZipFile:
+        """The .zip, opened once in each process: two that share a file share its position."""
+        if self._archive is None or self._archive[0] != os.getpid():
+            try:
+                self._archive = (os.getpid(), zipfile.ZipFile(self.root))
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ValueError(f"{str(self.root)!r} is not a .zip file, or is cut short: {error}.") from None
+        return self._archive[1]
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name; that of a folder ends in a /."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def _is_hidden(part: str) -> bool:
+    """Of a hidden file or folder, or of what macOS puts into archives."""
+    return part.startswith(".") or part == "__MACOSX"
+
+
+def _walk(root: str) -> list[str]:
+    """All below a folder; links to folders are followed, unless they lead back to where they are.
+
+    A folder's own list says what is a file and what is not, so that no ordinary file is asked for more.
+    """
+    found, waiting = [], [("", {_identity(root)})]
+    while waiting:
+        here, above = waiting.pop()
+        try:
+            entries = [entry for entry in os.scandir(os.path.join(root, here)) if not _is_hidden(entry.name)]
+        except OSError as error:
+            raise OSError(f"{os.path.join(root, here)!r} cannot be listed: {error.strerror or error}.") from None
+        for entry in entries:
+            name = here + entry.name
+            if _is_folder(entry):
+                if (identity := _identity(entry.path)) not in above:
+                    found.append(f"{name}/")
+                    waiting.append((f"{name}/", above | {identity}))
+                continue
+            if (is_image(name) or entry.name in LABEL_FILES) and _is_special(entry):
+                raise ValueError(
+                    f"{entry.path!r} is no file but a FIFO, a device or a socket, or a link to one; remove it."
+                )
+            found.append(name)
+    return found
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, say: whoever reads it is told
+        return False
+
+
+def _is_special(entry: os.DirEntry) -> bool:
+    """Whether it is there and no file: to open it may wait for ever, to read it may never end."""
+    try:
+        return not entry.is_file() and os.path.exists(entry.path)
+    except OSError:
+        return False
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    """The same for each name of a folder."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _members_of(archive: zipfile.ZipFile, root: str) -> dict[str, zipfile.ZipInfo]:
+    """All in a .zip, by the names that they have when it is unpacked, as `_walk` gives them."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        path = member.filename.replace("\\", "/")
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if ".." in parts or re.match(r"/|[A-Za-z]:", path):
+            raise ValueError(f"{root!r} holds {member.filename!r}, which leads out of its folder; pack it anew.")
+        if not parts or any(map(_is_hidden, parts)):
+            continue
+        name = "/".join(parts) + ("/" if path.endswith("/") else "")
+        if name in found and not name.endswith("/"):
+            raise ValueError(f"{root!r} holds {name!r} twice, and only one of them can be meant; pack it anew.")
+        if member.flag_bits & 1:
+            raise ValueError(f"{root!r} is encrypted ({name!r} for one); unpack it, or pack it without a password.")
+        found[name] = member
+    return found
+
+
+def _prefix_of(names: list[str]) -> str:
+    """The one folder, with its slash, that holds all images, in folders or beside a file of labels; else nothing."""
+    images = [name for name in names if is_image(name)]
+    tops = {name.split("/", 1)[0] for name in images if "/" in name}
+    if len(tops) != 1 or any("/" not in name for name in images) or {*LABEL_FILES} & {*names}:
+        return ""
+    prefix = f"{tops.pop()}/"
+    inside = [name.removeprefix(prefix) for name in images]
+    in_folders = all("/" in name for name in inside) and len({name.split("/", 1)[0] for name in inside}) > 1
+    return prefix if in_folders or {prefix + file for file in LABEL_FILES} & {*names} else ""
+
+
+def _unread(path: str, error: OSError) -> OSError:
+    return OSError(f"{path!r} cannot be read: {error.strerror or error}.")
+
+
+def _check_size(path: str, size: int) -> None:
+    if size > MAX_SIZE:
+        raise UnreadableImageError(f"{path!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")
