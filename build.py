@@ -11,10 +11,11 @@ import fid
 import sit_vca
 from dit_vca import Diffusion, DiT, from_diffusers
 from runtime.codecs import CODECS, draw
-from runtime.config import Config, SampleConfig
+from runtime.config import Config, SampleConfig, require
 from runtime.data import DATASETS, Images
 from runtime.generation import Guidance
 from runtime.latents import LatentDataset
+from runtime.reading import Strict
 from runtime.weights import read_weights
 from sit_vca import PATHS, TIMES, SiT, Transport
 from vca import ATTENTIONS, Adapted, Transformer, adapt, build, defaults_of, lookup, options_of, parse_size
@@ -34,12 +35,23 @@ Process = Diffusion | Transport
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a model has to know of its data, kept in each checkpoint so that sampling needs no data."""
+class Shape(Strict):
+    """What a model has to know of its data, kept in each checkpoint so that sampling needs no data.
+
+    Args:
+        image_size: Side of the square images.
+        channels: Of the images.
+        class_names: Of the labels 0, 1, ...
+    """
 
     image_size: int
-    channels: int  # of the images
+    channels: int
     class_names: list[str]
+
+    def __post_init__(self) -> None:
+        require(self.image_size > 0, "image_size", self.image_size, "choose at least 1")
+        require(self.channels > 0, "channels", self.channels, "choose at least 1")
+        require(bool(self.class_names), "class_names", self.class_names, "a model has at least one class")
 
 
 def build_process(config: Config) -> Process:
@@ -71,7 +83,8 @@ def build_guidance(sample: SampleConfig, **others: Any) -> Guidance:
 def describe_sampling(config: Config) -> dict[str, Any]:
     """What, beside the weights and the labels, makes an image what it is: JSON values, with every option of the sampler."""
     kind, spec = config.process["name"], dict(config.sample.sampler or {})
-    name = spec.pop("name", PROCESSES[kind][0].published_sampler)
+    process, _ = lookup(PROCESSES, kind, "process.name")
+    name = spec.pop("name", process.published_sampler)
     options = defaults_of(lookup(SAMPLERS[kind], name, "sample.sampler.name"))
     fields = ("cfg_scale", "guided_channels", "guidance_interval", "seed", "group_size")
     return {
@@ -127,7 +140,7 @@ def build_model(config: Config, shape: Shape, codec: Any) -> Transformer:
     Raises:
         ValueError: The image size is not a multiple of the codec's factor times the patch size.
     """
-    _, model_class = PROCESSES[config.process["name"]]
+    _, model_class = lookup(PROCESSES, config.process["name"], "process.name")
     options = parse_size(config.model.size)
     overrides = {key: getattr(config.model, key) for key in ("patch_size", "hidden_size", "depth", "num_heads")}
     options |= {key: value for key, value in overrides.items() if value is not None}

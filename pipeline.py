@@ -134,7 +134,7 @@ class Pipeline:
         """Of a checkpoint."""
         record = checkpoint.read_record(folder)
         config = from_dict(Config, record["config"], str(folder / checkpoint.RECORD))
-        shape = build.Shape(**record["shape"])
+        shape = from_dict(build.Shape, record["shape"], f"{folder / checkpoint.RECORD}, shape")
         if vae and config.codec["name"] != "vae":
             raise ValueError(f"vae is {vae!r}, but the codec of this model is {config.codec['name']!r}; leave it out.")
         if config.codec["name"] == "vae" and (vae or (folder / VAE).is_dir()):

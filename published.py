@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
 import build
 from dit_vca import BETAS, from_diffusers
+from runtime.codecs import VAECodec
 from runtime.config import Config, ModelConfig
 from runtime.reading import Spec
 from runtime.weights import Weights, read_json, read_weights
-from vca import SIZES, Transformer, adapt, defaults_of, keywords_of, lookup, process_of
+from vca import SIZES, Transformer, adapt, check_type, defaults_of, keywords_of, lookup, process_of
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # of the published DiT and SiT
 VAE = "vae"  # where a folder that holds all it needs has its autoencoder
@@ -54,6 +54,8 @@ def read_published(path: Path, process: str | Spec | None = None, vae: str | Non
     names = known.pop("class_names", None)
     spec = _process_spec(process, known.pop("process", None), found, tensors)
     own = {key: value for key, value in (found.options or {}).items() if key in defaults_of(Transformer)}
+    for key, value in own.items():
+        check_type(Transformer, key, value, f"{str(path)!r}")
     try:
         if "hidden_size" in own or "depth" in own:  # of a folder that DiT.save_pretrained or SiT.save_pretrained wrote
             keywords = {**defaults_of(Transformer), **own}
@@ -79,12 +81,9 @@ def read_published(path: Path, process: str | Spec | None = None, vae: str | Non
     data = {"name": "folder"}
     config = Config(run_dir="", process=spec, data=data, codec={"name": "vae", "path": vae}, model=model)
     try:
-        codec = build.build_codec(config, AutoencoderKL.load_config(vae).get("in_channels", 3))
-    except OSError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
-            f"there is no autoencoder at {vae!r}: {reason} Say where one is by vae (--vae)."
-        ) from None
+        codec = VAECodec(path=vae)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Say where an autoencoder is by vae (--vae).") from None
     if codec.channels != keywords["in_channels"]:
         raise ValueError(
             f"{str(path)!r} takes latents of {keywords['in_channels']} channels, and the autoencoder {vae!r} gives "

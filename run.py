@@ -331,7 +331,7 @@ class Run:
                 if index and not failed:
                     label = functools.partial(random_label, s.seed, num_classes=self.num_classes)
                     try:
-                        images = self.drawer.group(group, s.group_size, label)[: len(index)]
+                        images = self.drawer.group(group, s.group_size, label, range(len(index)))
                     except NonFiniteError as error:  # the other processes do not know of it, and go on
                         failed = str(error)
                         continue

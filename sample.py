@@ -328,7 +328,7 @@ class Sampling:
                 images, indices = [], []
                 for group in groups[k : k + together]:
                     places = [i for i in range(size) if group * size + i in missing]
-                    images.append(self.drawer.group(group, size, self._label)[places])
+                    images.append(self.drawer.group(group, size, self._label, places))
                     indices += [group * size + i for i in places]
                 with uninterrupted():
                     sink.write(indices, np.concatenate(images), [self._label(i) for i in indices])

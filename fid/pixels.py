@@ -68,6 +68,8 @@ def advice(low: float, high: float, numpy: bool = False) -> str:
     if low >= 0 and 2 < high <= 255:  # up to 2 they may be in [0, 1] and overshoot
         form = "x.round().astype(np.uint8)" if numpy else "x.round().to(torch.uint8)"
         return f"Convert with {form}, if they are in [0, 255]."
+    if high > 255:
+        return "No convention of images with this range is known; divide by 257 first if they are of 16 bits."
     clamp = "clip" if numpy else "clamp"
     return (
         "No convention of images with this range is known. What a decoder overshoots is for you to clamp: "
@@ -79,6 +81,8 @@ def _check_dtype(images: Tensor | np.ndarray) -> None:
     if images.dtype in (torch.uint8, np.uint8):
         return
     numpy, tensor = isinstance(images, np.ndarray), torch.as_tensor(images)
+    if tensor.is_complex():
+        raise ValueError(f"expected uint8 images in [0,255]; got {_name_of(tensor)}, which are no pixels.")
     text = f"expected uint8 images in [0,255]; got {_name_of(tensor)}"
     if tensor.numel():
         low, high = _range_of(tensor)

@@ -143,7 +143,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         version, missing = record["format"], {"step", "id", "config", "shape"} - record.keys()
         if version <= FORMAT and missing:
             raise ValueError(f"it lacks {sorted(missing)}")
-    except (ValueError, KeyError, TypeError) as error:
+        if version <= FORMAT and type(record["step"]) is not int:
+            raise ValueError(f"its step is {record['step']!r}")
+        for name in ("config", "shape"):
+            if version <= FORMAT and not isinstance(record[name], dict):
+                raise ValueError(f"its {name} is {record[name]!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {error}. Remove its folder to use the "
             "checkpoint before it."
@@ -153,8 +158,8 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{str(folder)!r} is of format {version}, and this program reads 2 and {FORMAT}; use the version of the program "
             "that wrote it, or a newer one."
         )
-    sample = record["config"].get("sample", {})
-    if "rows" in sample:  # of format 2
+    sample = record["config"].get("sample")
+    if isinstance(sample, dict) and "rows" in sample:  # of format 2
         sample["per_class"] = sample.pop("rows")
     return record
 

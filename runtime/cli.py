@@ -94,7 +94,7 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
             continue
         name, equals, value = word.removeprefix("--").partition("=")
         key = name.replace("-", "_")
-        if key == "print_config":
+        if key == "print_config" and not equals:
             printed = True
             continue
         if not word.startswith("--") or (key != "config" and _owner(key, kinds) is None):
@@ -158,8 +158,7 @@ def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
         cls = next(f.type for f in dataclasses.fields(cls) if f.name == group)
     field, options = next(f for f in dataclasses.fields(cls) if f.name == last), key.removeprefix(owner).split(".")[1:]
     if is_spec(field.type) and (options or (isinstance(value, str) and value not in NULLS)):
-        default = {} if field.default_factory is dataclasses.MISSING else field.default_factory()
-        found[last] = found = _as_dict(found.get(last, default))
+        found[last] = found = _as_dict(found.get(last, _default_of(field)))
         *inner, last = options or ["name"]
         for option in inner:
             found[option] = found = _as_dict(found.get(option))
@@ -177,12 +176,17 @@ def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """All settings; what has to be given and was not, as null."""
     found = {}
     for f in dataclasses.fields(cls):
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         if dataclasses.is_dataclass(f.type):
             found[f.name] = _with_defaults(f.type, values.get(f.name, {}))
         else:
+            default = _default_of(f)
             found[f.name] = values.get(f.name, None if default is dataclasses.MISSING else default)
     return found
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    """The default of a field; dataclasses.MISSING if it has to be given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _help(cls: type, prog: str, description: str, epilog: str) -> str:
@@ -208,7 +212,7 @@ def _help(cls: type, prog: str, description: str, epilog: str) -> str:
             if dataclasses.is_dataclass(f.type):
                 add(f.type, f"{prefix}{f.name}.", f"{prefix}{f.name}", texts[f.name])
                 continue
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            default = _default_of(f)
             choices = [word for k in (f.type, *get_args(f.type)) if get_origin(k) is Literal for word in get_args(k)]
             metavar = (
                 "{" + ",".join(choices) + "}" if choices else "[{true,false}]" if f.type is bool else f.name.upper()

@@ -52,16 +52,16 @@ class VAECodec(nn.Module):
         ValueError: The autoencoder takes other images, or is of another kind.
     """
 
-    def __init__(self, channels: int, *, path: str) -> None:
+    def __init__(self, channels: int | None = None, *, path: str) -> None:
         super().__init__()
         kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
         try:
-            kind = AutoencoderKL.load_config(path).get("_class_name", "AutoencoderKL")
-            if kind not in kinds:
+            kind = dict(AutoencoderKL.load_config(path)).get("_class_name", "AutoencoderKL")
+            if not isinstance(kind, str) or kind not in kinds:
                 raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
             vae = kinds[kind].from_pretrained(path)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
+        except Exception as error:  # of a config that is no autoencoder's diffusers raises almost anything
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise FileNotFoundError(
                 f"codec.path {path!r} is neither a folder saved by diffusers' AutoencoderKL nor a model that the hub "
                 f"can give now: {reason}"
@@ -70,7 +70,7 @@ class VAECodec(nn.Module):
         self.posterior = kind == "AutoencoderKL"
         config = vae.config
         self.image_channels, self.channels = config.in_channels, config.latent_channels
-        if self.image_channels != channels:
+        if channels not in (None, self.image_channels):
             raise ValueError(
                 f"the images have {channels} channel(s), the autoencoder {path!r} takes {self.image_channels}."
             )

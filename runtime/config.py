@@ -47,8 +47,8 @@ class ModelConfig(Strict):
     def __post_init__(self) -> None:
         for key in ("patch_size", "hidden_size", "depth", "num_heads"):
             value = getattr(self, key)
-            require(value is None or value > 0, f"model.{key}", value, "choose at least 1")
-        require(self.mlp_ratio > 0, "model.mlp_ratio", self.mlp_ratio, "choose a positive number")
+            require(value is None or 0 < value <= 2**20, f"model.{key}", value, "choose 1 to a million")
+        require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "choose a positive number up to 1000")
         require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob, "choose [0, 1)")
 
 
@@ -246,7 +246,8 @@ class CacheConfig(Strict):
         precision: Of the codec's arithmetic.
         batch_size: Images encoded together, on each process.
         shard_size: Images in a file.
-        on_error: At an image that cannot be read, stop; or skip it, and list it in the manifest.
+        on_error: At a damaged image, or one that is none, stop; or skip it, and list it in the manifest. What the disk does
+            not give, as a link to nothing, always stops.
     """
 
     moments: bool = True

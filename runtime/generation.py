@@ -214,14 +214,15 @@ class Drawer:
             return self.sample(watched if watch else predict, own if noise is None else noise, generators)
 
     @torch.no_grad()
-    def images(self, latents: Tensor) -> np.ndarray:
-        """(B, C, h, w) -> (B, H, W, 3) uint8.
+    def images(self, latents: Tensor, places: Sequence[int] | None = None) -> np.ndarray:
+        """(B, C, h, w) -> (B, H, W, 3) uint8, of all or of those in some places.
 
         Raises:
             NonFiniteError: Some of them hold NaN or infinite values; says how many, and what to try.
         """
         with self.advising():
-            return to_uint8(self.decode(latents))
+            decoded = self.decode(latents)  # all of them, in one shape
+            return to_uint8(decoded if places is None else decoded[list(places)])
 
     @contextlib.contextmanager
     def advising(self) -> Iterator[None]:
@@ -246,14 +247,16 @@ class Drawer:
         batches = [range(k, min(k + batch_size, len(labels))) for k in range(0, len(labels), batch_size)]
         return np.concatenate([self([labels[i] for i in indices], indices) for indices in batches])
 
-    def group(self, number: int, size: int, label: Callable[[int], int]) -> np.ndarray:
-        """Images number * size ... (number + 1) * size - 1, (size, H, W, 3) uint8.
+    def group(
+        self, number: int, size: int, label: Callable[[int], int], places: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Images number * size ... (number + 1) * size - 1, (size, H, W, 3) uint8; or of these the ones in some places.
 
         Drawn by whole groups, an image has always the same neighbours, and all arithmetic the same shapes: so it is the
         same bit for bit on one kind of device, and for solvers that choose their steps for a whole batch, too.
         """
         indices = range(number * size, (number + 1) * size)
-        return self([label(i) for i in indices], indices)
+        return self.images(self.latents([label(i) for i in indices], indices), places)
 
     def _call(self, network: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """The network, counted, in the precision that was asked for, with an output of the input's."""

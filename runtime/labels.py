@@ -78,14 +78,21 @@ def _read_labels(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
 
 def _pairs_of_json(files: ImageFiles, where: str) -> tuple[list[tuple[str, Any]], list[str] | None]:
     try:
-        content = json.loads(files.read(files.labels))
+        listed = json.loads(files.read(files.labels), object_pairs_hook=list)  # which keeps a key that stands twice
+        if not (isinstance(listed, list) and all(isinstance(pair, tuple) for pair in listed)):
+            raise ValueError("it is no object")
+        content = dict(listed)
         names = content.get("class_names")
-        if names is not None and not isinstance(names, list):
-            raise TypeError("class_names is no list")
-        pairs = content["labels"] if isinstance(content.get("labels"), list) else content.items()
-        pairs = [(str(file), value) for file, value in pairs if file != "class_names"]
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(n, str | int) for n in names) and names
+        ):
+            raise ValueError("class_names is no list of names")
+        if isinstance(content.get("labels"), list):
+            pairs = [(str(file), value) for file, value in content["labels"]]
+        else:
+            pairs = [(file, value) for file, value in listed if file != "class_names"]
         return pairs, None if names is None else [str(name) for name in names]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(
             f'{where!r} cannot be read ({error}); write {{"FILE": CLASS, ...}} or {{"labels": [["FILE", CLASS], ...]}}.'
         ) from None
@@ -100,6 +107,12 @@ def _pairs_of_csv(files: ImageFiles, where: str) -> tuple[list[tuple[str, Any]],
         raise ValueError(f"{where!r} cannot be read ({error}); write lines FILE,CLASS.") from None
     if pairs and pairs[0][0] not in {*files.names} and PurePosixPath(pairs[0][0]).suffix.lower() not in SUFFIXES:
         pairs = pairs[1:]  # a header
-    if all(re.fullmatch(r"-?[0-9]+", value) for _, value in pairs):
-        return [(file, int(value)) for file, value in pairs], None
-    return pairs, None
+    if not all(re.fullmatch(r"-?[0-9]+", value) for _, value in pairs):
+        return pairs, None
+    numbers = {int(value) for _, value in pairs}
+    padded = any(re.match("-?0[0-9]", value) for _, value in pairs)
+    if padded and numbers != {
+        *range(len(numbers))
+    }:  # names such as 007; 00, 01, 02 are numbers, as they have always been
+        return pairs, None
+    return [(file, int(value)) for file, value in pairs], None

@@ -61,9 +61,15 @@ class LatentDataset(Dataset):
             settings = self.manifest["settings"]
             self.class_names: list[str] = settings["class_names"]
             self.image_size, self.channels, self.flip = (settings[k] for k in ("image_size", "channels", "flip"))
-            self.row_shape = (1 + self.flip, *self.manifest["shape"])
+            shape = self.manifest["shape"]
             self.shards: list[dict[str, Any]] = self.manifest["shards"]
             counts = [shard["num_images"] for shard in self.shards]
+            for name, values in (("shape", shape), ("num_images", [self.manifest["num_images"], *counts])):
+                if not (isinstance(values, list) and all(type(value) is int and value > 0 for value in values)):
+                    raise ValueError(f"its {name} is {values!r}")
+            if sum(counts) != self.manifest["num_images"] or len(shape) != 3:
+                raise ValueError(f"its {self.manifest['num_images']} latents {shape} are not those of its shards")
+            self.row_shape = (1 + self.flip, *shape)
             self.labels = check_label_range(np.load(self.folder / LABELS), len(self.class_names))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"latents {path!r} is not a folder made by cache_latents.py: {error}.") from None

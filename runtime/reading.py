@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-from vca import annotations_of, lookup, nearest
+from vca import annotations_of, nearest
 
 Spec = dict[str, Any]
 Parts = Mapping[str, Mapping[str, Any]]  # name of a field or option that is a name with options -> its registry
@@ -98,21 +98,15 @@ def check(cls: type[T], values: Mapping[str, Any]) -> T:
         raise _mistake(cls, values, error) from None
 
 
-def typed(cls: type, values: Mapping[str, Any], parts: Parts, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts in which each word is what its field takes; a word that cannot be that stays, for `check` to refuse.
-
-    Raises:
-        ValueError: A name that its registry has not.
-    """
+def typed(cls: type, values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """Nested dicts in which each word is what its field takes; a word that cannot be that stays, for `check` to refuse."""
     kinds, found = {f.name: f.type for f in dataclasses.fields(cls)}, {}
     for name, value in values.items():
         kind = kinds.get(name, Any)
         if dataclasses.is_dataclass(kind):
-            found[name] = (
-                typed(kind, value, parts, f"{prefix}{name}.") if isinstance(value, dict) else as_type(value, Any)
-            )
+            found[name] = typed(kind, value, parts) if isinstance(value, dict) else as_type(value, Any)
         elif is_spec(kind):
-            found[name] = _as_spec(value, name, parts, prefix + name)
+            found[name] = _as_spec(value, name, parts)
         else:
             found[name] = as_type(value, kind)
     return found
@@ -131,7 +125,7 @@ def as_type(value: Any, kind: Any) -> Any:
         return str(value)
     if not isinstance(value, str):
         return value
-    if isinstance(value, Plain) and value in NULLS and {NoneType, Any} & {*kinds}:
+    if isinstance(value, Plain) and (value == "" or (value in NULLS and {NoneType, Any} & {*kinds})):
         return None
     if item := next((get_args(k)[0] for k in kinds if get_origin(k) is list and str not in kinds), None):
         return [as_type(value, item)]  # a list of one
@@ -168,7 +162,8 @@ def described(kind: Any) -> str:
         elif get_origin(member) is tuple:
             words.append(f"{len(get_args(member))} values, written so: [0.1,0.9]")
         elif get_origin(member) is list:
-            words.append("a list, written so: [3,7]")
+            items = {str: "text", float: "numbers (float)", int: "whole numbers (int)"}
+            words.append(f"a list of {items.get(get_args(member)[0], 'values')}, written so: [3,7]")
         else:
             words.append("a name with options" if is_spec(member) else KINDS.get(member, "a value"))
     return " or ".join(words)
@@ -178,7 +173,9 @@ def unknown(key: str, known: Sequence[str]) -> str:
     """The sentence for a setting that does not exist."""
     if key in ("steps", "num_steps", "num_sampling_steps") and "sampler" in known:
         return f"{key!r} is not a setting; write --sampler.num_steps."
-    return f"{key!r} is not a setting;{nearest(key, known)} see --help for all."
+    last = [name for name in known if name.rpartition(".")[2] == key]  # --lr for --train.lr
+    hint = f" did you mean {last[0]!r}?" if last else nearest(key, known)
+    return f"{key!r} is not a setting;{hint} see --help for all."
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -247,15 +244,10 @@ def write_yaml(values: Mapping[str, Any]) -> str:
     yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 10_000, False
 
     def text(representer: Any, word: str) -> ScalarNode:
-        plain = re.fullmatch(r"[A-Za-z_./][\w./ -]*", word) and word.lower() not in (
-            *TRUTH,
-            *NULLS,
-            "y",
-            "n",
-            ".nan",
-            ".inf",
-        )
-        return representer.represent_scalar("tag:yaml.org,2002:str", word, style=None if plain else "'")
+        taken = word.lower() in (*TRUTH, *NULLS, "y", "n", ".nan", ".inf")
+        simple = not taken and re.fullmatch(r"[A-Za-z_./][\w./ -]*", word)
+        style = None if simple else "'" if word.isprintable() else '"'
+        return representer.represent_scalar("tag:yaml.org,2002:str", word, style=style)
 
     def number(representer: Any, value: float) -> ScalarNode:
         word = re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))  # in YAML 1.1, 1e-05 is a word
@@ -289,15 +281,13 @@ def _items(kinds: tuple[Any, ...], num: int) -> list[Any]:
 
 
 def _unpacked(word: Word, kinds: tuple[Any, ...]) -> Any:
-    """A word of a command line: what is in its brackets, or text where text is meant, of which an empty one is none."""
+    """A word of a command line: what is in its brackets, or text where text is meant and there is some."""
     origins, ends = {get_origin(kind) for kind in kinds}, word[:1] + word[-1:]
     if ends == "[]" and (Any in kinds or origins & {list, tuple, collections.abc.Sequence}):
         return _split(word[1:-1])
     if ends == "{}" and (Any in kinds or origins & {dict, collections.abc.Mapping}):
         return parse_yaml(word)
-    if str in kinds or list[str] in kinds:
-        return None if word == "" and NoneType in kinds else str(word)
-    return Plain(word)
+    return str(word) if word and (str in kinds or list[str] in kinds) else Plain(word)
 
 
 def _split(text: str) -> list[str]:
@@ -312,7 +302,7 @@ def _split(text: str) -> list[str]:
     return found
 
 
-def _as_spec(value: Any, part: str, parts: Parts, where: str) -> Any:
+def _as_spec(value: Any, part: str, parts: Parts) -> Any:
     """A name with options, each as the entry that the name finds takes it, or without a name the first entry that has it."""
     if isinstance(value, Word) and value[:1] == "{":
         value = parse_yaml(value)
@@ -322,19 +312,15 @@ def _as_spec(value: Any, part: str, parts: Parts, where: str) -> Any:
         value = {"name": value}
     if not isinstance(value, dict):
         return as_type(value, Any)
-    registry, kinds = parts.get(part, {}), {}
-    named = [lookup(registry, value["name"], f"{where}.name")] if registry and "name" in value else []
+    registry, name, kinds = parts.get(part, {}), value.get("name"), {}
+    named = [registry[name]] if isinstance(name, str) and name in registry else []
     for entry in [*reversed(registry.values()), *named]:
         kinds |= annotations_of(entry)
     found = {}
     for option, each in value.items():
         kind = kinds.get(option, str if option == "name" else Any)
         if option in parts and is_spec(kind):
-            found[option] = (
-                str(each)
-                if isinstance(each, str) and each[:1] != "{"
-                else _as_spec(each, option, parts, f"{where}.{option}")
-            )
+            found[option] = str(each) if isinstance(each, str) and each[:1] != "{" else _as_spec(each, option, parts)
         else:
             found[option] = as_type(each, kind)
     return found

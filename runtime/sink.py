@@ -5,6 +5,7 @@ process writes its images in their places.
 """
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -383,13 +384,29 @@ def same_as_before(record: Path, settings: dict[str, Any], out: Path) -> None:
         raise ValueError(f"{str(out)!r} is there already and was not made by sample.py; choose another --out.")
     try:
         old = dict(json.loads(record.read_text(encoding="utf-8")))
-        old = old.get("sample", old)  # of the record of an evaluation
+        old = _as_said_now(dict(old.get("sample", old)))  # of the record of an evaluation
     except (ValueError, TypeError):
         raise ValueError(f"{str(record)!r} is damaged, so what is there is unknown; choose another --out.") from None
     if different := differences({key: old.get(key) for key in settings}, settings):
         text = ", ".join(f"{k} {_short(a)} (now {_short(b)})" for k, (a, b) in different.items())
         what = "a measurement" if out.suffix == ".json" else "images"
         raise ValueError(f"{str(out)!r} holds {what} made with {text}; choose another --out, or remove it.")
+
+
+def _as_said_now(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with what earlier versions did not say, where they did what is done now.
+
+    They rounded pixels to even at .5, where float32 images fall by chance only; and they took the steps of ddpm and ddim by
+    the product of the stride, which for most numbers of steps are those of its running sum.
+    """
+    record = {"quantize": "dit", **record}
+    sampler, num_steps = record.get("sampler"), record.get("process", {}).get("num_timesteps")
+    if isinstance(sampler, dict) and sampler.get("name") in ("ddpm", "ddim") and "spacing" not in sampler and num_steps:
+        stride = (num_steps - 1) / (sampler["num_steps"] - 1)
+        places = itertools.accumulate([stride] * (sampler["num_steps"] - 1), initial=0.0)
+        if all(round(i * stride) == round(place) for i, place in enumerate(places)):
+            record["sampler"] = {**sampler, "spacing": "even"}
+    return record
 
 
 def _short(value: Any) -> str:

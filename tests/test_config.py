@@ -1,5 +1,6 @@
 """A run as data: what the files and the command line say is what the program gets, or a sentence says what is wrong."""
 
+import contextlib
 import dataclasses
 import fractions
 import json
@@ -124,7 +125,7 @@ def test_help_describes_every_setting(main, cls, capsys, monkeypatch):
     for key, description in leaves(cls):
         assert f"--{key} " in text, f"{key} is missing"
         assert len(description) > 10, f"{key} is not described"
-        # jsonargparse puts the type and the default after the description
+        # the type and the default come after the description
         assert " ".join(description.rstrip(".").split()) in text, f"{key} is not described by {description!r}"
 
 
@@ -227,14 +228,12 @@ def test_an_abbreviated_option_is_not_accepted(file, capsys):
         ("train.num_steps", "2.5", "int"),
         ("train.num_steps", "true", "int"),
         ("train.ema_warmup", "maybe", "bool"),
-        ("process", "3", "choose one of ['diffusion', 'flow']"),
-        ("data", "5", "choose one of ['digits', 'folder', 'mnist']"),
         ("model.depth", "two", "int"),
     ],
 )
 def test_a_wrong_type_names_the_key_the_value_and_the_type(file, capsys, key, value, kind):
     text = sentence(capsys, "--config", file, f"--{key}", value)
-    assert re.match(rf"train\.py: {re.escape(key)}(\.name)? is '?{value}'?; ", text, re.IGNORECASE)
+    assert re.match(rf"train\.py: {re.escape(key)} is '?{value}'?; ", text, re.IGNORECASE)
     assert kind in text
     values = yaml.safe_load(file.read_text())
     part = values
@@ -489,6 +488,37 @@ def test_every_option_of_every_part_has_a_type_and_keeps_its_words(tmp_path):
                             assert found in (word, expected), (key, name, option, word)
 
 
+@pytest.mark.parametrize("key", ["run_dir", "data.images"])
+def test_what_is_left_empty_is_not_the_folder_that_one_is_in(tmp_path, capsys, key):
+    needed = {"run_dir": "x", "process": "flow", "data": "{name: folder, images: x}", "codec": "pixels"}
+    text = "".join(f"{name}: {value}\n" for name, value in needed.items() if name != key)
+    (tmp_path / "x.yaml").write_text(text.replace("images: x", "images: ") if "." in key else f"{text}run_dir:\n")
+    if key == "run_dir":
+        assert "run_dir is null; it must be text" in sentence(capsys, "--config", tmp_path / "x.yaml")
+        assert "run_dir is null; it must be text" in sentence(capsys, "--config", tmp_path / "x.yaml", "--run_dir=")
+    else:
+        with pytest.raises(ValueError, match="images is None; it must be str"):
+            build.build_images(read("--config", tmp_path / "x.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--process.name", "3"], "process.name is '3'; choose one of ['diffusion', 'flow']"),
+        (["--data", "5"], "data.name is '5'; choose one of ['digits', 'folder', 'mnist']"),
+        (["--sample.sampler", "ddpm"], "sample.sampler.name is 'ddpm'; choose one of ['ode', 'sde']"),
+        (["--lr", "3"], "'lr' is not a setting; did you mean 'train.lr'?"),
+        (["--train.ema_stds", "[0.05,x]"], "train.ema_stds is [0.05, 'x']; it must be a list of numbers (float)"),
+        (["--print_config=no"], "'print_config' is not a setting"),
+    ],
+)
+def test_a_mistake_names_what_is_right(file, capsys, argv, said):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", str(file), *argv])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def executed(marker):
     """Values that would leave `marker` behind if any of them were called."""
     command = f"touch {marker}"
@@ -515,8 +545,10 @@ def test_no_value_in_a_config_or_a_checkpoint_is_called(tmp_path, capsys):
             (tmp_path / "evil.yaml").write_text(json.dumps(nested(key, evil)))
             is_part = key in ("process", "data", "codec", "model.attention", "sample.sampler")
             for argv in (["--config", tmp_path / "evil.yaml"], [f"--{key}={json.dumps(evil)}"]):
-                if is_part and "name" not in evil and key not in ("process", "data", "codec"):
-                    given(Config, *argv)  # a spec without a name: the default's
+                if is_part:  # its name and options are checked when it is built, below
+                    with contextlib.suppress(SystemExit):
+                        given(Config, *argv)
+                    capsys.readouterr()
                 elif {str, list[str]} & {*members(kind)}:  # text, and so on a command line text
                     if argv[0] == "--config":
                         assert key in sentence(

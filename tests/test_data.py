@@ -450,6 +450,9 @@ FLAT = ["0.png", "1.png", "sub/2.png"]
             ["big, dog", "cat"],
         ),
         ("labels.csv", "0.png,-1\n1.png,cat\nsub/2.png,cat\n", [0, 1, 1], ["-1", "cat"]),
+        ("labels.csv", "0.png,007\n1.png,010\nsub/2.png,007\n", [0, 1, 0], ["007", "010"]),  # names
+        ("labels.csv", "0.png,00\n1.png,01\nsub/2.png,01\n", [0, 1, 1], ["0", "1"]),  # numbers, as ever
+        ("labels.csv", "0.png,no\n1.png,null\nsub/2.png,1e3\n", [1, 2, 0], ["1e3", "no", "null"]),
     ],
 )
 def test_classes_of_a_file_of_labels(tmp_path, file, text, labels, names):
@@ -488,8 +491,12 @@ def test_classes_of_a_file_of_labels(tmp_path, file, text, labels, names):
         ('{"0.png": "", "1.png": "a", "sub/2.png": "b"}', "neither all whole numbers nor all names"),
         ('{"class_names": ["a", "a"], "0.png": "a", "1.png": "a", "sub/2.png": "a"}', "has a class name twice"),
         ('{"class_names": "ab", "0.png": "a", "1.png": "a", "sub/2.png": "a"}', "class_names is no list"),
+        ('{"0.png": "a", "0.png": "b", "1.png": "a", "sub/2.png": "a"}', "names an image twice"),
+        ('{"class_names": [{"a": 1}], "0.png": 0, "1.png": 0, "sub/2.png": 0}', "class_names is no list of names"),
+        ('{"class_names": [], "0.png": 0, "1.png": 0, "sub/2.png": 0}', "class_names is no list of names"),
         ("[1, 2]", "cannot be read"),
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
     ],
 )
 def test_a_file_of_labels_that_does_not_fit(tmp_path, text, sentence):

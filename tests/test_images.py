@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import socket
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -296,3 +297,22 @@ def test_it_may_be_handed_to_another_process(odd):
         there = pickle.loads(pickle.dumps(here))
         assert there.names == here.names
         assert np.array_equal(there.pixels("cat/rgb.png", SIZE), here.pixels("cat/rgb.png", SIZE))
+
+
+def test_a_large_file_that_is_no_image_is_not_read(tmp_path):
+    """Half a gibibyte of zeros, in a folder and in a .zip of 64 KB, is refused by its first bytes."""
+    with (tmp_path / "zeros.png").open("wb") as file:
+        file.truncate(2**29)
+    with (
+        zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("zeros.png", "w") as member,
+    ):
+        for _ in range(64):
+            member.write(bytes(2**20))
+    for root in (tmp_path, tmp_path / "x.zip"):
+        tracemalloc.start()
+        with pytest.raises(UnreadableImageError, match="zeros.png' cannot be read as an image: it is in none"):
+            ImageFiles(root).pixels("zeros.png", 16)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**22

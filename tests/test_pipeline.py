@@ -492,3 +492,53 @@ def test_a_diffusion_has_no_likelihood(tmp_path, capsys):
 def test_a_saved_pipeline_is_a_checkpoint(saved):
     record = checkpoint.read_record(saved[0])
     assert (record["step"], record["id"], record["origin"]["kind"]) == (7, "x", "checkpoint")
+
+
+def nodes(value, path=()):
+    """The place of every value in nested dicts and lists, the containers themselves, too."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from nodes(child, (*path, key))
+
+
+ODD = [
+    {"class_path": "os.system", "init_args": {"command": "touch executed"}},
+    "os.system",
+    7,
+    -1,
+    2.5,
+    None,
+    [],
+    True,
+    10**30,
+]
+
+
+def test_no_value_in_a_record_is_called_or_ends_without_a_sentence(tmp_path, capsys, monkeypatch):
+    """Each place of checkpoint.json in turn holds what does not belong there: an image is drawn, or a sentence said."""
+    monkeypatch.chdir(tmp_path)
+    pipe = small(tmp_path / "run", sampler={"name": "ode", "method": "euler", "num_steps": 2}, per_class=1)
+    pipe.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / "checkpoint.json"
+    record = json.loads(file.read_text())
+    said = 0
+    for number, path in enumerate(
+        nodes({name: record[name] for name in ("format", "step", "id", "config", "shape", "codec")})
+    ):
+        for odd in (ODD[number % len(ODD)], ODD[0]):
+            changed = json.loads(json.dumps(record))
+            owner = changed
+            for key in path[:-1]:
+                owner = owner[key]
+            if path:
+                owner[path[-1]] = odd
+            file.write_text(json.dumps(changed if path else odd))
+            try:
+                sample.main([str(tmp_path / "saved"), "--classes", "0", "--out", str(tmp_path / "x.png")])
+            except SystemExit as stop:
+                assert stop.code == 2, (path, odd)
+                said += 1
+    assert said > 100
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()

@@ -1,5 +1,6 @@
 """What sample.py writes: the same images whatever the batch, the form and the interruptions, or a sentence."""
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from runtime import ema, stop
 from runtime import sink as sinks
 from runtime.codecs import sha256_of
 from runtime.generation import Drawer
+from runtime.sink import same_as_before
 from runtime.weights import read_weights
 from sit_vca import SiT
 
@@ -344,17 +346,29 @@ def test_images_that_are_not_finite_never_become_black(sentence, tmp_path, extra
     assert not out.exists()
 
 
-def test_images_that_an_older_version_rounded_otherwise_are_not_filled_up(draw, sentence, tmp_path):
+def test_images_that_an_older_version_began_are_filled_up_as_it_would_have(draw, tmp_path):
     """It wrote no word of how pixels are rounded; a likelihood has none."""
-    draw("--num", 3, "--out", tmp_path / "png")
-    record = json.loads((tmp_path / "png" / "samples.json").read_text())
+    draw("--num", 5, "--out", tmp_path / "whole")
+    draw("--num", 3, "--out", tmp_path / "part")
+    file = tmp_path / "part" / "samples.json"
+    record = json.loads(file.read_text())
     assert record.pop("quantize") == "dit"
-    (tmp_path / "png" / "samples.json").write_text(json.dumps(record))
-    assert "made with quantize None (now 'dit'); choose another --out" in sentence(
-        "--num", 5, "--out", tmp_path / "png"
-    )
+    file.write_text(json.dumps(record))
+    draw("--num", 5, "--out", tmp_path / "part")
+    for i in range(5):
+        assert (tmp_path / "part" / f"{i:06d}.png").read_bytes() == (tmp_path / "whole" / f"{i:06d}.png").read_bytes()
     draw("--likelihood", "--num", 2, "--out", tmp_path / "likelihood.json")
     assert "quantize" not in json.loads((tmp_path / "likelihood.json").read_text())
+
+
+@pytest.mark.parametrize(("num_steps", "same"), [(250, True), (50, True), (21, False)])
+def test_images_begun_with_other_steps_of_ddpm_are_not_filled_up(tmp_path, num_steps, same):
+    """Before `spacing` was an option, 278 of the 999 numbers of steps had one step of another place."""
+    old = {"process": {"num_timesteps": 1000}, "sampler": {"name": "ddpm", "num_steps": num_steps}}
+    now = {**old, "sampler": {**old["sampler"], "spacing": "even"}, "quantize": "dit"}
+    (tmp_path / "samples.json").write_text(json.dumps(old))
+    with contextlib.nullcontext() if same else pytest.raises(ValueError, match="made with sampler.spacing None"):
+        same_as_before(tmp_path / "samples.json", now, tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_named(sentence, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from vca.attention import Differential, VisualContrastAttention, lambda_init
 from vca.baseline import DifferentialAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
 from vca.infer import keywords_of, process_of
-from vca.registry import annotations_of, build, defaults_of, lookup, nearest, options_of
+from vca.registry import annotations_of, build, check_type, defaults_of, lookup, nearest, options_of
 from vca.transformer import ATTENTIONS, SIZES, Transformer, parse_size
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "adapt",
     "annotations_of",
     "build",
+    "check_type",
     "defaults_of",
     "keywords_of",
     "lambda_init",

@@ -65,13 +65,13 @@ def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in options:
         raise ValueError(f"{where} is {options}; it needs a name, one of {sorted(registry)}.")
-    name = str(options.pop("name"))
+    name = options.pop("name")
     entry = lookup(registry, name, f"{where}.name")
     allowed = [option for option in options_of(entry) if option not in given]
     for option in options:
         if option not in allowed:
             raise ValueError(f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}.")
-        _check_type(entry, option, options[option], f"{where} {name!r}")
+        check_type(entry, option, options[option], f"{where} {name!r}")
     parameters = inspect.signature(entry).parameters
     missing = [o for o in allowed if o not in options and parameters[o].default is inspect.Parameter.empty]
     if missing:
@@ -79,8 +79,11 @@ def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str
     return entry(*args, **options, **given)
 
 
-def _check_type(entry: Callable[..., Any], option: str, value: Any, where: str) -> None:
-    """The kind of value is checked against the annotation; which numbers and words are right is the entry's own business."""
+def check_type(entry: Callable[..., Any], option: str, value: Any, where: str) -> None:
+    """Raise ValueError if a value is not of the kind of an option: a number, a word, a truth value, a list or a mapping.
+
+    Which numbers and words are right is the entry's own business.
+    """
     kinds = annotations_of(entry)[option]
     kinds = get_args(kinds) if get_origin(kinds) in (Union, UnionType) else (kinds,)
     if not any(_is(kind, value) for kind in kinds):
@@ -92,16 +95,14 @@ def _check_type(entry: Callable[..., Any], option: str, value: Any, where: str) 
 def _is(kind: Any, value: Any) -> bool:
     """Whether a value is of a kind: a whole or finite number, a truth value, a word, None, a list or a mapping."""
     if kind in (int, float):
-        return (
-            isinstance(value, int if kind is int else int | float) and type(value) is not bool and math.isfinite(value)
-        )
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
     origin = get_origin(kind)
     allowed = {Literal: str, tuple: list | tuple, Sequence: list | tuple, Mapping: Mapping}.get(origin, kind)
     if allowed in (bool, str, NoneType, list | tuple, Mapping):
         return isinstance(value, allowed)
-    return not isinstance(
-        value, bool | int | float | str | None | list | dict
-    )  # an object, of a program and not of a file
+    # Of any other kind is an object, which a program has made: no value of a file is one.
+    return not isinstance(value, bool | int | float | str | None | list | dict)
 
 
 def _described(kind: Any) -> str:

@@ -87,7 +87,7 @@ def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
 def _pipeline(folder: Path, record: dict[str, Any], weights: str) -> tuple[DiTPipeline, DiT]:
     """diffusers' pipeline of a checkpoint, and its network."""
     config = from_dict(Config, record["config"], str(folder / checkpoint.RECORD))
-    shape = build.Shape(**record["shape"])
+    shape = from_dict(build.Shape, record["shape"], f"{folder / checkpoint.RECORD}, shape")
     if config.process["name"] != "diffusion":
         raise ValueError(f"the process is {config.process['name']!r}, and diffusers draws from a diffusion; {INSTEAD}.")
     if config.codec["name"] != "vae":

@@ -5,13 +5,14 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from vca_engine.images.pixels import centre_crop, read_image
+from vca_engine.images.pixels import centre_crop, check_beginning, read_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 LABEL_FILES = ("labels.json", "labels.csv")
@@ -79,26 +80,30 @@ class ImageFiles:
         """What a message calls a file."""
         return os.path.join(self.root, self.prefix + name)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, check: Callable[[bytes], None] | None = None) -> bytes:
         """The content of a file.
+
+        Args:
+            name: One of `names`, or `labels`.
+            check: Gets its first 16 bytes, and raises ValueError where the rest need not be read.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
-            UnreadableImageError: It has more than `MAX_SIZE` bytes, or cannot be unpacked.
+            UnreadableImageError: It has more than `MAX_SIZE` bytes, is refused by `check`, or cannot be unpacked.
         """
         path = self.path(name)
         try:
-            if self.zipped:
-                member = self._members[self.prefix + name]
-                _check_size(path, member.file_size)  # zipfile unpacks no more than that
-                return self._open_archive().read(member)
-            with open(path, "rb", buffering=0) as file:
-                _check_size(path, os.fstat(file.fileno()).st_size)
-                return file.read()
-        except OSError as error:  # the disk's fault, not the image's
-            raise _unread(path, error) from None
+            with self._open(name) as (file, size):
+                if size > MAX_SIZE:
+                    raise UnreadableImageError(f"{path!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")
+                head = file.read(16)
+                if check:
+                    self._told(name, lambda: check(head))
+                return head + file.read()
         except UnreadableImageError:
             raise
+        except OSError as error:  # the disk's fault, not the image's
+            raise _unread(path, error) from None
         except Exception as error:  # of a .zip
             raise UnreadableImageError(f"{path!r} cannot be unpacked: {error}.") from None
 
@@ -109,11 +114,8 @@ class ImageFiles:
             OSError: The disk does not give it, or it has gone.
             UnreadableImageError: See `read`; and whatever `how` raises, as a sentence with the file's name.
         """
-        content = io.BytesIO(self.read(name))
-        try:
-            return how(content)
-        except Exception as error:  # damaged files make Pillow raise almost anything
-            raise UnreadableImageError(f"{self.path(name)!r} cannot be read as an image: {error}.") from None
+        content = io.BytesIO(self.read(name, check_beginning))
+        return self._told(name, lambda: how(content))
 
     def pixels(self, name: str, size: int) -> np.ndarray:
         """An image as it is trained on and measured against: (size, size, 3) uint8, by `read_image` and `centre_crop`.
@@ -139,6 +141,25 @@ class ImageFiles:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
+
+    def _told(self, name: str, what: Callable[[], T]) -> T:
+        """What a call gives, or its error as a sentence with the file's name."""
+        try:
+            return what()
+        except Exception as error:  # damaged files make Pillow raise almost anything
+            reason = str(error).rstrip(".")
+            raise UnreadableImageError(f"{self.path(name)!r} cannot be read as an image: {reason}.") from None
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
+        """A file and its size; of a .zip, no more than that is unpacked."""
+        if self.zipped:
+            member = self._members[self.prefix + name]
+            with self._open_archive().open(member) as file:
+                yield file, member.file_size
+        else:
+            with open(self.path(name), "rb", buffering=0) as file:
+                yield file, os.fstat(file.fileno()).st_size
 
     def _open_archive(self) -> zipfile.ZipFile:
         """The .zip, opened once in each process: two that share a file share its position."""
@@ -241,8 +262,3 @@ def _prefix_of(names: list[str]) -> str:
 
 def _unread(path: str, error: OSError) -> OSError:
     return OSError(f"{path!r} cannot be read: {error.strerror or error}.")
-
-
-def _check_size(path: str, size: int) -> None:
-    if size > MAX_SIZE:
-        raise UnreadableImageError(f"{path!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")

@@ -8,6 +8,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # of Pillow's those that run no other program
+NO_FORMAT = f"it is in none of the formats {', '.join(FORMATS)}"
 MAX_PIXELS = 2**30 // 6  # of which Pillow refuses to open more
 
 
@@ -43,6 +44,13 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return quantize(images).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
 
 
+def check_beginning(head: bytes) -> None:
+    """Raise ValueError if a file that begins so, with 16 bytes, is in none of `FORMATS`."""
+    Image.init()
+    if not any(Image.OPEN[name][1](head) for name in FORMATS if name in Image.OPEN):
+        raise ValueError(NO_FORMAT)
+
+
 def open_image(file: IO[bytes]) -> Image.Image:
     """An image file, opened and not yet decoded.
 
@@ -52,7 +60,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"it is in none of the formats {', '.join(FORMATS)}") from None
+        raise ValueError(NO_FORMAT) from None
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # an MPO is a photograph with a preview of itself
         raise ValueError(f"it is animated, or has several pages ({frames})")
