@@ -56,6 +56,9 @@ def read_published(path: Path, process: str | Spec | None = None, vae: str | Non
     own = {key: value for key, value in (found.options or {}).items() if key in defaults_of(Transformer)}
     for key, value in own.items():
         check_type(Transformer, key, value, f"{str(path)!r}")
+        sizes = value if isinstance(value, list) else [value] if type(value) is int else []
+        if not all(type(size) is int and 0 < size <= 2**20 for size in sizes) or value == []:
+            raise ValueError(f"{str(path)!r}: {key} is {value!r}; no network has such a size.")
     try:
         if "hidden_size" in own or "depth" in own:  # of a folder that DiT.save_pretrained or SiT.save_pretrained wrote
             keywords = {**defaults_of(Transformer), **own}

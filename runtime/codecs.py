@@ -54,12 +54,8 @@ class VAECodec(nn.Module):
 
     def __init__(self, channels: int | None = None, *, path: str) -> None:
         super().__init__()
-        kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
         try:
-            kind = dict(AutoencoderKL.load_config(path)).get("_class_name", "AutoencoderKL")
-            if not isinstance(kind, str) or kind not in kinds:
-                raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
-            vae = kinds[kind].from_pretrained(path)
+            kind, vae, shift, scale = _load_vae(path)
         except Exception as error:  # of a config that is no autoencoder's diffusers raises almost anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise FileNotFoundError(
@@ -76,8 +72,6 @@ class VAECodec(nn.Module):
             )
         blocks = config.block_out_channels if self.posterior else config.encoder_block_out_channels
         self.downsample = 2 ** (len(blocks) - 1)
-        shift = torch.tensor(config.get("latents_mean") or config.get("shift_factor") or 0.0)
-        scale = config.scaling_factor / torch.tensor(config.get("latents_std") or 1.0)
         self.register_buffer("shift", shift.reshape(-1, 1, 1), persistent=False)  # (C or 1, 1, 1)
         self.register_buffer("scale", scale.reshape(-1, 1, 1), persistent=False)
         scale, shift = (value.flatten().tolist() for value in (self.scale, self.shift))
@@ -98,6 +92,20 @@ class VAECodec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, H/f, W/f) -> images (B, 1 or 3, H, W) in about [-1, 1]."""
         return self.vae.decode(latents / self.scale + self.shift).sample
+
+
+def _load_vae(path: str) -> tuple[str, nn.Module, Tensor, Tensor]:
+    """The class of an autoencoder, itself, and the shift and scale of its latents, (C,) or ()."""
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    kind = dict(AutoencoderKL.load_config(path)).get("_class_name", "AutoencoderKL")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
+    vae = kinds[kind].from_pretrained(path)
+    if any(p.is_meta for p in vae.parameters()):
+        raise ValueError("its config.json asks for weights that its file has not")
+    shift = torch.tensor(vae.config.get("latents_mean") or vae.config.get("shift_factor") or 0.0)
+    scale = vae.config.scaling_factor / torch.tensor(vae.config.get("latents_std") or 1.0)
+    return kind, vae, shift, scale
 
 
 CODECS = {"pixels": PixelCodec, "vae": VAECodec}

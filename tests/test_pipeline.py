@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from dit_vca.interop import diffusers_config
 from dit_vca.interop.__main__ import export
 from pipeline import Pipeline
 from runtime import checkpoint
-from runtime.codecs import PixelCodec
+from runtime.codecs import PixelCodec, VAECodec
 from runtime.config import Config, ModelConfig, SampleConfig, to_dict
 from runtime.pictures import trajectories
 from sit_vca import SiT
@@ -502,17 +503,8 @@ def nodes(value, path=()):
         yield from nodes(child, (*path, key))
 
 
-ODD = [
-    {"class_path": "os.system", "init_args": {"command": "touch executed"}},
-    "os.system",
-    7,
-    -1,
-    2.5,
-    None,
-    [],
-    True,
-    10**30,
-]
+EVIL = {"class_path": "os.system", "init_args": {"command": "touch executed"}}
+ODD = [EVIL, "os.system", 7, -1, 2.5, None, [], True, 10**30]
 
 
 def test_no_value_in_a_record_is_called_or_ends_without_a_sentence(tmp_path, capsys, monkeypatch):
@@ -526,7 +518,7 @@ def test_no_value_in_a_record_is_called_or_ends_without_a_sentence(tmp_path, cap
     for number, path in enumerate(
         nodes({name: record[name] for name in ("format", "step", "id", "config", "shape", "codec")})
     ):
-        for odd in (ODD[number % len(ODD)], ODD[0]):
+        for odd in (ODD[number % len(ODD)], EVIL):
             changed = json.loads(json.dumps(record))
             owner = changed
             for key in path[:-1]:
@@ -542,3 +534,20 @@ def test_no_value_in_a_record_is_called_or_ends_without_a_sentence(tmp_path, cap
     assert said > 100
     assert "Traceback" not in capsys.readouterr().err
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("_class_name", EVIL, "it is a {'class_path'"),
+        ("latents_mean", EVIL, "neither a folder saved by"),
+        ("layers_per_block", 3, "asks for weights that its file has not"),
+        ("act_fn", EVIL, "neither a folder saved by"),
+    ],
+)
+def test_a_config_of_an_autoencoder_that_is_none_is_a_sentence(vae, tmp_path, key, value, said):
+    folder = Path(shutil.copytree(vae, tmp_path / "vae"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(FileNotFoundError, match=re.escape(said)):
+        VAECodec(path=str(folder))
