@@ -44,7 +44,7 @@ class VAECodec(nn.Module):
     scale is `scaling_factor`, over `latents_std` where that is given; shift is `latents_mean` or `shift_factor`, else 0.
 
     Args:
-        channels: Channels of the images; must be those of the autoencoder.
+        channels: Channels of the images, which must be those of the autoencoder; not given means whatever it takes.
         path: A folder saved by diffusers, or a name on the Hugging Face hub, e.g. stabilityai/sd-vae-ft-mse.
 
     Raises:
