@@ -4,8 +4,8 @@ Imports torch only and is usable alone: `from vca import VisualContrastAttention
 """
 
 from vca.adapt import Adapted, adapt
-from vca.attention import Differential, VisualContrastAttention, lambda_init
-from vca.baseline import DifferentialAttention, SelfAttention
+from vca.attention import AgentAttention, Differential, VisualContrastAttention, lambda_init
+from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
 from vca.infer import keywords_of, process_of
 from vca.registry import annotations_of, build, defaults_of, lookup, nearest, options_of
@@ -15,9 +15,11 @@ __all__ = [
     "ATTENTIONS",
     "SIZES",
     "Adapted",
+    "AgentAttention",
     "Differential",
     "DifferentialAttention",
     "LabelEmbedding",
+    "LinearAttention",
     "SelfAttention",
     "TimestepEmbedding",
     "Transformer",

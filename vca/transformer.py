@@ -15,12 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vca.attention import VisualContrastAttention, check_heads
-from vca.baseline import DifferentialAttention, SelfAttention
+from vca.attention import AgentAttention, VisualContrastAttention
+from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
+from vca.layer import check_heads
 from vca.registry import build, lookup
 
-ATTENTIONS = {"vca": VisualContrastAttention, "mhsa": SelfAttention, "differential": DifferentialAttention}
+ATTENTIONS = {
+    "vca": VisualContrastAttention,
+    "mhsa": SelfAttention,
+    "differential": DifferentialAttention,
+    "agent": AgentAttention,
+    "linear": LinearAttention,
+}
 
 SIZES = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
