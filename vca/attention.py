@@ -52,7 +52,8 @@ class Differential(nn.Module):
         """(..., d), (..., d) -> (..., d)."""
         dtype = torch.promote_types(positive.dtype, torch.float32)
         contrast = positive.to(dtype) - self.scale(dtype) * negative.to(dtype)  # (..., d)
-        return self.normalise(contrast).to(positive.dtype)
+        # In this order since the first version, whose checkpoints draw the same bits.
+        return ((1 - self.lambda_init) * self._norm(contrast, self.norm.weight)).to(positive.dtype)
 
     def scale(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Lambda, ()."""
@@ -60,15 +61,17 @@ class Differential(nn.Module):
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
     def subtrahend(self, x: Tensor) -> Tensor:
-        """-lambda x, (..., d), for sums that take the difference by themselves."""
+        """-lambda x, (..., d), where a sum takes the difference by itself and `normalise` does the rest."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return (-self.scale(dtype) * x.to(dtype)).to(x.dtype)
 
     def normalise(self, contrast: Tensor) -> Tensor:
-        """(1 - lambda_init) RMSNorm of the difference: (..., d) -> (..., d)."""
+        """(1 - lambda_init) RMSNorm of a difference: (..., d) -> (..., d)."""
         dtype = torch.promote_types(contrast.dtype, torch.float32)
-        out = F.rms_norm(contrast.to(dtype), self.norm.normalized_shape, self.norm.weight.to(dtype), self.norm.eps)
-        return ((1 - self.lambda_init) * out).to(contrast.dtype)
+        return self._norm(contrast.to(dtype), (1 - self.lambda_init) * self.norm.weight).to(contrast.dtype)
+
+    def _norm(self, contrast: Tensor, gain: Tensor) -> Tensor:
+        return F.rms_norm(contrast, self.norm.normalized_shape, gain.to(contrast.dtype), self.norm.eps)
 
 
 class VisualContrastAttention(Attention):
@@ -148,8 +151,9 @@ class VisualContrastAttention(Attention):
         if not embed_std > 0:
             raise ValueError(f"attention.embed_std is {embed_std}; choose a positive number.")
         self.positive, self.negative, self.softmax = positive, negative, softmax
+        self.num_contrast_tokens = math.prod(self.contrast_grid)
 
-        shape = (1, math.prod(self.contrast_grid), dim)
+        shape = (1, self.num_contrast_tokens, dim)
         has_negative = "differential" in stages
         self.positive_embed = nn.Parameter(torch.randn(shape) * embed_std) if "embed" in positive else None
         self.negative_embed = (
@@ -160,30 +164,29 @@ class VisualContrastAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
-        positive, negative = self.contrast_tokens(q)  # 2 x (B, h, n, d)
+        tokens = self.contrast_tokens(q)  # (B, h, 2n, d), or (B, h, n, d) where both stages are plain
+        positive, negative = tokens.tensor_split([self.num_contrast_tokens], dim=2)  # 2 x (B, h, n, d)
         if self.stage1:  # 2n queries look at the P+N keys
-            both = F.scaled_dot_product_attention(torch.cat([positive, negative], dim=2), k, v)  # (B, h, 2n, d)
+            both = F.scaled_dot_product_attention(tokens, k, v)  # (B, h, 2n, d)
             contrast = self.stage1(*both.chunk(2, dim=2))  # (B, h, n, d)
         else:
             contrast = F.scaled_dot_product_attention(positive, k, v)  # (B, h, n, d)
 
         if self.stage2 and self.softmax == "joint":  # P+N queries look at 2n contrast tokens
             values = torch.cat([contrast, self.stage2.subtrahend(contrast)], dim=2)  # (B, h, 2n, d)
-            out = F.scaled_dot_product_attention(q, torch.cat([positive, negative], dim=2), values)  # (B, h, P+N, d)
-            return self.stage2.normalise(out)
+            return self.stage2.normalise(F.scaled_dot_product_attention(q, tokens, values))  # (B, h, P+N, d)
         out = F.scaled_dot_product_attention(q, positive, contrast)  # (B, h, P+N, d)
         return self.stage2(out, F.scaled_dot_product_attention(q, negative, contrast)) if self.stage2 else out
 
-    def contrast_tokens(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """t+ and t-, (B, h, n, d) each, of the queries (B, h, P+N, d); no t- where both stages are plain."""
+    def contrast_tokens(self, q: Tensor) -> Tensor:
+        """[t+; t-] of the queries, (B, h, P+N, d) -> (B, h, 2n, d); t+ alone, (B, h, n, d), where both stages are plain."""
         image = to_map(q[:, :, self.num_prefix_tokens :], self.grid_size)  # (B, C, H, W)
         pooled = F.adaptive_avg_pool2d(image, self.contrast_grid)  # (B, C, a, b)
-        # Contiguous, since kernels without an attention map in memory need keys whose last stride is 1.
-        pooled = pooled.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3).contiguous()  # (B, h, n, d)
-        positive = self._stream(pooled, self.positive, self.positive_embed)
+        pooled = pooled.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # (B, h, n, d)
+        streams = [self._stream(pooled, self.positive, self.positive_embed)]
         if self.stage1 or self.stage2:
-            return positive, self._stream(pooled, self.negative, self.negative_embed)
-        return positive, None
+            streams.append(self._stream(pooled, self.negative, self.negative_embed))
+        return torch.cat(streams, dim=2).contiguous()  # kernels without a map in memory need a last stride of 1
 
     def extra_repr(self) -> str:
         """The grids and the form, for `print(model)`."""

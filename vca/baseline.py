@@ -93,7 +93,7 @@ class DifferentialAttention(Attention):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As in `Attention`, each half normalised by itself."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, h, P+N, d)
+        q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, dim=-1))
         halves = (norm(z.unflatten(-1, (2, -1))).flatten(-2) for z, norm in ((q, self.q_norm), (k, self.k_norm)))
         return *halves, v
 
