@@ -9,7 +9,7 @@ from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
 from vca.infer import keywords_of, process_of
 from vca.registry import annotations_of, build, defaults_of, lookup, nearest, options_of
-from vca.transformer import ATTENTIONS, SIZES, Transformer, parse_size
+from vca.transformer import ATTENTIONS, SIZES, Transformer, before_joint, parse_size, resolved_attention
 
 __all__ = [
     "ATTENTIONS",
@@ -26,6 +26,7 @@ __all__ = [
     "VisualContrastAttention",
     "adapt",
     "annotations_of",
+    "before_joint",
     "build",
     "defaults_of",
     "keywords_of",
@@ -35,5 +36,6 @@ __all__ = [
     "options_of",
     "parse_size",
     "process_of",
+    "resolved_attention",
     "sincos_2d",
 ]

@@ -92,16 +92,14 @@ def _check_type(entry: Callable[..., Any], option: str, value: Any, where: str) 
 def _is(kind: Any, value: Any) -> bool:
     """Whether a value is of a kind: a whole or finite number, a truth value, a word, None, a list or a mapping."""
     if kind in (int, float):
-        return (
-            isinstance(value, int if kind is int else int | float) and type(value) is not bool and math.isfinite(value)
-        )
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
     origin = get_origin(kind)
     allowed = {Literal: str, tuple: list | tuple, Sequence: list | tuple, Mapping: Mapping}.get(origin, kind)
     if allowed in (bool, str, NoneType, list | tuple, Mapping):
         return isinstance(value, allowed)
-    return not isinstance(
-        value, bool | int | float | str | None | list | dict
-    )  # an object, of a program and not of a file
+    # Of any other kind is an object, which a program has made: no value of a file is one.
+    return not isinstance(value, bool | int | float | str | None | list | dict)
 
 
 def _described(kind: Any) -> str:
