@@ -1,5 +1,6 @@
 """Config -> model, process, data and codec: the one place where names in a YAML file become objects."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +160,21 @@ def build_model(config: Config, shape: Shape, codec: Any) -> Transformer:
         attention=config.model.attention,
         **options,
     )
+
+
+def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> Config:
+    """The config with options of its attention as in `known`, where it does not say them itself.
+
+    Args:
+        config: What was asked for.
+        known: The attention of a run or of weights, by which the defaults of that time go on.
+        options: Which; not given means all.
+    """
+    spec = config.model.attention
+    if spec["name"] != known.get("name"):
+        return config
+    taken = {option: value for option, value in known.items() if option in options or not options}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention={**taken, **spec}))
 
 
 def initialise(network: Transformer, path: str, class_names: list[str] | None = None) -> Adapted:

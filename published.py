@@ -19,7 +19,7 @@ from runtime.codecs import VAECodec
 from runtime.config import Config, ModelConfig
 from runtime.reading import Spec
 from runtime.weights import Weights, read_json, read_weights
-from vca import SIZES, Transformer, adapt, check_type, defaults_of, keywords_of, lookup, process_of
+from vca import SIZES, Transformer, adapt, before_joint, check_type, defaults_of, keywords_of, lookup, process_of
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # of the published DiT and SiT
 VAE = "vae"  # where a folder that holds all it needs has its autoencoder
@@ -62,6 +62,7 @@ def read_published(path: Path, process: str | Spec | None = None, vae: str | Non
     try:
         if "hidden_size" in own or "depth" in own:  # of a folder that DiT.save_pretrained or SiT.save_pretrained wrote
             keywords = {**defaults_of(Transformer), **own}
+            keywords["attention"] = before_joint(keywords["attention"])
         else:
             keywords = keywords_of(tensors, num_classes=names and len(names), **known)
     except ValueError as error:

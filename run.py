@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import resource
@@ -39,6 +40,7 @@ from runtime.resume import CONFIG_FILE, read_origin, write_origin
 from runtime.seeds import mix, normal, uniform
 from runtime.shards import gather, whole
 from runtime.stop import StopSignal
+from runtime.weights import attention_of
 from vca_engine.images import NonFiniteError
 
 BEST_FILE = "best.json"
@@ -102,8 +104,12 @@ class Run:
         self.process = build.build_process(config)
         self.sampler = build.build_sampler(config, self.process)
 
+        if config.init and not start and (known := attention_of(config.init)):
+            config = build.with_attention_of(config, known, "softmax")
         torch.manual_seed(config.seed)
         network = build.build_model(config, self.shape, self.codec)
+        model = dataclasses.replace(config.model, attention=network.attention)  # as it is, whatever becomes the default
+        self.config = config = dataclasses.replace(config, model=model)
         self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
         rows = config.sample.classes or spread(range(self.num_classes))  # of the previews
         self.classes = [find_class(k, self.shape.class_names) for k in rows]

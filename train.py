@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = starting_point(config, args.resume)
     agree(accelerator, checkpoint.read_record(start)["id"] if start else None, f"run_dir {config.run_dir!r}")
     if start:
+        config = build.with_attention_of(config, checkpoint.read_record(start)["config"]["model"]["attention"])
         check_same_run(config, start, accelerator.print)
     if args.dry_run:
         dry_run(config, accelerator, stop)

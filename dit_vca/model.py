@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from huggingface_hub import PyTorchModelHubMixin
 
-from vca import Transformer
+from vca import Transformer, before_joint
 
 
 class DiT(
@@ -31,8 +31,12 @@ class DiT(
 
     def __init__(self, *, in_channels: int = 4, **backbone: Any) -> None:
         super().__init__(in_channels=in_channels, **{"out_channels": 2 * in_channels, **backbone})
+        self._hub_mixin_config["attention"] = (
+            self.attention
+        )  # config.json has every option, whatever becomes the default
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> Self:
-        """The mixin's, which by default lets a tensor that is missing be random."""
+        """The mixin's, which by default lets a tensor that is missing be random; and files of before the joint softmax."""
+        options["attention"] = before_joint(options.get("attention", "vca"))
         return super()._from_pretrained(strict=strict, **options)

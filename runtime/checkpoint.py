@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from runtime.shards import shard_like
+from vca import before_joint
 
 RECORD = "checkpoint.json"
-FORMAT = 3
+FORMAT = 4  # 2: sample.rows; 3: attention without `softmax`
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -153,14 +154,16 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {error}. Remove its folder to use the "
             "checkpoint before it."
         ) from None
-    if version not in (2, FORMAT):
+    if version not in (2, 3, FORMAT):
         raise ValueError(
-            f"{str(folder)!r} is of format {version}, and this program reads 2 and {FORMAT}; use the version of the program "
+            f"{str(folder)!r} is of format {version}, and this program reads 2 to {FORMAT}; use the version of the program "
             "that wrote it, or a newer one."
         )
-    sample = record["config"].get("sample")
-    if isinstance(sample, dict) and "rows" in sample:  # of format 2
+    sample, model = (record["config"].get(group, {}) for group in ("sample", "model"))
+    if version == 2 and isinstance(sample, dict) and "rows" in sample:
         sample["per_class"] = sample.pop("rows")
+    if version < 4 and isinstance(model, dict) and isinstance(model.get("attention", "vca"), dict | str):
+        record["config"]["model"] = {**model, "attention": before_joint(model.get("attention", "vca"))}
     return record
 
 

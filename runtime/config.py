@@ -32,7 +32,7 @@ class ModelConfig(Strict):
         num_heads: Attention heads, instead of the size's.
         mlp_ratio: Width of the MLP over hidden_size.
         class_dropout_prob: Share of labels replaced by the null class in training; 0 means no guidance.
-        attention: Attention layer by name (vca, mhsa, differential) with its options.
+        attention: Attention layer by name (vca, mhsa, differential, agent, linear) with its options.
     """
 
     size: str = "S/2"

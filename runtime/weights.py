@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from runtime import checkpoint
+from vca import before_joint
 
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older versions of diffusers
 DIFFUSERS_FILE = "diffusion_pytorch_model"
@@ -88,6 +89,23 @@ def read_weights(path: str | Path) -> Weights:
     if any(key.startswith("transformer_blocks.") for key in tensors):
         found = found._replace(kind="diffusers")
     return found._replace(tensors=tensors)
+
+
+def attention_of(path: str | Path) -> dict[str, Any] | None:
+    """The attention that weights of ours were trained with, a spec with its options; None where a path does not say.
+
+    Raises:
+        FileNotFoundError: There is no such path.
+        ValueError: It holds a damaged record.
+    """
+    path = locate(path)
+    if path.is_dir() and ((path / checkpoint.RECORD).is_file() or checkpoint.steps(path)):
+        return checkpoint.read_record(checkpoint.find(path))["config"]["model"]["attention"]
+    file = path / "config.json"
+    if not (file.is_file() and (path / HUB_FILE).is_file()):
+        return None
+    config = read_json(file)
+    return None if "_class_name" in config else before_joint(config.get("attention", "vca"))
 
 
 def _read_folder(path: Path) -> Weights:

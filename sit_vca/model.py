@@ -6,7 +6,7 @@ from typing import Any, Self
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor
 
-from vca import Transformer
+from vca import Transformer, before_joint
 
 
 class SiT(
@@ -34,6 +34,9 @@ class SiT(
     def __init__(self, *, in_channels: int = 4, learn_sigma: bool = False, **backbone: Any) -> None:
         out_channels = 2 * in_channels if learn_sigma else in_channels
         super().__init__(in_channels=in_channels, **{"out_channels": out_channels, **backbone})
+        self._hub_mixin_config["attention"] = (
+            self.attention
+        )  # config.json has every option, whatever becomes the default
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(B, C, H, W), (B,) in [0, 1], (B,) -> (B, C, H, W)."""
@@ -41,5 +44,6 @@ class SiT(
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> Self:
-        """The mixin's, which by default lets a tensor that is missing be random."""
+        """The mixin's, which by default lets a tensor that is missing be random; and files of before the joint softmax."""
+        options["attention"] = before_joint(options.get("attention", "vca"))
         return super()._from_pretrained(strict=strict, **options)

@@ -72,7 +72,7 @@ def test_model_average_and_optimizer_come_back_bit_for_bit(tmp_path):
     assert all(equal(old["state"][i], new["state"][i]) for i in old["state"])
     read = checkpoint.read_record(folder)
     assert len(read.pop("id")) == 32
-    assert read == {"shape": {}, **{"format": 3, "step": 3, "config": {"a": [1, "x"]}}}
+    assert read == {"shape": {}, **{"format": 4, "step": 3, "config": {"a": [1, "x"]}}}
 
     x = torch.randn(5, 3)
     for m, o in ((model, optimizer), (again, other)):
@@ -159,12 +159,37 @@ def test_a_damaged_record_is_named(tmp_path, content):
 def test_a_checkpoint_of_the_format_before_is_read_and_one_of_a_later_is_not_called_damaged(tmp_path):
     folder = save(tmp_path, 1)
     record = json.loads((folder / "checkpoint.json").read_text())
-    old = {**record, "format": 2, "config": {"sample": {"rows": 5}}}
+    mhsa = {"attention": {"name": "mhsa"}}
+    old = {**record, "format": 2, "config": {"sample": {"rows": 5}, "model": mhsa}}
     (folder / "checkpoint.json").write_text(json.dumps(old))
-    assert checkpoint.read_record(folder)["config"] == {"sample": {"per_class": 5}}
-    (folder / "checkpoint.json").write_text(json.dumps({**record, "format": 4}))
-    with pytest.raises(ValueError, match="is of format 4, and this program reads 2 and 3; use the version"):
+    assert checkpoint.read_record(folder)["config"] == {"sample": {"per_class": 5}, "model": mhsa}
+    (folder / "checkpoint.json").write_text(json.dumps({**record, "format": 5}))
+    with pytest.raises(ValueError, match="is of format 5, and this program reads 2 to 4; use the version"):
         checkpoint.read_record(folder)
+
+
+SEPARATE = {"contrast_grid": "half", "embed_std": 0.02, "softmax": "separate"}
+
+
+@pytest.mark.parametrize(
+    ("version", "written", "meant"),
+    [
+        (3, {"name": "vca"}, {"name": "vca", **SEPARATE}),
+        (2, {"name": "vca", "dwc": False}, {"name": "vca", "dwc": False, **SEPARATE}),
+        (3, {"name": "vca", "contrast_grid": [2, 2]}, {"name": "vca", **SEPARATE, "contrast_grid": [2, 2]}),
+        (3, {"name": "vca", "contrast_grid": None}, {"name": "vca", **SEPARATE}),
+        (3, None, {"name": "vca", **SEPARATE}),  # it was the default
+        (3, {"name": "mhsa"}, {"name": "mhsa"}),
+        (4, {"name": "vca"}, {"name": "vca"}),
+        (4, {"name": "vca", "softmax": "joint"}, {"name": "vca", "softmax": "joint"}),
+    ],
+)
+def test_a_checkpoint_from_before_the_joint_softmax_means_two(tmp_path, version, written, meant):
+    folder = save(tmp_path, 1)
+    record = json.loads((folder / "checkpoint.json").read_text())
+    record |= {"format": version, "config": {"model": {"attention": written} if written else {}}}
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    assert checkpoint.read_record(folder)["config"]["model"]["attention"] == meant
 
 
 def test_another_architecture_is_named_by_a_key_or_a_shape(tmp_path):

@@ -414,3 +414,22 @@ def test_a_card_is_what_the_hub_reads():
     assert "unknown" not in body
     assert "```python\nprint(1)\n```\n\n* One.\n* Two.\n\n| | |\n|---|---|\n" in body
     assert "\n* " not in model_card("A title", "print(1)", {"a": 1})
+
+
+@pytest.mark.parametrize("kind", [DiT, SiT])
+def test_a_folder_from_before_the_joint_softmax_has_two_and_a_new_one_says_which(kind, tmp_path):
+    """config.json lacked the option; the network of it computes, bit for bit, what it was trained to."""
+    sizes = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    old = kind(**sizes, attention={"name": "vca", "softmax": "separate"}).eval()
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    old.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["attention"]["softmax"] == "separate"
+    assert config["attention"]["embed_std"] == 1.0
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 2])
+    for written in ("vca", {"name": "vca"}, None):
+        now = {key: value for key, value in config.items() if key != "attention"}
+        (tmp_path / "config.json").write_text(json.dumps(now if written is None else {**now, "attention": written}))
+        assert torch.equal(kind.from_pretrained(tmp_path).eval()(x, t, y), old(x, t, y))

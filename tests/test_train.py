@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is the run that was not; what cannot work is said before the first step."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -23,10 +24,12 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import build
 import cache_latents
 import fid
 import sample
 import train
+from pipeline import Pipeline
 from runtime import checkpoint
 from runtime import log as logs
 from runtime.config import TrainConfig
@@ -36,6 +39,7 @@ from runtime.meter import Meter
 from runtime.optimise import learning_rate
 from runtime.stop import SIGNALS, STOPPED
 from sit_vca import Transport
+from vca import VisualContrastAttention, defaults_of
 
 ROOT = Path(train.__file__).parent
 FLOW = "--process.name flow --sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3"
@@ -865,3 +869,61 @@ def test_the_film_shows_the_previews_in_their_order(tmp_path):
         apart = [np.abs(frame - np.asarray(Image.open(f)).astype(int)).mean() for f in files]
         assert int(np.argmin(apart)) == files.index(file)
         assert min(apart) < 4  # a palette of 256 colours
+
+
+SEPARATE = (
+    "--model.attention.softmax separate --model.attention.contrast_grid half --model.attention.embed_std 0.02"
+    " --train.schedule constant"
+)
+
+
+def written_before_the_joint_softmax(folder):
+    """The run with records as they were when there was no such option."""
+    for file in folder.glob("*/*/checkpoint.json"):
+        record = json.loads(file.read_text())
+        record["format"], record["config"]["model"]["attention"] = 3, {"name": "vca"}
+        file.write_text(json.dumps(record))
+    return folder
+
+
+def test_a_run_from_before_the_joint_softmax_goes_on_with_two_by_the_same_command(tmp_path, capsys):
+    whole = run(tmp_path / "whole", 4, SEPARATE)
+    part = written_before_the_joint_softmax(run(tmp_path / "part", 2, SEPARATE))
+    run(part, 4, "--train.schedule constant")
+    for (name, a), b in zip(tensors(whole).items(), tensors(part).values(), strict=True):
+        assert torch.equal(a, b), name
+    given = {"softmax": "separate", "contrast_grid": "half", "embed_std": 0.02}
+    config = checkpoint.read_record(checkpoint.find(part))["config"]
+    assert given.items() <= config["model"]["attention"].items()
+    text = sentence(capsys, settings(part, 5, "--train.schedule constant --model.attention.softmax joint"))
+    assert "model.attention.softmax 'separate' (you gave 'joint')" in text
+
+
+def test_weights_from_before_the_joint_softmax_are_drawn_from_and_started_from_as_they_were_trained(tmp_path):
+    """Bit for bit: the network of the record computes what the layer with two softmaxes does."""
+    old = written_before_the_joint_softmax(run(tmp_path / "old", 2, SEPARATE))
+    pipe = Pipeline.from_pretrained(old)
+    network = build.build_model(
+        dataclasses.replace(
+            pipe.config, model=dataclasses.replace(pipe.config.model, attention={"name": "vca", "softmax": "separate"})
+        ),
+        pipe.shape,
+        pipe.codec,
+    )
+    network.load_state_dict(pipe.network.state_dict())
+    x, t, y = torch.randn(3, *[1, 8, 8]), torch.rand(3), torch.tensor([1, 2, 3])
+    assert torch.equal(pipe.network(x, t, y), network.eval()(x, t, y))
+    new = run(tmp_path / "new", 1, f"--init {old} --train.lr 1e-12 --train.schedule constant")
+    attention = checkpoint.read_record(checkpoint.find(new))["config"]["model"]["attention"]
+    assert (attention["softmax"], attention["contrast_grid"]) == ("separate", None)
+    new = run(tmp_path / "joint", 1, f"--init {old} --model.attention.softmax joint")
+    assert checkpoint.read_record(checkpoint.find(new))["config"]["model"]["attention"]["softmax"] == "joint"
+
+
+def test_a_run_says_every_option_of_its_attention(tmp_path):
+    """So that another version, with other defaults, goes on with the same layer."""
+    folder = run(tmp_path / "run", 1)
+    written = checkpoint.read_record(checkpoint.find(folder))["config"]["model"]["attention"]
+    defaults = defaults_of(VisualContrastAttention)
+    assert written.keys() == {"name", *defaults} - {"num_prefix_tokens"}
+    assert (written["softmax"], written["embed_std"]) == ("joint", 1.0)

@@ -210,7 +210,7 @@ def test_what_the_hub_cannot_give_ends_in_a_sentence_and_what_it_gives_is_read(t
     tensors, kind, names, options = read_weights("facebook/DiT")
     assert same(tensors, model.state_dict())
     assert (kind, names) == ("safetensors", None)
-    assert options == {**TINY, "in_channels": 4, "attention": "mhsa"}
+    assert options == {**TINY, "in_channels": 4, "attention": model.attention}  # with every option
     assert locate("snapshot") == Path("snapshot")
     for name, reason in (
         ("owner/none", "has no model of that name, or none that you may see; check the name"),

@@ -4,26 +4,29 @@ Imports torch only and is usable alone: `from vca import VisualContrastAttention
 """
 
 from vca.adapt import Adapted, adapt
-from vca.attention import Differential, VisualContrastAttention, lambda_init
-from vca.baseline import DifferentialAttention, SelfAttention
+from vca.attention import AgentAttention, Differential, VisualContrastAttention, lambda_init
+from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
 from vca.infer import keywords_of, process_of
 from vca.registry import annotations_of, build, check_type, defaults_of, lookup, nearest, options_of
-from vca.transformer import ATTENTIONS, SIZES, Transformer, parse_size
+from vca.transformer import ATTENTIONS, SIZES, Transformer, before_joint, parse_size, resolved_attention
 
 __all__ = [
     "ATTENTIONS",
     "SIZES",
     "Adapted",
+    "AgentAttention",
     "Differential",
     "DifferentialAttention",
     "LabelEmbedding",
+    "LinearAttention",
     "SelfAttention",
     "TimestepEmbedding",
     "Transformer",
     "VisualContrastAttention",
     "adapt",
     "annotations_of",
+    "before_joint",
     "build",
     "check_type",
     "defaults_of",
@@ -34,5 +37,6 @@ __all__ = [
     "options_of",
     "parse_size",
     "process_of",
+    "resolved_attention",
     "sincos_2d",
 ]

@@ -15,12 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vca.attention import VisualContrastAttention, check_heads
-from vca.baseline import DifferentialAttention, SelfAttention
+from vca.attention import AgentAttention, VisualContrastAttention
+from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
-from vca.registry import build, lookup
+from vca.layer import check_heads
+from vca.registry import build, defaults_of, lookup
 
-ATTENTIONS = {"vca": VisualContrastAttention, "mhsa": SelfAttention, "differential": DifferentialAttention}
+ATTENTIONS = {
+    "vca": VisualContrastAttention,
+    "mhsa": SelfAttention,
+    "differential": DifferentialAttention,
+    "agent": AgentAttention,
+    "linear": LinearAttention,
+}
 
 SIZES = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -40,6 +47,36 @@ def parse_size(size: str) -> dict[str, int]:
     if match is None:
         raise ValueError(f"model.size is {size!r}; write SIZE/PATCH with SIZE in {sorted(SIZES)}, e.g. 'B/2'.")
     return {**lookup(SIZES, match[1], "model.size"), "patch_size": int(match[2])}
+
+
+def resolved_attention(attention: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of an attention, or its name, with the defaults of all options that are not given.
+
+    Raises:
+        ValueError: It has no name, or an unknown one.
+    """
+    spec = {"name": attention} if isinstance(attention, str) else dict(attention)
+    if "name" not in spec:
+        raise ValueError(f"model.attention is {spec}; it needs a name, one of {sorted(ATTENTIONS)}.")
+    defaults = defaults_of(lookup(ATTENTIONS, spec["name"], "model.attention.name"))
+    defaults = {
+        option: value for option, value in defaults.items() if option not in ("layer_index", "num_prefix_tokens")
+    }
+    return {
+        option: list(value) if isinstance(value, tuple) else value for option, value in {**defaults, **spec}.items()
+    }
+
+
+def before_joint(attention: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The spec of an attention in a file from before `softmax` was an option, with what its defaults were then.
+
+    A spec that says its `softmax` is of later, and stays as it is.
+    """
+    spec = {"name": attention} if isinstance(attention, str) else dict(attention)
+    if spec.get("name") != "vca" or "softmax" in spec:
+        return spec
+    spec = {"contrast_grid": "half", "embed_std": 0.02, **spec, "softmax": "separate"}
+    return {**spec, "contrast_grid": spec["contrast_grid"] or "half"}
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -134,6 +171,7 @@ class Transformer(nn.Module):
         attention: Name in `ATTENTIONS`, or `{"name": ..., option: value}` with the options of that class.
 
     Attributes:
+        attention: `{"name": ..., option: value}` with every option, so that who writes it down need not know the defaults.
         null_class: Index of the null class, or None if the network has none.
         grad_checkpointing: Set it, to keep no activation inside a block for the backward pass, but compute the block
             again there: less memory, about a third more time.
@@ -175,14 +213,14 @@ class Transformer(nn.Module):
         self.null_class = num_classes if class_dropout_prob > 0 else None
         self.grid_size = (height // patch_size, width // patch_size)
         self.grad_checkpointing = False
+        self.attention = resolved_attention(attention)
 
         self.x_embedder = PatchEmbedding(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedding(hidden_size)
         self.y_embedder = LabelEmbedding(num_classes, hidden_size, class_dropout_prob)
         self.register_buffer("pos_embed", sincos_2d(hidden_size, self.grid_size)[None])  # (1, N, D), never trained
         self.blocks = nn.ModuleList(
-            Block(hidden_size, self._attention(attention, hidden_size, num_heads, index), mlp_ratio)
-            for index in range(depth)
+            Block(hidden_size, self._attention(hidden_size, num_heads, index), mlp_ratio) for index in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialise()
@@ -209,8 +247,9 @@ class Transformer(nn.Module):
         image = patches.unflatten(1, self.grid_size).unflatten(3, (p, p, self.out_channels))  # (B, H/p, W/p, p, p, C)
         return image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def _attention(self, spec: str | Mapping[str, Any], dim: int, num_heads: int, layer_index: int) -> nn.Module:
-        return build(ATTENTIONS, spec, "model.attention", dim, num_heads, self.grid_size, layer_index=layer_index)
+    def _attention(self, dim: int, num_heads: int, layer_index: int) -> nn.Module:
+        sizes = (dim, num_heads, self.grid_size)
+        return build(ATTENTIONS, self.attention, "model.attention", *sizes, layer_index=layer_index)
 
     def _initialise(self) -> None:
         """Xavier uniform and zero biases; embeddings normal 0.02; adaLN and output zero, so that the output is zero."""
