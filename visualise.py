@@ -243,13 +243,14 @@ def figures(
         )
     over_depth = [streams_of(layer) for layer in contrast_layers(pipe.network).values()]
     if any(number is not None for number in dataclasses.astuple(over_depth[0])):  # of an agent there is nothing to tell
-        yield "layers", draw_streams(over_depth, over_training(pipe))
+        training = over_training(pipe)
+        yield "layers", draw_streams(over_depth, training if len(training) > 1 else [])
 
 
 def contrast_rows(maps: Maps, i: int, head: int, pictures: Mapping[str, np.ndarray]) -> list[Row]:
     """Where up to six contrast tokens look: the positive and negative maps of Stage I, and their difference.
 
-    The outline is what the query of a token was pooled from.
+    The outline is the part of the image that a token stands for, from which its query is pooled (unless t is `embed`).
 
     Args:
         maps: Of the block.
@@ -260,24 +261,25 @@ def contrast_rows(maps: Maps, i: int, head: int, pictures: Mapping[str, np.ndarr
     (a, b), grid = maps.contrast_grid, maps.grid_size
     chosen = list(itertools.product(middles(a, 2), middles(b, 3)))
     tokens = [row * b + column for row, column in chosen]
-    marks = [pooled_from(row, column, maps.contrast_grid, grid) for row, column in chosen]
+    marks = [cell(row, column, maps.contrast_grid, grid) for row, column in chosen]
     titles = [f"token ({row}, {column})" for row, column in chosen]
     images = [Panel(image, name) for name, image in pictures.items()]
 
-    def row(left: list[Panel], weights: Tensor, label: str, limit: Tensor, *, signed: bool = False) -> Row:
-        values = on_grid(weights[i, head, tokens], grid)  # (K, H, W)
-        names = titles if weights is positive else [""] * len(titles)
-        return Row([*left, *map(Panel, values, names, marks)], label, float(limit), signed, grid, "token")
+    def of(weights: Tensor) -> np.ndarray:
+        return on_grid(weights[i, head, tokens], grid)  # (K, H, W)
 
-    positive, negative, both = maps.stage1_positive, maps.stage1_negative, maps.stage1
-    if negative is None:
-        return [row(images, positive, "positive", positive[i, head, tokens].max())]
-    limit = torch.maximum(positive, negative)[i, head, tokens].max()
-    difference = f"positive\n{minus(maps.lambda1)} negative"
+    def row(left: list[Panel], values: np.ndarray, names: list[str], label: str, limit: float, **kind: bool) -> Row:
+        return Row([*left, *map(Panel, values, names, marks)], label, limit, grid, "token", **kind)
+
+    positive, untitled = of(maps.stage1_positive), [""] * len(tokens)
+    if maps.stage1_negative is None:
+        return [row(images, positive, titles, "positive", positive.max())]
+    negative, both = of(maps.stage1_negative), of(maps.stage1)
+    limit, difference = max(positive.max(), negative.max()), f"positive\n{minus(maps.lambda1)} negative"
     return [
-        row(images[:1], positive, "positive", limit),
-        row(images[1:2], negative, "negative", limit),
-        row(images[2:], both, difference, both[i, head, tokens].abs().max(), signed=True),
+        row(images[:1], positive, titles, "positive", limit),
+        row(images[1:2], negative, untitled, "negative", limit),
+        row(images[2:], both, untitled, difference, np.abs(both).max(), signed=True),
     ]
 
 
@@ -296,12 +298,12 @@ def query_rows(moments: Sequence[Moment], block: int, i: int, head: int, query: 
     token = maps[0].stage2.shape[2] - grid[0] * grid[1] + query[0] * grid[1] + query[1]
     mark = (*query, 1, 1)
 
-    def row(weights: list[Tensor], label: str, among: list[Tensor], *, signed: bool = False) -> Row:
+    def row(weights: list[Tensor], label: str, among: list[Tensor], **kind: bool) -> Row:
         """On the contrast grid; the colours reach as far as the largest of `among`."""
         weights = [each[i, head, token] for each in weights]  # (n,) each
         panels = [Panel(on_grid(each, contrast_grid), f"sum {float(each.sum()):.2f}") for each in weights]
         limit = max(float(each[i, head, token].abs().max()) for each in among)
-        return Row(panels, label, limit, signed, contrast_grid, "contrast")
+        return Row(panels, label, limit, contrast_grid, "contrast", **kind)
 
     images = [Panel(m.predicted[i], f"noise {m.level:.2f}", mark) for m in moments]
     positive, both = [m.stage2_positive for m in maps], [m.stage2 for m in maps]
@@ -317,9 +319,9 @@ def query_rows(moments: Sequence[Moment], block: int, i: int, head: int, query: 
     reached = [on_grid(m.reach(token)[i, head], grid) for m in maps]
     limit, panels = max(np.abs(each).max() for each in reached), [Panel(each, "", mark) for each in reached]
     return [
-        Row(images, "", 0.0, False, grid, "token"),
+        Row(images, "", 0.0, grid, "token"),
         *rows,
-        Row(panels, "through Stage I,\nweight of a value", limit, True, grid, "token"),
+        Row(panels, "through Stage I,\nweight of a value", limit, grid, "token", signed=True),
     ]
 
 
@@ -363,9 +365,9 @@ def draw_streams(over_depth: Sequence[Streams], training: Sequence[tuple[int, Se
             ax.set(xlabel=place, ylabel=label)
             ax.axhline(0, color="grey", linewidth=0.5, zorder=0)
     if training:
-        figure.colorbar(colours, cax=axes[1, 2].inset_axes([1.06, 0, 0.05, 1]), label="block").set_ticks(
-            MaxNLocator(6, integer=True)
-        )
+        bar = figure.colorbar(colours, cax=axes[1, 2].inset_axes([1.06, 0, 0.05, 1]), label="block")
+        bar.set_ticks(MaxNLocator(6, integer=True))
+        bar.minorticks_off()
     return figure
 
 
@@ -380,10 +382,8 @@ def middles(side: int, most: int) -> list[int]:
     return [(2 * i + 1) * side // (2 * parts) for i in range(parts)]
 
 
-def pooled_from(
-    row: int, column: int, contrast_grid: tuple[int, int], grid: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """What adaptive average pooling takes for one cell: first row, first column, rows and columns of tokens."""
+def cell(row: int, column: int, contrast_grid: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int, int, int]:
+    """What adaptive average pooling takes for one contrast token: first row, first column, rows and columns of tokens."""
     sides = list(zip((row, column), contrast_grid, grid, strict=True))
     starts = [i * side // cells for i, cells, side in sides]
     ends = [-(-(i + 1) * side // cells) for i, cells, side in sides]  # rounded up

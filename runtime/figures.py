@@ -55,22 +55,22 @@ class Row(NamedTuple):
         panels: Left to right, as many in each row of a figure.
         label: What the weights are, beside the colour bar of the last panel; of images alone there is none.
         limit: The colours go from 0 to this, or from -limit to limit.
-        signed: Whether weights may be negative; then white is zero, red positive, blue negative.
         grid: Rows and columns of cells, also those that an image is made of.
         unit: What a cell is, a word for the axes.
+        signed: Whether weights may be negative; then white is zero, red positive, blue negative.
     """
 
     panels: Sequence[Panel]
     label: str
     limit: float
-    signed: bool
     grid: tuple[int, int]
     unit: str
+    signed: bool = False
 
 
 def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     """A figure of so many inches and its axes, (rows, columns)."""
-    figure = Figure((width, height), layout="constrained")
+    figure = Figure((width, height), layout="compressed")  # constrained, and panels of a fixed shape stay together
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -78,7 +78,7 @@ def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Fi
 def draw_rows(rows: Sequence[Row], width: float, title: str) -> Figure:
     """A figure of rows, `width` inches wide."""
     columns = len(rows[0].panels)
-    side = (width - 0.8) / columns  # of a panel: the colour bars and labels take the rest
+    side = min(1.0, (width - 0.8) / columns)  # of a panel; the colour bars and labels take the rest
     height = 0.4 + sum(side * row.grid[0] / row.grid[1] + 0.15 for row in rows)
     figure, axes = new_figure(width, height, len(rows), columns)
     figure.suptitle(title, fontsize=8)

@@ -59,10 +59,9 @@ def sentence(run_of, capsys):
 
 
 def test_a_run_becomes_figures_with_a_record(run_of, tmp_path, capsys):
-    options = f"--maps --classes [3,8,3] --heads [1,1] --times 0.3 --query [0,3] --seed 5 --out {tmp_path}"
+    options = f"--maps --classes [8,8] --heads [1,1] --times 0.3 --query [0,3] --seed 5 --out {tmp_path}"
     visualise.main([str(run_of()), *options.split()])
-    names = [f"contrast-class-{k}-block-1-head-1-noise-0.25" for k in (3, 8)]
-    names += [f"query-class-{k}-block-1-head-1" for k in (3, 8)] + ["layers"]
+    names = ["contrast-class-8-block-1-head-1-noise-0.25", "query-class-8-block-1-head-1", "layers"]
     files = {f"{name}.{ending}" for name in names for ending in ("png", "pdf")}
     assert {f.name for f in tmp_path.iterdir()} == {*files, "maps.json"}
     for name in names:
@@ -71,10 +70,10 @@ def test_a_run_becomes_figures_with_a_record(run_of, tmp_path, capsys):
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     record = json.loads((tmp_path / "maps.json").read_text())
     assert sorted(record["figures"]) == sorted(names)
-    chosen = {"classes": [3, 8], "blocks": [1], "heads": [1], "query": [0, 3], "noise_levels": [0.25]}
+    chosen = {"classes": [8], "blocks": [1], "heads": [1], "query": [0, 3], "noise_levels": [0.25]}
     assert {key: record[key] for key in chosen} == chosen
     assert (record["seed"], record["cfg_scale"], record["nfe"]) == (5, 2.0, 8.0)  # four steps of two passes
-    assert "wrote 5 figures, each as PNG and PDF" in capsys.readouterr().out
+    assert "wrote 3 figures, each as PNG and PDF" in capsys.readouterr().out
 
 
 def test_an_agent_has_maps_and_no_streams(run_of):
@@ -121,6 +120,7 @@ def test_panels_of_stage_1_hold_the_weights_and_where_the_token_is_from(maps):
     assert [row.panels[0].title for row in rows] == ["input", "predicted", "drawn"]
     assert [panel.title for panel in rows[0].panels[1:]] == [f"token ({r}, {c})" for r in (0, 1) for c in (0, 1, 2)]
     limit = max(maps.stage1_positive[1, 0, :, 1:].max(), maps.stage1_negative[1, 0, :, 1:].max())
+    assert [row.signed for row in rows] == [False, False, True]  # also where lambda is negative
     assert rows[0].limit == rows[1].limit == pytest.approx(float(limit))
     for token in range(6):
         row, column = divmod(token, 3)
@@ -146,7 +146,7 @@ def test_panels_of_stage_2_hold_what_a_query_uses_and_reaches(maps):
     assert positive.title == f"sum {positive.values.sum():.2f}"
     assert reached.values.shape == (4, 6)
     assert np.array_equal(reached.values.flatten(), maps.reach(query)[1, 1, 1:])
-    assert rows[3].signed
+    assert [row.signed for row in rows] == [False, False, False, True, True]
     assert rows[3].limit == pytest.approx(np.abs(both.values).max())
 
 
@@ -155,7 +155,7 @@ def test_outlines_are_what_adaptive_pooling_takes():
         for row, column in np.ndindex(cells):
             tokens = torch.zeros(1, *grid).requires_grad_()
             torch.nn.functional.adaptive_avg_pool2d(tokens, cells)[0, row, column].backward()
-            top, left, height, width = visualise.pooled_from(row, column, cells, grid)
+            top, left, height, width = visualise.cell(row, column, cells, grid)
             expected = torch.zeros(grid, dtype=torch.bool)
             expected[top : top + height, left : left + width] = True
             assert torch.equal(tokens.grad[0] != 0, expected)
@@ -163,8 +163,8 @@ def test_outlines_are_what_adaptive_pooling_takes():
 
 def test_figures_show_the_values_in_colours_that_are_centred_on_zero():
     values, image = np.array([[-1.0, 0.25], [0.0, 0.5]]), np.zeros((4, 4, 3), np.uint8)
-    signed = Row([Panel(image, "one"), Panel(values)], "both", 1.0, True, (2, 2), "token")
-    plain = Row([Panel(image), Panel(np.abs(values))], "positive", 2.0, False, (2, 2), "contrast")
+    signed = Row([Panel(image, "one"), Panel(values)], "both", 1.0, (2, 2), "token", signed=True)
+    plain = Row([Panel(image), Panel(np.abs(values))], "positive", 2.0, (2, 2), "contrast")
     figure = draw_rows([signed, plain], NARROW, "block 3")
     shown = [ax.images[0] for ax in figure.axes[:4]]
     assert np.array_equal(shown[1].get_array(), values)
