@@ -191,7 +191,7 @@ def watch_drawing(
         The images, (K, H, W, 3) uint8; a moment for each of `times`, from noise to data; and the evaluations an image.
 
     Raises:
-        ValueError: Two of the times have the same nearest evaluation.
+        ValueError: Two of the times have the same nearest evaluation, to two digits.
     """
     drawer = pipe.drawer(sample)
     nearest: dict[float, tuple[float, Tensor, Tensor, dict[int, Tensor]]] = {}
@@ -210,9 +210,9 @@ def watch_drawing(
     moments: list[Moment] = []
     for wanted in sorted(nearest, reverse=True):
         level, x_t, clean, mine = nearest[wanted]
-        if moments and moments[-1].level == level:
+        if moments and f"{moments[-1].level:.2f}" == f"{level:.2f}":  # as the figures and their files call them
             raise ValueError(
-                f"times has {wanted:g}, but the evaluation of the network that is nearest to it, at {level:.3g}, is already "
+                f"times has {wanted:g}, but the evaluation of the network that is nearest to it, at {level:.2f}, is already "
                 "that of another of them; leave it out, or choose a sampler with more steps."
             )
         maps = {block: maps_of(layers[block], x) for block, x in mine.items()}
@@ -237,10 +237,8 @@ def figures(
             pictures = {"input": moment.noisy[i], "predicted": moment.predicted[i], "drawn": images[i]}
             rows = contrast_rows(moment.maps[block], i, head, pictures)
             yield f"contrast-{name}-noise-{level}", draw_rows(rows, WIDE, f"{title}, noise level {level}")
-        yield (
-            f"query-{name}",
-            draw_rows(query_rows(moments, block, i, head, query), NARROW if len(moments) < 4 else WIDE, title),
-        )
+        width = NARROW if len(moments) < 4 else WIDE
+        yield f"query-{name}", draw_rows(query_rows(moments, block, i, head, query), width, title)
     over_depth = [streams_of(layer) for layer in contrast_layers(pipe.network).values()]
     if any(number is not None for number in dataclasses.astuple(over_depth[0])):  # of an agent there is nothing to tell
         training = over_training(pipe)
@@ -354,13 +352,12 @@ def draw_streams(over_depth: Sequence[Streams], training: Sequence[tuple[int, Se
             for ax, block in itertools.product(below, blocks):
                 course = [(step, getattr(streams[block], number)) for step, streams in training]
                 ax.plot(*np.transpose(course), style, color=colours.to_rgba(block))
-        if label == r"$\lambda$":
-            top.plot(
-                blocks, [lambda_init(block) for block in blocks], ":", color="grey", label=r"$\lambda_\mathrm{init}$"
-            )
-        if len(lines) > 1:
+        if "lambda1" in lines and top.lines:
+            start = [lambda_init(block) for block in blocks]
+            top.plot(blocks, start, ":", color="grey", label=r"$\lambda_\mathrm{init}$")
+        if top.get_legend_handles_labels()[0]:
             top.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, handlelength=2.5)
-        top.xaxis.set_major_locator(MaxNLocator(integer=True))
+        top.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for ax, place in zip(axes[:, column], ("block", "training step"), strict=False):
             ax.set(xlabel=place, ylabel=label)
             ax.axhline(0, color="grey", linewidth=0.5, zorder=0)

@@ -81,7 +81,7 @@ def draw_rows(rows: Sequence[Row], width: float, title: str) -> Figure:
     side = min(1.0, (width - 0.8) / columns)  # of a panel; the colour bars and labels take the rest
     height = 0.4 + sum(side * row.grid[0] / row.grid[1] + 0.15 for row in rows)
     figure, axes = new_figure(width, height, len(rows), columns)
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(title, fontsize=8, parse_math=False)  # a class may be called $x$
     for i, (row, line) in enumerate(zip(rows, axes, strict=True)):
         last = i + 1 == len(rows) or rows[i + 1].unit != row.unit
         for ax, panel in zip(line, row.panels, strict=True):

@@ -165,14 +165,15 @@ def test_figures_show_the_values_in_colours_that_are_centred_on_zero():
     values, image = np.array([[-1.0, 0.25], [0.0, 0.5]]), np.zeros((4, 4, 3), np.uint8)
     signed = Row([Panel(image, "one"), Panel(values)], "both", 1.0, (2, 2), "token", signed=True)
     plain = Row([Panel(image), Panel(np.abs(values))], "positive", 2.0, (2, 2), "contrast")
-    figure = draw_rows([signed, plain], NARROW, "block 3")
+    figure = draw_rows([signed, plain], NARROW, "class $5, $x_{")
+    figure.canvas.draw()  # a name is text, and no formula
     shown = [ax.images[0] for ax in figure.axes[:4]]
     assert np.array_equal(shown[1].get_array(), values)
     assert shown[1].get_clim() == (-1, 1)
     assert shown[1].cmap(0.5)[:3] == pytest.approx((0.967, 0.968, 0.969), abs=1e-2)  # zero is white
     assert shown[3].get_clim() == (0, 2)
     assert figure.get_size_inches()[0] == NARROW
-    assert figure.get_suptitle() == "block 3"
+    assert figure.get_suptitle() == "class $5, $x_{"
     assert [ax.get_ylabel() for ax in figure.axes[::2][:2]] == ["token row", "contrast row"]
     bars = [child for ax in figure.axes[:4] for child in ax.child_axes]
     assert [bar.get_ylabel() for bar in bars] == ["both", "positive"]  # one a row
@@ -186,6 +187,27 @@ def test_streams_over_training_are_those_of_the_snapshots(run_of):
     assert found[1][1] == [streams_of(block.attn) for block in last.network.blocks]
     assert found[0][1] != found[1][1]
     assert all(math.isfinite(streams.cosine) for streams in found[0][1])
+
+
+@pytest.mark.parametrize(
+    ("options", "lines"),
+    [
+        ({}, [2, 1, 3]),  # and where lambda starts
+        ({"negative": "pool"}, [1, 0, 3]),
+        ({"stages": ("differential", "plain")}, [2, 1, 2]),
+        ({"stages": ("plain", "plain")}, [1, 0, 0]),
+    ],
+)
+def test_streams_are_drawn_as_far_as_there_are_some(options, lines, recwarn):
+    layers = [VisualContrastAttention(8, 2, 4, layer_index=i, **options) for i in range(3)]
+    found = [streams_of(layer) for layer in layers]
+    figure = visualise.draw_streams(found, [(10, found), (20, found)])
+    drawn = [[line for line in ax.lines if len(line.get_xdata()) == 3] for ax in figure.axes[:3]]
+    assert list(map(len, drawn)) == lines
+    assert list(drawn[0][0].get_ydata()) == [streams.positive for streams in found]
+    below = [len(ax.lines) - 1 for ax in figure.axes[3:6]]  # a line each block; one is zero
+    assert below == [3 * lines[0], 3 * lines[1], 3 * max(0, lines[2] - 1)]
+    assert not list(recwarn)
 
 
 def test_of_a_saved_pipeline_there_is_no_training(run_of, tmp_path):
@@ -205,7 +227,7 @@ def test_of_a_saved_pipeline_there_is_no_training(run_of, tmp_path):
         ("--maps --times []", "times is []; name at least one, or leave it out"),
         (
             "--maps --times [0.5,0.55]",
-            "times has 0.5, but the evaluation of the network that is nearest to it, at 0.5,",
+            "times has 0.5, but the evaluation of the network that is nearest to it, at 0.50,",
         ),
         ("--maps --classes [3,cat]", "class 'cat' is no class of this model"),
     ],

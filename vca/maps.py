@@ -69,8 +69,8 @@ class Maps:
     def reach(self, query: int) -> Tensor:
         """Through both stages, with which weights a query adds up the values of all tokens: (B, h, P+N).
 
-        (A+ - lambda2 A-) V^ is this times v, but for the gain of each channel in the norm of Stage I. N x N maps are
-        what the layer avoids, so it is of one query.
+        (A+ - lambda2 A-) V^ is this times v, but for the gain of each channel in the norm of Stage I. It is of one query,
+        since N x N maps are what the layer avoids.
 
         Args:
             query: Number of its token, 0 ... P+N-1.
