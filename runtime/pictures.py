@@ -44,6 +44,29 @@ def class_grid(drawer: Drawer, labels: Sequence[int], names: Sequence[str], per_
     return Table(images.reshape(len(labels), per_class, *images.shape[1:]), [names[k] for k in labels])
 
 
+def on_the_way(
+    noise_level: Callable[[Tensor], Tensor], keep: Callable[[float, Tensor, Tensor, Tensor], None]
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """A `watch` of `Drawer.latents` that passes on, with its noise level, what lies nearer to data than all before.
+
+    So it passes on no second stage of a step, and nothing beyond the end.
+
+    Args:
+        noise_level: t -> 1 (noise) ... 0 (data); of the process.
+        keep: Is called with the noise level, x_t, t and the output.
+    """
+    nearest = 1 + 1e-6
+
+    def watch(x_t: Tensor, t: Tensor, output: Tensor) -> None:
+        nonlocal nearest
+        level = float(noise_level(t[0]))
+        if -1e-6 <= level < nearest:
+            nearest = level
+            keep(level, x_t, t, output)
+
+    return watch
+
+
 def trajectories(
     drawer: Drawer,
     clean: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -65,12 +88,10 @@ def trajectories(
     """
     seen: list[tuple[float, Tensor, Tensor]] = []
 
-    def watch(x_t: Tensor, t: Tensor, output: Tensor) -> None:
-        """Keep what lies nearer to data than all before: no second stage of a step, and nothing beyond the end."""
-        level = float(drawer.noise_level(t[0]))
-        if -1e-6 <= level < min([1 + 1e-6, *(before for before, _, _ in seen)]):
-            seen.append((level, x_t, clean(output, x_t, t)))
+    def keep(level: float, x_t: Tensor, t: Tensor, output: Tensor) -> None:
+        seen.append((level, x_t, clean(output, x_t, t)))
 
+    watch = on_the_way(drawer.noise_level, keep)
     final = drawer.latents(labels, range(len(labels)), watch=watch)  # (rows, C, h, w)
     picked = np.linspace(0, len(seen) - 1, min(num - 1, len(seen))).round().astype(int)
     chosen = [seen[i] for i in picked]

@@ -23,7 +23,7 @@ from runtime.config import Config
 
 ROOT = Path(build.__file__).parent
 PACKAGES = ("vca", "dit_vca", "sit_vca", "vca_engine", "runtime", "fid", "demo")
-SCRIPTS = ("train", "sample", "app", "cache_latents", "run", "build", "pipeline", "published")
+SCRIPTS = ("train", "sample", "visualise", "app", "cache_latents", "run", "build", "pipeline", "published")
 OURS = {*PACKAGES, *SCRIPTS}
 FILES = [f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))] + [ROOT / f"{s}.py" for s in SCRIPTS]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "published.py": {"build", "dit_vca", "vca", "runtime"},
     "pipeline.py": {"published", "build", "runtime"},
     "sample.py": {"pipeline", "build", "runtime", "fid"},
+    "visualise.py": {"pipeline", "build", "runtime", "vca"},
     "app.py": {"pipeline", "build", "runtime", "sit_vca", "vca"},
     "cache_latents.py": {"build", "vca_engine", "runtime"},
 }

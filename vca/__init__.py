@@ -8,6 +8,7 @@ from vca.attention import AgentAttention, Differential, VisualContrastAttention,
 from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
 from vca.infer import keywords_of, process_of
+from vca.maps import Maps, Streams, contrast_layers, keep_inputs, maps_of, streams_of
 from vca.registry import annotations_of, build, check_type, defaults_of, lookup, nearest, options_of
 from vca.transformer import ATTENTIONS, SIZES, Transformer, before_joint, parse_size, resolved_attention
 
@@ -20,7 +21,9 @@ __all__ = [
     "DifferentialAttention",
     "LabelEmbedding",
     "LinearAttention",
+    "Maps",
     "SelfAttention",
+    "Streams",
     "TimestepEmbedding",
     "Transformer",
     "VisualContrastAttention",
@@ -29,14 +32,18 @@ __all__ = [
     "before_joint",
     "build",
     "check_type",
+    "contrast_layers",
     "defaults_of",
+    "keep_inputs",
     "keywords_of",
     "lambda_init",
     "lookup",
+    "maps_of",
     "nearest",
     "options_of",
     "parse_size",
     "process_of",
     "resolved_attention",
     "sincos_2d",
+    "streams_of",
 ]
