@@ -13,23 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from docstring_parser import parse_from_object
 
-from runtime.reading import (
-    NULLS,
-    TRUTH,
-    MissingError,
-    Parts,
-    Plain,
-    Word,
-    check,
-    described,
-    is_spec,
-    leaves,
-    parse_yaml,
-    read_yaml,
-    typed,
-    unknown,
-    write_yaml,
-)
+from runtime.reading import MissingError, Parts, Word, check, described, is_spec, leaves, typed, unknown
+from runtime.yamlfile import NULLS, TRUTH, Plain, parse_yaml, read_yaml, write_yaml
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent

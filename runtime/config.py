@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runtime.files import write_text
-from runtime.reading import Spec, Strict, write_yaml
+from runtime.reading import Spec, Strict
+from runtime.yamlfile import write_yaml
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:

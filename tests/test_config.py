@@ -33,8 +33,9 @@ from runtime.config import (
     save_yaml,
     to_dict,
 )
-from runtime.reading import Plain, Word, as_type, from_dict, parse_yaml, write_yaml
+from runtime.reading import Word, as_type, from_dict
 from runtime.reading import leaves as settings
+from runtime.yamlfile import Plain, parse_yaml, write_yaml
 from sit_vca import Transport
 from vca import annotations_of
 from vca import build as build_entry
