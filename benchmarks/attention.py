@@ -47,6 +47,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from vca import ATTENTIONS
 
 HEADS = {384: 6, 768: 12, 1152: 16}  # of S, B and XL
+EVERYTHING = {
+    "grids": [8, 16, 32, 64, 128],
+    "widths": [*HEADS],
+    "contrast": ["16", "64", "256", "N/4"],
+}
 PASSES = ("forward", "forward + backward")
 AIMS = {16: (1.10, 1.10), 32: (0.55, 0.60), 64: (0.18, 0.20), 128: (0.06, 0.07)}  # vca, n 64 over mhsa: CPU, GPU
 STYLES = {"n 16": ":", "n 256": "-.", "n N/4": "--"}
@@ -74,6 +79,7 @@ def main() -> None:
     if args.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 1000  # one `forward` for all forms
     args.now, args.times = (time.process_time, 1) if args.cpu else (wall, 10)
     args.tokens = args.tokens or (4096 if args.cpu else 65536)
     if not args.draw:
@@ -112,6 +118,8 @@ def layer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "precision": "float32" if args.cpu else "autocast to bfloat16",
         "rounds": args.rounds,
         "calls a turn": args.times,
+        "torch.compile": args.compile,
+        "not run": {key: [v for v in every if v not in getattr(args, key)] for key, every in EVERYTHING.items()},
         **rates,
         "mhsa over mhsa": {
             "medians of the cells, from and to": [min(c[1] for c in controls), max(c[1] for c in controls)],
@@ -131,6 +139,7 @@ def cell(args: argparse.Namespace, rates: dict[str, float], width: int, side: in
     gradient, found = torch.randn_like(x), {"tokens": side**2, "batch": batch, "left out": {}}
     for what in args.passes:
         jobs, rows = {}, {}
+        torch._dynamo.reset()
         for (name, (attention, options)), compiled in itertools.product(forms.items(), {False, args.compile}):
             build = partial(ATTENTIONS[attention], width, HEADS[width], side, layer_index=3, **options)
             row = floor(args, rates, build, x, what)
@@ -139,7 +148,6 @@ def cell(args: argparse.Namespace, rates: dict[str, float], width: int, side: in
                 found["left out"][f"{what}: {name}"] = f"at least {row['floor, seconds']:.0f} s a call"
                 continue
             module = build().to(args.device)
-            torch._dynamo.reset()
             call = torch.compile(module, dynamic=False) if compiled else module
             job = partial(call_once, call, list(module.parameters()), x, gradient, what)
             try:

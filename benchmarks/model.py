@@ -3,11 +3,14 @@ r"""Whole networks: images a second and memory of training and sampling, by atte
     python benchmarks/model.py --rounds 2 --attentions mhsa vca                       # a look
     python benchmarks/model.py                                                        # one CPU core: S/2 at 256 pixels
     python benchmarks/model.py --device cuda --compile --batch 64 --out benchmarks/results/model_gpu.json \
-        --cases S/2:256 B/2:256 XL/2:256 S/2:512 B/2:512 XL/2:512 S/2:1024
+        --cases S/2:256 B/2:256
+    python benchmarks/model.py --device cuda --compile --batch 16 --out benchmarks/results/model_large_gpu.json \
+        --cases XL/2:256 S/2:512 B/2:512 XL/2:512 S/2:1024
 
 - training: a step of what train.py does to a DiT: the hybrid loss, backward, the norm of the gradient, AdamW, an average of
   the weights; bf16 on a GPU, and with --compile compiled blocks.
 - sampling: one evaluation of the network with guidance, so of twice the images.
+- profile: the share of each operator in a training step of the first case.
 - as published: the same training step after the structure that the published trainer of DiT is described to have, written
   anew: float32, the attention of timm, an average updated by a loop over the weights, the loss read at each step.
 
@@ -22,6 +25,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,6 +46,7 @@ from runtime.ema import Ema, constant
 from runtime.optimise import clip, set_tf32
 from vca import ATTENTIONS, Transformer, parse_size
 
+ALL = ("S/2:256", "B/2:256", "XL/2:256", "S/2:512", "B/2:512", "XL/2:512", "S/2:1024")
 PUBLISHED = "mhsa, as published"
 
 
@@ -55,7 +60,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, help="fewer blocks than the size has")
     parser.add_argument("--compile", action="store_true", help="compiled blocks, but of the step as published")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--parts", default="training,sampling")
+    parser.add_argument("--parts", default="training,sampling,profile")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model_cpu.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -67,7 +72,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(peak_mib(args, **json.loads(args.child))))
         return
-    run_parts(parser, {"training": training, "sampling": sampling}, args, ("torch", "timm", "numpy"))
+    run_parts(parser, {"training": training, "sampling": sampling, "profile": shares}, args, ("torch", "timm", "numpy"))
 
 
 def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -75,12 +80,32 @@ def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found = {case: compare(args, "training", case) for case in args.cases}
     speed = {case: one[PUBLISHED]["time over mhsa, quartiles"][1] for case, one in found.items() if PUBLISHED in one}
     least = 1.0 if args.cpu else 3.0
-    return {**found, "aims": [aim(f"speed of mhsa over {PUBLISHED}, {k}", v, least) for k, v in speed.items()]}
+    aims = [aim(f"speed of mhsa over {PUBLISHED}, {k}", v, least) for k, v in speed.items()]
+    return {**found, "not run": [case for case in ALL if case not in args.cases], "aims": aims}
 
 
 def sampling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Evaluations of the network with guidance, of each case."""
     return {**{case: compare(args, "sampling", case) for case in args.cases}, "aims": []}
+
+
+def shares(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Operators by their share of a training step of the first case, and that of what is neither product nor attention."""
+    found, kind = {}, "CPU" if args.cpu else "CUDA"
+    for name in ("mhsa", "vca"):
+        job = train_job(args, args.cases[0], name)
+        job()
+        with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+            for _ in range(3):
+                job()
+        times = {e.key: e.self_cpu_time_total if args.cpu else e.self_device_time_total for e in profile.key_averages()}
+        total = sum(times.values())
+        part = {
+            key: value / total for key, value in sorted(times.items(), key=lambda one: -one[1]) if value > 0.005 * total
+        }
+        core = re.compile(r"mm$|gemm|attention|flash|fmha", re.IGNORECASE)
+        found[name] = {"the rest": 1 - sum(v for key, v in part.items() if core.search(key)), "shares": part}
+    return {"case": args.cases[0], **found, "aims": []}
 
 
 def compare(args: argparse.Namespace, part: str, case: str) -> dict[str, Any]:
@@ -91,8 +116,7 @@ def compare(args: argparse.Namespace, part: str, case: str) -> dict[str, Any]:
     base = []
     for name in others:
         try:
-            jobs = {"mhsa": JOBS[part](args, case, "mhsa"), name: JOBS[part](args, case, name)}
-            seconds, median = take_turns(jobs, args.rounds, args.times, args.now)
+            seconds, median = in_turns(args, part, case, "mhsa", name)
         except torch.OutOfMemoryError:
             found[name] = "out of memory"
             continue
@@ -107,6 +131,11 @@ def compare(args: argparse.Namespace, part: str, case: str) -> dict[str, Any]:
         if isinstance(row, dict) and "again" not in name:
             row["peak MiB"] = child(args, part=part, case=case, name=name)
     return found
+
+
+def in_turns(args: argparse.Namespace, part: str, case: str, *names: str) -> tuple[dict, dict]:
+    """Seconds of each, and their medians; nothing of them is left."""
+    return take_turns({k: JOBS[part](args, case, k) for k in names}, args.rounds, args.times, args.now)
 
 
 def network_of(args: argparse.Namespace, case: str, attention: str) -> Transformer:
