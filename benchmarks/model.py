@@ -103,7 +103,7 @@ def shares(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         part = {
             key: value / total for key, value in sorted(times.items(), key=lambda one: -one[1]) if value > 0.005 * total
         }
-        core = re.compile(r"mm$|gemm|attention|flash|fmha", re.IGNORECASE)
+        core = re.compile(r"mm$|gemm|nvjet|cutlass|attention|flash|fmha|sdpa", re.IGNORECASE)
         found[name] = {"the rest": 1 - sum(v for key, v in part.items() if core.search(key)), "shares": part}
     return {"case": args.cases[0], **found, "aims": []}
 

@@ -71,3 +71,14 @@ def test_a_network_is_one_graph_for_batches_of_any_size(name):
             torch.manual_seed(batch)
             results.append(with_gradients(function, network, *inputs))
         assert_equal(*results)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_compiled_blocks_share_their_graphs(name):
+    """Depth costs no further compilation, though lambda_init differs from block to block: torch gives up after eight."""
+    network = Transformer(input_size=8, hidden_size=16, depth=9, num_heads=2, num_classes=10, attention=name)
+    for block in network.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    network(torch.randn(2, 4, 8, 8), torch.rand(2), torch.arange(2))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
