@@ -45,12 +45,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from vca import ATTENTIONS
 
 HEADS = {384: 6, 768: 12, 1152: 16}  # of S, B and XL
+PASSES = ("forward", "forward + backward")
 EVERYTHING = {
     "grids": [8, 16, 32, 64, 128],
     "widths": [*HEADS],
     "contrast": ["16", "64", "256", "N/4"],
+    "passes": PASSES,
 }
-PASSES = ("forward", "forward + backward")
 AIMS = {16: (1.10, 1.10), 32: (0.55, 0.60), 64: (0.18, 0.20), 128: (0.06, 0.07)}  # vca, n 64 over mhsa: CPU, GPU
 STYLES = {"n 16": ":", "n 256": "-.", "n N/4": "--"}
 COLOURS = {"mhsa": "black", "differential": "tab:purple", "linear": "tab:green", "agent": "tab:blue", "vca": "tab:red"}
