@@ -1,7 +1,7 @@
 r"""Attention layers beside full attention: time and memory by the number of tokens, and how far they are from the floor.
 
     python benchmarks/attention.py --rounds 2 --grids 8 16                            # a look: a minute
-    python benchmarks/attention.py --widths 384 --contrast 64 N/4                     # one CPU core: about 10 minutes
+    python benchmarks/attention.py --passes "forward + backward" --rounds 10          # one busy CPU core: 7 minutes
     python benchmarks/attention.py --device cuda --compile --grids 8 16 24 32 48 64 96 128 \
         --widths 384 768 1152 --contrast 16 64 256 N/4 --out benchmarks/results/attention_gpu.json
     python benchmarks/attention.py --draw                                             # the plot of --out anew
