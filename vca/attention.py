@@ -49,9 +49,9 @@ class Differential(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
 
     def forward(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """(..., d), (..., d) -> (..., d)."""
+        """2 x (..., h, N, d) -> (..., h, N, d)."""
         dtype = torch.promote_types(positive.dtype, torch.float32)
-        contrast = positive.to(dtype) - self.scale(dtype) * negative.to(dtype)  # (..., d)
+        contrast = positive.to(dtype) - self.scale(dtype) * negative.to(dtype)  # (..., h, N, d)
         # In this order since the first version, whose checkpoints draw the same bits.
         return ((1 - self.lambda_init) * self._norm(contrast, self.norm.weight)).to(positive.dtype)
 
@@ -66,12 +66,14 @@ class Differential(nn.Module):
         return (-self.scale(dtype) * x.to(dtype)).to(x.dtype)
 
     def normalise(self, contrast: Tensor) -> Tensor:
-        """(1 - lambda_init) RMSNorm of a difference: (..., d) -> (..., d)."""
+        """(1 - lambda_init) RMSNorm of a difference: (..., h, N, d) -> (..., h, N, d)."""
         dtype = torch.promote_types(contrast.dtype, torch.float32)
         return self._norm(contrast.to(dtype), (1 - self.lambda_init) * self.norm.weight).to(contrast.dtype)
 
     def _norm(self, contrast: Tensor, gain: Tensor) -> Tensor:
-        return F.rms_norm(contrast, self.norm.normalized_shape, gain.to(contrast.dtype), self.norm.eps)
+        contrast = contrast.transpose(-3, -2)  # (..., N, h, d), as attention leaves it in memory, so nothing is copied
+        normed = F.rms_norm(contrast, self.norm.normalized_shape, gain.to(contrast.dtype), self.norm.eps)
+        return normed.transpose(-3, -2)  # (..., h, N, d)
 
 
 class VisualContrastAttention(Attention):

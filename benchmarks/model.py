@@ -1,0 +1,259 @@
+r"""Whole networks: images a second and memory of training and sampling, by attention, beside the published trainer's step.
+
+    python benchmarks/model.py --rounds 2 --attentions mhsa vca                       # a look
+    python benchmarks/model.py                                                        # one CPU core: S/2 at 256 pixels
+    python benchmarks/model.py --device cuda --compile --batch 64 --out benchmarks/results/model_gpu.json \
+        --cases S/2:256 B/2:256
+    python benchmarks/model.py --device cuda --compile --batch 16 --out benchmarks/results/model_large_gpu.json \
+        --cases XL/2:256 S/2:512 B/2:512 XL/2:512 S/2:1024
+
+- training: a step of what train.py does to a DiT: the hybrid loss, backward, the norm of the gradient, AdamW, an average of
+  the weights; bf16 on a GPU, and with --compile compiled blocks.
+- sampling: one evaluation of the network with guidance, so of twice the images.
+- profile: the share of each operator in a training step of the first case.
+- as published: the same training step after the structure that the published trainer of DiT is described to have, written
+  anew: float32, the attention of timm, an average updated by a loop over the weights, the loss read at each step.
+
+Contenders of a case take turns with `mhsa`, after a warm-up; numbers are medians, ratios those to `mhsa` of the same round.
+`mhsa, again` is the control. Memory is that of a process of its own each. Weights and latents are random. A case is
+SIZE/PATCH:PIXELS, of which the latents have an eighth. A CPU has one thread, and is timed by the seconds of the process, for
+others use it, too.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import timm.layers
+import torch
+from report import aim, peak_kib, run_parts, take_turns, wall
+from torch import nn
+
+from dit_vca.diffusion import Diffusion
+from runtime.ema import Ema, constant
+from runtime.optimise import clip, set_tf32
+from vca import ATTENTIONS, Transformer, parse_size
+
+ALL = ("S/2:256", "B/2:256", "XL/2:256", "S/2:512", "B/2:512", "XL/2:512", "S/2:1024")
+PUBLISHED = "mhsa, as published"
+
+
+def main() -> None:
+    """Measures, and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cases", nargs="+", default=["S/2:256"], metavar="SIZE/PATCH:PIXELS")
+    parser.add_argument("--attentions", nargs="+", default=[*ATTENTIONS], choices=[*ATTENTIONS])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--depth", type=int, help="fewer blocks than the size has")
+    parser.add_argument("--compile", action="store_true", help="compiled blocks, but of the step as published")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--parts", default="training,sampling,profile")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model_cpu.json"))
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.cpu = args.device == "cpu"
+    if args.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        torch.set_num_threads(1)
+    args.now, args.times = (time.process_time, 1) if args.cpu else (wall, 5)
+    if args.child:
+        print(json.dumps(peak_mib(args, **json.loads(args.child))))
+        return
+    run_parts(parser, {"training": training, "sampling": sampling, "profile": shares}, args, ("torch", "timm", "numpy"))
+
+
+def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Training steps of each case."""
+    found = {case: compare(args, "training", case) for case in args.cases}
+    speed = {case: one[PUBLISHED]["time over mhsa, quartiles"][1] for case, one in found.items() if PUBLISHED in one}
+    least = 1.0 if args.cpu else 3.0
+    aims = [aim(f"speed of mhsa over {PUBLISHED}, {k}", v, least) for k, v in speed.items()]
+    return {**found, "not run": [case for case in ALL if case not in args.cases], "aims": aims}
+
+
+def sampling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Evaluations of the network with guidance, of each case."""
+    return {**{case: compare(args, "sampling", case) for case in args.cases}, "aims": []}
+
+
+def shares(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Operators by their share of a training step of the first case, and that of what is neither product nor attention."""
+    found, kind = {}, "CPU" if args.cpu else "CUDA"
+    for name in ("mhsa", "vca"):
+        job = train_job(args, args.cases[0], name)
+        job()
+        with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+            for _ in range(3):
+                job()
+        times = {e.key: e.self_cpu_time_total if args.cpu else e.self_device_time_total for e in profile.key_averages()}
+        total = sum(times.values())
+        part = {
+            key: value / total for key, value in sorted(times.items(), key=lambda one: -one[1]) if value > 0.005 * total
+        }
+        core = re.compile(r"mm$|gemm|nvjet|cutlass|attention|flash|fmha|sdpa", re.IGNORECASE)
+        found[name] = {"the rest": 1 - sum(v for key, v in part.items() if core.search(key)), "shares": part}
+    return {"case": args.cases[0], **found, "aims": []}
+
+
+def compare(args: argparse.Namespace, part: str, case: str) -> dict[str, Any]:
+    """Each contender in turn with `mhsa`, two at a time, for more of XL/2 do not fit a GPU."""
+    others = ["mhsa, again", *(name for name in args.attentions if name != "mhsa")]
+    others += [PUBLISHED] if part == "training" else []
+    found: dict[str, Any] = {"batch": args.batch, "depth": args.depth or parse_size(case.split(":")[0])["depth"]}
+    base = []
+    for name in others:
+        try:
+            seconds, median = in_turns(args, part, case, "mhsa", name)
+        except torch.OutOfMemoryError:
+            found[name] = "out of memory"
+            continue
+        base += seconds["mhsa"]
+        over = np.quantile(np.divide(seconds[name], seconds["mhsa"]), [0.25, 0.5, 0.75])
+        rate = args.batch / float(median[name])
+        found[name] = {"images per second": rate, "time over mhsa, quartiles": over.tolist(), "seconds": seconds}
+        print(f"{part}, {case}, {name}: {rate:.3g} images/s, {over.round(3)} of mhsa's", file=sys.stderr, flush=True)
+    if base:
+        found["mhsa"] = {"images per second": args.batch / float(np.median(base))}
+    for name, row in found.items():
+        if isinstance(row, dict) and "again" not in name:
+            row["peak MiB"] = child(args, part=part, case=case, name=name)
+    return found
+
+
+def in_turns(args: argparse.Namespace, part: str, case: str, *names: str) -> tuple[dict, dict]:
+    """Seconds of each, and their medians; nothing of them is left."""
+    return take_turns({k: JOBS[part](args, case, k) for k in names}, args.rounds, args.times, args.now)
+
+
+def network_of(args: argparse.Namespace, case: str, attention: str) -> Transformer:
+    """A DiT on latents of an eighth of the pixels, with random weights: as it begins, its output is 0."""
+    size, pixels = case.split(":")
+    sizes = parse_size(size) | ({"depth": args.depth} if args.depth else {})
+    torch.manual_seed(0)
+    network = Transformer(**sizes, input_size=int(pixels) // 8, out_channels=8, attention=attention)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return network
+
+
+def inputs_of(args: argparse.Namespace, network: Transformer, batch: int) -> tuple:
+    """Latents, noise, labels and times."""
+    x, noise = torch.randn(2, batch, 4, *network.input_size, device=args.device)
+    y, t = torch.randint(1000, (2, batch), device=args.device)
+    return x, noise, y, t
+
+
+def train_job(args: argparse.Namespace, case: str, name: str) -> Callable:
+    """A training step with one average of the weights."""
+    if name == PUBLISHED:
+        return published_job(args, case)
+    set_tf32(True)
+    network = network_of(args, case, name.removesuffix(", again")).to(args.device)
+    if args.compile:
+        for block in network.blocks:
+            block.compile()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    average, steps = Ema(network, constant(0.9999, False)), itertools.count(1)
+    process, (x, noise, y, t) = Diffusion(), inputs_of(args, network, args.batch)
+
+    def model(*given: Any) -> Any:
+        with torch.autocast(args.device, torch.bfloat16, enabled=not args.cpu):
+            return network(*given).float()
+
+    def job() -> None:
+        process.loss(model, x, y, t=t, noise=noise).mean().backward()
+        clip(network.parameters(), None)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(network, next(steps))
+
+    return job
+
+
+def published_job(args: argparse.Namespace, case: str) -> Callable:
+    """A training step after the structure of the published trainer; the loss and the rest of the network are ours."""
+    network = network_of(args, case, "mhsa")
+    for block in network.blocks:
+        own = block.attn
+        block.attn = timm.layers.Attention(own.proj.in_features, num_heads=own.num_heads, qkv_bias=True)
+        block.attn.load_state_dict(own.state_dict())
+    network.to(args.device)
+    average = copy.deepcopy(network).requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0)
+    process, (x, noise, y, t) = Diffusion(), inputs_of(args, network, args.batch)
+
+    def job() -> float:
+        loss = process.loss(network, x, y, t=t, noise=noise).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            weights = dict(network.named_parameters())
+            for key, value in average.named_parameters():
+                value.mul_(0.9999).add_(weights[key], alpha=0.0001)
+        return loss.item()
+
+    return job
+
+
+def sample_job(args: argparse.Namespace, case: str, name: str) -> Callable:
+    """One evaluation with guidance: the network sees each image twice, once with the null class."""
+    network = network_of(args, case, name.removesuffix(", again")).to(args.device).eval()
+    if args.compile:
+        for block in network.blocks:
+            block.compile()
+    x, _, y, t = inputs_of(args, network, args.batch)
+    given = x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, network.null_class)])
+
+    @torch.no_grad()
+    def job() -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=not args.cpu):
+            network(*given)
+
+    return job
+
+
+JOBS = {"training": train_job, "sampling": sample_job}
+
+
+def child(args: argparse.Namespace, **job: str) -> float | str:
+    """`peak_mib` of a process of its own."""
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        args.device,
+        "--batch",
+        str(args.batch),
+        "--child",
+        json.dumps(job),
+    ]
+    command += ["--depth", str(args.depth)] if args.depth else []
+    command += ["--compile"] if args.compile else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    return f"exit code {done.returncode}" if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_mib(args: argparse.Namespace, part: str, case: str, name: str) -> float:
+    """MiB at the peak of two calls: of the GPU's memory, or of this process."""
+    job = JOBS[part](args, case, name)
+    job()
+    job()
+    return peak_kib() / 2**10 if args.cpu else torch.cuda.max_memory_allocated() / 2**20
+
+
+if __name__ == "__main__":
+    main()
