@@ -566,3 +566,11 @@ def test_wrong_values_end_in_a_sentence():
     for call, sentence in expected:
         with pytest.raises(ValueError, match=sentence):
             call()
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_attention_can_be_counted_without_memory(name):
+    """On the meta device, as the dry run of train.py does."""
+    with torch.device("meta"):
+        module = ATTENTIONS[name](16, 2, 4, layer_index=0)
+        assert module(torch.randn(1, 16, 16)).shape == (1, 16, 16)

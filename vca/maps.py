@@ -148,7 +148,7 @@ def maps_of(layer: VisualContrastAttention, x: Tensor) -> Maps:
         layer: Of any options.
         x: (B, P+N, C).
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         x = x.to(layer.qkv.weight.dtype)
         dtype = torch.promote_types(x.dtype, torch.float32)
         q, k, v = (z.to(dtype) for z in layer.heads(x))  # 3 x (B, h, P+N, d)
