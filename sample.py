@@ -264,6 +264,8 @@ class Sampling:
             raise ValueError(
                 f"{str(file)!r}, where the record would stand, is of something else; choose another --out."
             )
+        if out.exists() and not file.exists():
+            raise ValueError(f"{str(out)!r} is there already and was not made by sample.py; choose another --out.")
         labels, names = self.classes or pipe.label_ids(sample.classes or []), pipe.class_names
         columns, what = args.columns or 10, {"picture": args.picture, "classes": labels}
         labels = labels or (spread(range(len(names))) if args.picture in ("samples", "sweep") else [0])

@@ -371,6 +371,15 @@ def test_images_begun_with_other_steps_of_ddpm_are_not_filled_up(tmp_path, num_s
         same_as_before(tmp_path / "samples.json", now, tmp_path)
 
 
+def test_a_picture_of_somebody_else_is_not_overwritten(draw, sentence, tmp_path):
+    Image.new("RGB", (3, 3)).save(tmp_path / "photo.png")
+    before = (tmp_path / "photo.png").read_bytes()
+    assert "photo.png' is there already and was not made by sample.py" in sentence("--out", tmp_path / "photo.png")
+    assert (tmp_path / "photo.png").read_bytes() == before
+    for per_class in (1, 2):  # its own one is drawn again
+        draw("--out", tmp_path / "grid.png", "--classes", "[1]", "--per_class", per_class)
+
+
 def test_a_gpu_that_is_not_there_is_named(sentence, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "cuda" in sentence("--out", tmp_path / "out", "--device", "cuda")
