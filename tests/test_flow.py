@@ -24,6 +24,15 @@ def coefficients(path, t):
     elif path == "gvp":
         alpha, sigma = torch.sin(math.pi * t / 2), torch.cos(math.pi * t / 2)
         d_alpha, d_sigma = math.pi / 2 * sigma, -math.pi / 2 * alpha
+    elif path != "vp":  # one that was added: its own alpha and sigma, and their derivatives by autograd
+        leaf = t.detach().reshape(-1).requires_grad_()
+        k = PATHS[path]().at(leaf, like=leaf)
+        values = [
+            k.alpha,
+            k.sigma,
+            *(torch.autograd.grad(z.sum(), leaf, retain_graph=True)[0] for z in (k.alpha, k.sigma)),
+        ]
+        alpha, sigma, d_alpha, d_sigma = (value.detach().reshape(t.shape) for value in values)
     else:
         alpha = torch.exp(-((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.1 / 2)
         sigma = (1 - alpha**2).sqrt()
