@@ -70,7 +70,10 @@ def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str
     allowed = [option for option in options_of(entry) if option not in given]
     for option in options:
         if option not in allowed:
-            raise ValueError(f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}.")
+            raise ValueError(
+                f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}. If a file says it, "
+                f"{where} as a whole, {{name: {name}}}, replaces that."
+            )
         check_type(entry, option, options[option], f"{where} {name!r}")
     parameters = inspect.signature(entry).parameters
     missing = [o for o in allowed if o not in options and parameters[o].default is inspect.Parameter.empty]
