@@ -171,7 +171,7 @@ def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> C
         options: Which; not given means all.
     """
     spec = config.model.attention
-    if spec["name"] != known.get("name"):
+    if spec.get("name") != known.get("name"):
         return config
     taken = {option: value for option, value in known.items() if option in options or not options}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention={**taken, **spec}))

@@ -36,6 +36,7 @@ from runtime.config import Config
 from runtime.log import check_tracker, read_metrics
 from runtime.resume import check_same_run, starting_point
 from runtime.stop import STOPPED, StopSignal
+from runtime.weights import attention_of
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = StopSignal()
     accelerator = accelerator_of(config)
     start = starting_point(config, args.resume)
-    agree(accelerator, checkpoint.read_record(start)["id"] if start else None, f"run_dir {config.run_dir!r}")
+    record = checkpoint.read_record(start) if start else {"id": None, "step": 0}
+    agree(accelerator, record["id"], f"run_dir {config.run_dir!r}")
     if start:
-        config = build.with_attention_of(config, checkpoint.read_record(start)["config"]["model"]["attention"])
+        if known := attention_of(start):
+            config = build.with_attention_of(config, known)
         check_same_run(config, start, accelerator.print)
     if args.dry_run:
         dry_run(config, accelerator, stop)
         return
-    done = checkpoint.read_record(start)["step"] if start else 0
+    done = record["step"]
     if done >= config.train.num_steps and not owed(config, done, accelerator):
         more = " A larger train.num_steps would go on." if config.train.schedule == "constant" else ""
         accelerator.print(f"done already: {done:,} steps in {config.run_dir}.{more}")

@@ -385,7 +385,7 @@ def same_as_before(record: Path, settings: dict[str, Any], out: Path) -> None:
     try:
         old = dict(json.loads(record.read_text(encoding="utf-8")))
         old = _as_said_now(dict(old.get("sample", old)))  # of the record of an evaluation
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
         raise ValueError(f"{str(record)!r} is damaged, so what is there is unknown; choose another --out.") from None
     if different := differences({key: old.get(key) for key in settings}, settings):
         text = ", ".join(f"{k} {_short(a)} (now {_short(b)})" for k, (a, b) in different.items())

@@ -100,7 +100,9 @@ def attention_of(path: str | Path) -> dict[str, Any] | None:
     """
     path = locate(path)
     if path.is_dir() and ((path / checkpoint.RECORD).is_file() or checkpoint.steps(path)):
-        return checkpoint.read_record(checkpoint.find(path))["config"]["model"]["attention"]
+        model = checkpoint.read_record(checkpoint.find(path))["config"].get("model")
+        attention = model.get("attention") if isinstance(model, dict) else None
+        return attention if isinstance(attention, dict) else None
     file = path / "config.json"
     if not (file.is_file() and (path / HUB_FILE).is_file()):
         return None

@@ -289,6 +289,9 @@ def test_a_damaged_record_of_the_settings_is_named(sentence, draw, tmp_path):
     draw("--num", 1, "--out", tmp_path / "png")
     (tmp_path / "png" / "samples.json").write_text("{")
     assert "samples.json" in sentence("--num", 2, "--out", tmp_path / "png")
+    for record in ({"process": []}, {"process": {"num_timesteps": 1000}, "sampler": {"name": "ddim"}}):
+        (tmp_path / "png" / "samples.json").write_text(json.dumps(record))
+        assert "samples.json' is damaged" in sentence("--num", 2, "--out", tmp_path / "png")
 
 
 @pytest.mark.parametrize(

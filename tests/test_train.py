@@ -609,6 +609,24 @@ def test_other_metrics_than_a_distance_are_measured_without_a_curve(tmp_path):
     assert not (folder / "fid.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "said"), [({}, "holds another run"), ("x", "model is 'x'; it is a group of settings")]
+)
+def test_a_record_that_does_not_say_the_attention_is_named(tmp_path, capsys, model, said):
+    folder = run(tmp_path / "run", 1)
+    file = checkpoint.find(folder) / "checkpoint.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "config": {**record["config"], "model": model}}))
+    assert said in sentence(capsys, settings(folder, 2))
+
+
+def test_an_attention_without_a_name_is_named_before_it_is_compared_with_the_run(tmp_path, capsys):
+    folder = run(tmp_path / "run", 1)
+    text = sentence(capsys, [*settings(folder, 2), "--model.attention", "{num_tokens: 4}"])
+    assert "holds another run" in text
+    assert "model.attention.name" in text
+
+
 def test_other_data_or_another_autoencoder_is_refused(tmp_path, capsys):
     folder = run(tmp_path / "run", 1)
     file = checkpoint.find(folder) / "checkpoint.json"
