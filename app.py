@@ -22,11 +22,10 @@ except ModuleNotFoundError as error:
     raise SystemExit("app.py: the page needs gradio; run `pip install -e .[app]`.") from error
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import build
-from pipeline import Pipeline
+from pipeline import Pipeline, chosen_device
 from runtime.cli import parse, report_errors
 from runtime.config import SampleConfig, require
 from runtime.generation import spread
@@ -73,13 +72,11 @@ class Arguments(Strict):
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     args = parse(Arguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=build.PARTS)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
+    device = chosen_device(args.device)
     of_the_model = ("weights", "vae", "process", "device", "precision")
     defaults = {f.name: f.default for f in dataclasses.fields(Arguments)}
     given = {name: getattr(args, name) for name in of_the_model if getattr(args, name) != defaults[name]}
-    device = {"device": None if args.device == "auto" else args.device}
-    pipe = Pipeline.from_pretrained(args.checkpoint, **given | device)
+    pipe = Pipeline.from_pretrained(args.checkpoint, **given | {"device": device})
     page = build_page(pipe, given)
     try:
         page.launch(

@@ -38,6 +38,17 @@ from runtime.weights import locate
 OF_TRAINING = ("training steps", "training data", "checkpoint")  # of a model card, unknown of published weights
 
 
+def chosen_device(word: str) -> str:
+    """What `--device auto`, `cuda` or `cpu` means here: `cuda` or `cpu`.
+
+    Raises:
+        ValueError: It is cuda, and there is no GPU.
+    """
+    if word == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
+    return "cuda" if word != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 class Output(NamedTuple):
     """What a call of a pipeline gives.
 
@@ -110,7 +121,7 @@ class Pipeline:
             FileNotFoundError: There is no such path, name, or part of it.
             ValueError: It holds something else, or what cannot be told from it was not given.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device or chosen_device("auto"))
         set_tf32(tf32)
         there = locate(path)
         ours = there.is_dir() and ((there / checkpoint.RECORD).is_file() or checkpoint.steps(there))

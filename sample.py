@@ -29,14 +29,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import build
 import fid
-from pipeline import Pipeline
+from pipeline import Pipeline, chosen_device
 from runtime.cli import parse, report_errors
 from runtime.config import Config, SampleConfig, require, to_dict
 from runtime.files import write_text
@@ -179,9 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     texts = {"prog": "sample.py", "description": __doc__, "epilog": build.sampler_help()}
     args = parse(Arguments, argv, **texts, first="checkpoint", parts=build.PARTS)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
-    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     sampling = Sampling(args, state)
     if args.likelihood:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
@@ -30,7 +29,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 import build
-from pipeline import Pipeline
+from pipeline import Pipeline, chosen_device
 from runtime import checkpoint
 from runtime.cli import parse, report_errors
 from runtime.config import SampleConfig, require
@@ -114,14 +113,12 @@ class Moment(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     args = parse(Arguments, argv, prog="visualise.py", description=__doc__, first="checkpoint", parts=build.PARTS)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
+    device = chosen_device(args.device)
     if Path(args.checkpoint).is_file():
         raise ValueError(
             f"{args.checkpoint!r} is a file, as published weights are, and these have no contrast tokens: their attention "
             "is mhsa. Give a run of train.py with attention vca or agent."
         )
-    device = None if args.device == "auto" else args.device
     pipe = Pipeline.from_pretrained(args.checkpoint, weights=args.weights, vae=args.vae, device=device)
     layers = chosen_layers(pipe, args.blocks, args.heads)
     query = chosen_query(pipe.network.grid_size, args.query)

@@ -31,9 +31,8 @@ class DiT(
 
     def __init__(self, *, in_channels: int = 4, **backbone: Any) -> None:
         super().__init__(in_channels=in_channels, **{"out_channels": 2 * in_channels, **backbone})
-        self._hub_mixin_config["attention"] = (
-            self.attention
-        )  # config.json has every option, whatever becomes the default
+        # config.json has every option, whatever becomes the default.
+        self._hub_mixin_config["attention"] = self.attention
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> Self:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from docstring_parser import parse_from_object
 
-from runtime.reading import MissingError, Parts, Word, check, described, is_spec, leaves, typed, unknown
+from runtime.reading import MissingError, Parts, Word, check, described, is_spec, leaves, refused, typed, unknown
 from runtime.yamlfile import NULLS, TRUTH, Plain, parse_yaml, read_yaml, write_yaml
 
 T = TypeVar("T")
@@ -130,8 +130,7 @@ def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
         elif isinstance(value, dict):
             _merge(found.setdefault(name, {}), value, fields[name])
         elif not (isinstance(value, Plain) and value in NULLS):
-            example = dataclasses.fields(fields[name])[0].name
-            raise ValueError(f"{name} is {value!r}; it is a group of settings, such as {name}.{example}.")
+            raise ValueError(refused(name, value, fields[name], "dataclass_type"))
 
 
 def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:

@@ -268,10 +268,10 @@ def _mistake(cls: type, values: Mapping[str, Any], error: ValidationError) -> Va
         if f"{key}.{part}".lstrip(".") not in kinds:
             break
         key, value = f"{key}.{part}".lstrip("."), value[part]
-    return ValueError(_wrong(key, value, kinds.get(key), wrong["type"]))
+    return ValueError(refused(key, value, kinds.get(key), wrong["type"]))
 
 
-def _wrong(key: str, value: Any, kind: Any, what: str) -> str:
+def refused(key: str, value: Any, kind: Any, what: str) -> str:
     """The sentence for a value that a setting cannot have."""
     given = "null" if value is None else repr(value)
     choices = [word for member in _members(kind) if get_origin(member) is Literal for word in get_args(member)]

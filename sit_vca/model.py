@@ -34,9 +34,8 @@ class SiT(
     def __init__(self, *, in_channels: int = 4, learn_sigma: bool = False, **backbone: Any) -> None:
         out_channels = 2 * in_channels if learn_sigma else in_channels
         super().__init__(in_channels=in_channels, **{"out_channels": out_channels, **backbone})
-        self._hub_mixin_config["attention"] = (
-            self.attention
-        )  # config.json has every option, whatever becomes the default
+        # config.json has every option, whatever becomes the default.
+        self._hub_mixin_config["attention"] = self.attention
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(B, C, H, W), (B,) in [0, 1], (B,) -> (B, C, H, W)."""

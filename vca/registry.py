@@ -1,4 +1,4 @@
-"""A choice is a word, an entry of a dict, and a class: the three functions that turn the first into the last."""
+"""A choice is a word, an entry of a dict, and a class: the functions that turn the first into the last."""
 
 import difflib
 import inspect
@@ -28,6 +28,18 @@ def lookup(registry: Mapping[str, Any], name: str, where: str) -> Any:
     if not isinstance(name, str) or name not in registry:  # a mapping has no hash
         raise ValueError(f"{where} is {name!r};{nearest(name, registry)} choose one of {sorted(registry)}.")
     return registry[name]
+
+
+def lookup_spec(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
+    """The entry that `spec` names, and the spec as a dict with its name.
+
+    Raises:
+        ValueError: It has no name, or an unknown one.
+    """
+    spec = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if "name" not in spec:
+        raise ValueError(f"{where} is {spec}; it needs a name, one of {sorted(registry)}.")
+    return lookup(registry, spec["name"], f"{where}.name"), spec
 
 
 def options_of(entry: Callable[..., Any]) -> list[str]:
@@ -62,11 +74,8 @@ def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str
         ValueError: The spec has no name, an unknown one, an option that the entry does not take or of a wrong type, or
             lacks one that it needs.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    if "name" not in options:
-        raise ValueError(f"{where} is {options}; it needs a name, one of {sorted(registry)}.")
+    entry, options = lookup_spec(registry, spec, where)
     name = options.pop("name")
-    entry = lookup(registry, name, f"{where}.name")
     allowed = [option for option in options_of(entry) if option not in given]
     for option in options:
         if option not in allowed:

@@ -19,7 +19,7 @@ from vca.attention import AgentAttention, VisualContrastAttention
 from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
 from vca.layer import check_heads
-from vca.registry import build, defaults_of, lookup
+from vca.registry import build, defaults_of, lookup, lookup_spec
 
 ATTENTIONS = {
     "vca": VisualContrastAttention,
@@ -55,16 +55,9 @@ def resolved_attention(attention: str | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: It has no name, or an unknown one.
     """
-    spec = {"name": attention} if isinstance(attention, str) else dict(attention)
-    if "name" not in spec:
-        raise ValueError(f"model.attention is {spec}; it needs a name, one of {sorted(ATTENTIONS)}.")
-    defaults = defaults_of(lookup(ATTENTIONS, spec["name"], "model.attention.name"))
-    defaults = {
-        option: value for option, value in defaults.items() if option not in ("layer_index", "num_prefix_tokens")
-    }
-    return {
-        option: list(value) if isinstance(value, tuple) else value for option, value in {**defaults, **spec}.items()
-    }
+    entry, spec = lookup_spec(ATTENTIONS, attention, "model.attention")
+    defaults = {k: v for k, v in defaults_of(entry).items() if k not in ("layer_index", "num_prefix_tokens")}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in {**defaults, **spec}.items()}
 
 
 def before_joint(attention: str | Mapping[str, Any]) -> dict[str, Any]:

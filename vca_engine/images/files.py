@@ -98,7 +98,8 @@ class ImageFiles:
                     raise UnreadableImageError(f"{path!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")
                 head = file.read(16)
                 if check:
-                    self._told(name, lambda: check(head))
+                    with self._naming(name):
+                        check(head)
                 return head + file.read()
         except UnreadableImageError:
             raise
@@ -115,7 +116,8 @@ class ImageFiles:
             UnreadableImageError: See `read`; and whatever `how` raises, as a sentence with the file's name.
         """
         content = io.BytesIO(self.read(name, check_beginning))
-        return self._told(name, lambda: how(content))
+        with self._naming(name):
+            return how(content)
 
     def pixels(self, name: str, size: int) -> np.ndarray:
         """An image as it is trained on and measured against: (size, size, 3) uint8, by `read_image` and `centre_crop`.
@@ -142,10 +144,11 @@ class ImageFiles:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
 
-    def _told(self, name: str, what: Callable[[], T]) -> T:
-        """What a call gives, or its error as a sentence with the file's name."""
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Turn any error into a sentence with the file's name."""
         try:
-            return what()
+            yield
         except Exception as error:  # damaged files make Pillow raise almost anything
             reason = str(error).rstrip(".")
             raise UnreadableImageError(f"{self.path(name)!r} cannot be read as an image: {reason}.") from None
