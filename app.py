@@ -24,14 +24,14 @@ except ModuleNotFoundError as error:
 import numpy as np
 from torch import Tensor
 
-import build
-from pipeline import Pipeline, chosen_device
-from runtime.cli import parse, report_errors
-from runtime.config import SampleConfig, require
-from runtime.generation import spread
-from runtime.reading import Spec, Strict
 from sit_vca.sampler import ODE, ODE_METHODS
 from vca import defaults_of
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import Spec, Strict
+from vca_engine.config.schema import SampleConfig, require
+from vca_engine.sampling.classes import spread
+from vca_engine.sampling.pipeline import Pipeline, chosen_device
 
 MOST = 256  # images of one click
 STYLE = """#gallery .grid-container {grid-template-columns: repeat(auto-fill, minmax(%dpx, 1fr))}
@@ -71,7 +71,7 @@ class Arguments(Strict):
 @report_errors("app.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=build.PARTS)
+    args = parse(Arguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=assemble.PARTS)
     device = chosen_device(args.device)
     of_the_model = ("weights", "vae", "process", "device", "precision")
     defaults = {f.name: f.default for f in dataclasses.fields(Arguments)}
@@ -105,8 +105,8 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
         loaded_with: The options of sample.py that load the same model from `pipe.origin["path"]`.
     """
     default, names = pipe.config.sample, pipe.class_names
-    sampler = build.describe_sampling(pipe.config)["sampler"]
-    samplers = build.SAMPLERS[pipe.config.process["name"]]
+    sampler = assemble.describe_sampling(pipe.config)["sampler"]
+    samplers = assemble.process_kind(pipe.config).samplers
     steps_of = {name: defaults_of(entry)["num_steps"] for name, entry in samplers.items()}
     steps_of[sampler["name"]] = sampler["num_steps"]
     choices = [(name if name == str(k) else f"{name} ({k})", k) for k, name in enumerate(names)]
@@ -181,7 +181,7 @@ def settings(
     require(num is not None and 0 < num <= MOST, "images", num, f"choose 1 to {MOST}; sample.py draws more")
     given = {"num_steps": steps, "method": method if sampler == "ode" else None}
     spec = {"name": sampler, **{key: value for key, value in given.items() if value is not None}}
-    if sampler == build.describe_sampling(pipe.config)["sampler"]["name"]:
+    if sampler == assemble.describe_sampling(pipe.config)["sampler"]["name"]:
         spec = {**(default.sampler or {}), **spec}
     everywhere = (low, high) == (0, 1) and default.guidance_interval is None
     groups = -(-num // default.group_size)  # rounded up, and the groups as even as can be, since all are drawn whole

@@ -20,14 +20,14 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-import build
-from runtime.cli import parse, report_errors
-from runtime.config import Config
-from runtime.data import Images
-from runtime.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen
-from runtime.images import grid, save_picture
-from runtime.latents import DamagedError, LatentDataset
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.schema import Config
 from vca_engine.images import to_uint8
+from vca_engine.images.datasets import Images
+from vca_engine.images.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen
+from vca_engine.images.latents import DamagedError, LatentDataset
+from vca_engine.images.pictures import grid, save_picture
 
 NUM_SHOWN = 16
 
@@ -46,8 +46,8 @@ class Arguments(Config):
 @report_errors("cache_latents.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": build.options_help()}
-    args = parse(Arguments, argv, **texts, parts=build.PARTS)
+    texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": assemble.options_help()}
+    args = parse(Arguments, argv, **texts, parts=assemble.PARTS)
     if args.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
     if args.check:
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     # The last shard of one process may take long while the others wait.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-    images = build.build_images(args)
-    codec = build.build_codec(args, images.channels).to(state.device)
+    images = assemble.images(args)
+    codec = assemble.codec(args, images.channels).to(state.device)
     settings = settings_of(args, images, codec, state.device.type)
     if Path(args.latents).exists():
         needed = {key: value for key, value in settings.items() if key not in (*INFORMATIVE, *ROUNDING)}
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def settings_of(args: Arguments, images: Images, codec: Any, device: str) -> dict[str, Any]:
     """What the latents are made of, for the manifest."""
     return {
-        **build.needed_latents(args, codec),
+        **assemble.needed_latents(args, codec),
         "source": args.data.get("images"),
         "codec_path": args.codec.get("path"),
         "images": images.fingerprint,
@@ -125,12 +125,12 @@ def check(args: Arguments) -> None:
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        images = build.build_images(args)
-        codec = build.build_codec(args, images.channels).to(device)
+        images = assemble.images(args)
+        codec = assemble.codec(args, images.channels).to(device)
     except FileNotFoundError as error:
         print(f"note: no picture, since what it needs is not there: {error}", file=sys.stderr)
         return
-    cache.check({**build.needed_latents(args, codec), "images": images.fingerprint})
+    cache.check({**assemble.needed_latents(args, codec), "images": images.fingerprint})
     file, error = picture(cache, images, codec, device)
     print(f"wrote {file}: {NUM_SHOWN} images beside their decoded latents, {error:.1f} grey levels apart on average")
 

@@ -33,19 +33,19 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-import build
 import fid
-from pipeline import Pipeline, chosen_device
-from runtime.cli import parse, report_errors
-from runtime.config import Config, SampleConfig, require, to_dict
-from runtime.files import write_text
-from runtime.generation import random_label, spread
-from runtime.images import save_picture
-from runtime.likelihood import bits_of, unit
-from runtime.pictures import Table, class_grid, interpolations, trajectories
-from runtime.reading import Spec, Strict, Word, from_dict
-from runtime.sink import EvaluatorSink, note, open_sink, partial_of, read_notes, same_as_before
-from runtime.stop import end_on_sigterm, uninterrupted
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import Spec, Strict, Word, from_dict
+from vca_engine.config.schema import Config, SampleConfig, require, to_dict
+from vca_engine.files import write_text
+from vca_engine.images.pictures import save_picture
+from vca_engine.sampling.classes import random_label, spread
+from vca_engine.sampling.likelihood import bits_of, unit
+from vca_engine.sampling.pictures import Table, class_grid, interpolations, trajectories
+from vca_engine.sampling.pipeline import Pipeline, chosen_device
+from vca_engine.sampling.writers import EvaluatorSink, note, open_sink, partial_of, read_notes, same_as_before
+from vca_engine.signals import end_on_sigterm, uninterrupted
 
 ALL_DRAWN = ("samples", "trajectory", "interpolate", "sweep", "num")
 ONLY_FOR = {  # option -> what it is for; samples is a grid
@@ -176,8 +176,8 @@ class Arguments(Strict):
 @report_errors("sample.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    texts = {"prog": "sample.py", "description": __doc__, "epilog": build.sampler_help()}
-    args = parse(Arguments, argv, **texts, first="checkpoint", parts=build.PARTS)
+    texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
+    args = parse(Arguments, argv, **texts, first="checkpoint", parts=assemble.PARTS)
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     sampling = Sampling(args, state)
@@ -214,7 +214,7 @@ class Sampling:
             )
         self.drawer = pipe.drawer(sample, **({} if args.sweep else self.others))  # checks sampler and guidance
         self.step = pipe.origin.get("step")
-        sampler = build.describe_sampling(dataclasses.replace(pipe.config, sample=sample))["sampler"]
+        sampler = assemble.describe_sampling(dataclasses.replace(pipe.config, sample=sample))["sampler"]
         words = [sampler["name"], *([sampler["method"]] if sampler["name"] == "ode" else []), sampler["num_steps"]]
         self.drawn_by = " ".join(map(str, words))
         self.caption = {"step": f"step {self.step}"} if self.step is not None else {}
@@ -297,7 +297,7 @@ class Sampling:
             drawer = self.pipe.drawer(sample, **(self.others if sample.cfg_scale != 1.0 else {}))
             images.append(drawer.all(labels, sample.group_size))
             config = dataclasses.replace(self.pipe.config, sample=sample)
-            rows.append({"row": name, **build.describe_sampling(config), "nfe": drawer.nfe})
+            rows.append({"row": name, **assemble.describe_sampling(config), "nfe": drawer.nfe})
             self.drawer.evaluations += drawer.evaluations
             self.drawer.drawn += drawer.drawn
         names = [row["row"] for row in rows]
@@ -355,7 +355,15 @@ class Sampling:
 
     def _evaluator(self) -> fid.Evaluator:
         try:
-            return build.build_evaluator(self.config, self.state.device)
+            c = self.config.fid
+            return fid.open_evaluator(
+                c.reference,
+                c.extractor,
+                weights=c.weights,
+                preset=c.preset,
+                metrics=c.metrics,
+                device=self.state.device,
+            )
         except (ValueError, OSError) as error:  # which names an option of python -m fid
             raise type(error)(str(error).replace("--weights", "--fid_weights")) from None
 
@@ -386,7 +394,7 @@ class Sampling:
             raise ValueError(f"--out is {args.out!r}; a likelihood is a .json file.")
         data = args.data or {}
         spec = data if "name" in data else {**pipe.config.data, **data}
-        images = build.build_images(dataclasses.replace(pipe.config, data=spec))
+        images = assemble.images(dataclasses.replace(pipe.config, data=spec))
         if (images.image_size, images.class_names) != (pipe.shape.image_size, pipe.class_names):
             raise ValueError(
                 f"the images have {images.image_size} pixels and {images.num_classes} classes, the model "
@@ -468,7 +476,7 @@ def swept(text: str, sample: SampleConfig, args: Arguments) -> list[tuple[str, S
         else:
             fields[name] = value
         label = f"{key.strip().rpartition('.')[2]} {word.strip()}"
-        found.append((label, from_dict(SampleConfig, fields, "--sweep", build.PARTS)))
+        found.append((label, from_dict(SampleConfig, fields, "--sweep", assemble.PARTS)))
     return found
 
 

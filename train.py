@@ -27,16 +27,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-import build
-from run import Run, accelerator_of, agree, peak_memory, preview_file
-from runtime import checkpoint, estimate
-from runtime.checkpoint import SNAPSHOTS
-from runtime.cli import parse, report_errors
-from runtime.config import Config
-from runtime.log import check_tracker, read_metrics
-from runtime.resume import check_same_run, starting_point
-from runtime.stop import STOPPED, StopSignal
-from runtime.weights import attention_of
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.schema import Config
+from vca_engine.distributed import agree
+from vca_engine.signals import STOPPED, StopSignal
+from vca_engine.training import dry_run as estimate
+from vca_engine.training.log import check_tracker, read_metrics
+from vca_engine.training.resume import check_same_run, starting_point
+from vca_engine.training.run import Run, accelerator_of, peak_memory, preview_file
+from vca_engine.weights import checkpoint
+from vca_engine.weights.checkpoint import SNAPSHOTS
+from vca_engine.weights.files import attention_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Arguments(Config):
 @report_errors("train.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="train.py", description=__doc__, epilog=build.options_help(), parts=build.PARTS)
+    args = parse(
+        Arguments, argv, prog="train.py", description=__doc__, epilog=assemble.options_help(), parts=assemble.PARTS
+    )
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)
     stop = StopSignal()
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     agree(accelerator, record["id"], f"run_dir {config.run_dir!r}")
     if start:
         if known := attention_of(start):
-            config = build.with_attention_of(config, known)
+            config = assemble.with_attention_of(config, known)
         check_same_run(config, start, accelerator.print)
     if args.dry_run:
         dry_run(config, accelerator, stop)
@@ -187,7 +191,7 @@ def dry_run(config: Config, accelerator: Accelerator, stop: StopSignal) -> None:
         size, snapshot_size = estimate.size_of(*checkpoints), estimate.size_of(*snapshots)
         rate = read_metrics(run.folder / "metrics.jsonl")[-1]["images_per_second"]
         with torch.device("meta"):
-            multiply_adds = estimate.multiply_adds(build.build_model(config, run.shape, run.codec))
+            multiply_adds = estimate.multiply_adds(assemble.network(config, run.shape, run.codec))
 
     num_images, about = cfg.num_steps * cfg.batch_size, "at least" if cfg.grad_checkpointing or cfg.compile else "about"
     weights = 4 * sum(p.numel() for p in run.network.parameters()) // (world if accelerator.is_fsdp2 else 1)

@@ -28,17 +28,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-import build
-from pipeline import Pipeline, chosen_device
-from runtime import checkpoint
-from runtime.cli import parse, report_errors
-from runtime.config import SampleConfig, require
-from runtime.ema import name_of
-from runtime.figures import NARROW, WIDE, Panel, Row, draw_rows, new_figure, save_figure, styled
-from runtime.files import write_text
-from runtime.pictures import on_the_way
-from runtime.reading import Spec, Strict
 from vca import Maps, Streams, VisualContrastAttention, contrast_layers, keep_inputs, lambda_init, maps_of, streams_of
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import Spec, Strict
+from vca_engine.config.schema import SampleConfig, require
+from vca_engine.files import write_text
+from vca_engine.sampling.figures import NARROW, WIDE, Panel, Row, draw_rows, new_figure, save_figure, styled
+from vca_engine.sampling.pictures import on_the_way
+from vca_engine.sampling.pipeline import Pipeline, chosen_device
+from vca_engine.training.ema import name_of
+from vca_engine.weights import checkpoint
 
 LINES = {  # axis -> field of `Streams` -> how it is called
     "root mean square": {"positive": "$e^+$", "negative": "$e^-$"},
@@ -112,7 +112,7 @@ class Moment(NamedTuple):
 @report_errors("visualise.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="visualise.py", description=__doc__, first="checkpoint", parts=build.PARTS)
+    args = parse(Arguments, argv, prog="visualise.py", description=__doc__, first="checkpoint", parts=assemble.PARTS)
     device = chosen_device(args.device)
     if Path(args.checkpoint).is_file():
         raise ValueError(

@@ -37,11 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from report import aim, peak_kib, run_parts
 
-from runtime.codecs import PixelCodec, VAECodec
-from runtime.config import CacheConfig
-from runtime.data import EndlessBatches, Folder
-from runtime.encode import CacheWriter
-from runtime.latents import VERSION, LatentDataset
+from vca_engine.config.schema import CacheConfig
+from vca_engine.images.codecs import PixelCodec, VAECodec
+from vca_engine.images.datasets import Folder
+from vca_engine.images.encode import CacheWriter
+from vca_engine.images.latents import VERSION, LatentDataset
+from vca_engine.images.order import EndlessBatches
 
 BATCH, SIDE = 256, 256
 
@@ -171,7 +172,7 @@ class Timed(nn.Module):
         self.channels, self.downsample = codec.channels, codec.downsample
 
     def moments(self, images: Tensor) -> Tensor:
-        """See `runtime.codecs`."""
+        """See `vca_engine.images.codecs`."""
         start = time.perf_counter()
         found = self.codec.moments(images)
         if found.is_cuda:

@@ -42,9 +42,10 @@ from report import aim, peak_kib, run_parts, take_turns, wall
 from torch import nn
 
 from dit_vca.diffusion import Diffusion
-from runtime.ema import Ema, constant
-from runtime.optimise import clip, set_tf32
 from vca import ATTENTIONS, Transformer, parse_size
+from vca_engine.precision import set_tf32
+from vca_engine.training.ema import Ema, constant
+from vca_engine.training.step import clip
 
 ALL = ("S/2:256", "B/2:256", "XL/2:256", "S/2:512", "B/2:512", "XL/2:512", "S/2:1024")
 PUBLISHED = "mhsa, as published"

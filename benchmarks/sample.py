@@ -40,14 +40,15 @@ from diffusers import AutoencoderKL
 from report import aim, peak_kib, run_parts, take_turns, wall
 from torch import Tensor, nn
 
-import build
 import fid
-from pipeline import Pipeline
-from runtime import sink
-from runtime.codecs import VAECodec
-from runtime.config import Config, SampleConfig
-from runtime.generation import Drawer
-from runtime.reading import from_dict
+from vca_engine import assemble
+from vca_engine.config.reading import from_dict
+from vca_engine.config.schema import Config, SampleConfig
+from vca_engine.images.codecs import VAECodec
+from vca_engine.images.labels import DataInfo
+from vca_engine.sampling import writers as sink
+from vca_engine.sampling.image_sampler import ImageSampler
+from vca_engine.sampling.pipeline import Pipeline
 
 TINY = {"hidden_size": 96, "depth": 4, "num_heads": 3}  # the demo's network
 SAMPLERS = {  # ode counts points: one more than steps
@@ -113,14 +114,14 @@ def pipeline_of(args: argparse.Namespace, process: str, size: str, **more: Any) 
         "model": model,
     }
     config = from_dict(Config, values, "benchmarks/sample.py")
-    shape = build.Shape(side, channels, [str(k) for k in range(1000)])
-    codec = build.build_codec(config, channels)
+    shape = DataInfo(side, channels, [str(k) for k in range(1000)])
+    codec = assemble.codec(config, channels)
     torch.manual_seed(0)
-    network = build.build_model(config, shape, codec).to(args.device).eval().requires_grad_(False)
+    network = assemble.network(config, shape, codec).to(args.device).eval().requires_grad_(False)
     for p in network.parameters():  # as it begins, its output is 0
         nn.init.normal_(p, std=0.02)
     origin = {"path": "none", "kind": "random", "part": "ema"}
-    return Pipeline(config, shape, network, build.build_process(config), codec, origin, Path())
+    return Pipeline(config, shape, network, assemble.process(config), codec, origin, Path())
 
 
 def about(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def about(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
     }
 
 
-def group_of(drawer: Drawer, size: int) -> Callable[[], Tensor]:
+def group_of(drawer: ImageSampler, size: int) -> Callable[[], Tensor]:
     """Draws one group of latents, always the same."""
     return partial(drawer.latents, [k % 1000 for k in range(size)], range(size))
 
@@ -205,7 +206,7 @@ def drawing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {**found, "aims": aims}
 
 
-def a_group(args: argparse.Namespace, drawer: Drawer) -> tuple[float, float]:
+def a_group(args: argparse.Namespace, drawer: ImageSampler) -> tuple[float, float]:
     """Seconds of one group, and of the network in it."""
     watch = Stopwatch(drawer.network.forward, args.device)
     with patch.object(drawer.network, "forward", watch):
@@ -215,7 +216,7 @@ def a_group(args: argparse.Namespace, drawer: Drawer) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def bare_pass(args: argparse.Namespace, drawer: Drawer, times: int = 5) -> float:
+def bare_pass(args: argparse.Namespace, drawer: ImageSampler, times: int = 5) -> float:
     """Seconds of a forward pass of a group, without all that is around it."""
     network = drawer.network
     x = torch.randn(args.group_size, network.in_channels, *network.input_size, device=args.device)

@@ -39,12 +39,12 @@ from accelerate.utils import convert_outputs_to_fp32
 from report import aim, peak_kib, run_parts, take_turns, wall
 from torch import Tensor
 
-import build
-import run
-from runtime import checkpoint
-from runtime.config import Config
-from runtime.latents import VERSION
-from runtime.reading import from_dict
+from vca_engine import assemble
+from vca_engine.config.reading import from_dict
+from vca_engine.config.schema import Config
+from vca_engine.images.latents import VERSION
+from vca_engine.training import run
+from vca_engine.weights import checkpoint
 
 SIDES = (32, 64)  # of the latents
 PLAIN = "accumulate: 1"  # the default settings
@@ -88,7 +88,7 @@ def begun(folder: Path, model: dict[str, Any], side: int, **train: Any) -> Itera
 
 
 def write_caches(folder: Path) -> None:
-    """Random moments of 4 channels, as `runtime.encode.CacheWriter` leaves them, of a codec that only passes them on."""
+    """Write random moments of 4 channels as `CacheWriter` leaves them, of a codec that only passes them on."""
     rng = np.random.default_rng(0)
     for side in SIDES:
         cache, about = folder / f"latents{side}", {"image_size": side, "flip": True}
@@ -140,7 +140,7 @@ def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def bare_step(training: run.Run) -> Callable:
     """Forward, loss, backward and AdamW of a network like the run's, always of the same batch and random draws."""
     device, bf16 = training.device, training.accelerator.mixed_precision == "bf16"
-    network = build.build_model(training.config, training.shape, training.codec).to(device)
+    network = assemble.network(training.config, training.shape, training.codec).to(device)
     network.y_embedder.eval()  # the labels are as they are
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=training.cfg.fused)
     x, noise = torch.randn(2, training.cfg.batch_size, 4, 32, 32, device=device)

@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import build
-from runtime.cli import parse, report_errors
-from runtime.config import Config
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.schema import Config
 
 NUM_SAMPLES = 1000
 ORIGIN = {
@@ -29,7 +29,7 @@ ORIGIN = {
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     settings = list(sys.argv[1:] if argv is None else argv)
-    config = parse(Config, settings, prog="python -m demo", description=__doc__, parts=build.PARTS)
+    config = parse(Config, settings, prog="python -m demo", description=__doc__, parts=assemble.PARTS)
     name = config.data["name"]
     if name not in ORIGIN:
         raise ValueError(f"data.name is {name!r}; the demo knows {sorted(ORIGIN)}. For your own images use train.py.")

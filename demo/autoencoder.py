@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import build
-from runtime.cli import parse, report_errors
-from runtime.config import Config
-from runtime.data import EndlessBatches
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.schema import Config
+from vca_engine.images.order import EndlessBatches
 
 STEPS, BATCH_SIZE, LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
 
@@ -26,11 +26,11 @@ STEPS, BATCH_SIZE, LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
 @report_errors("demo.autoencoder")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    config = parse(Config, argv, prog="python -m demo.autoencoder", description=__doc__, parts=build.PARTS)
+    config = parse(Config, argv, prog="python -m demo.autoencoder", description=__doc__, parts=assemble.PARTS)
     folder = Path(config.codec.get("path", ""))
     if config.codec["name"] != "vae" or folder.exists():
         raise ValueError(f"codec is {config.codec}; give the vae codec a path that does not exist yet.")
-    images = build.build_images(config)
+    images = assemble.images(config)
     torch.manual_seed(config.seed)
     vae = AutoencoderKL(
         in_channels=images.channels,

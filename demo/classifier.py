@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fid import Classifier
-from runtime.cli import parse, report_errors
-from runtime.data import DATASETS, Images
-from runtime.reading import Spec, Strict
-from vca import build
+from vca import create
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import Spec, Strict
+from vca_engine.images.datasets import DATASETS, Images
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 10, 64, 5e-3
 
@@ -41,7 +41,7 @@ class Arguments(Strict):
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     args = parse(Arguments, argv, prog="python -m demo.classifier", description=__doc__, parts={"data": DATASETS})
-    train, test = (build(DATASETS, {**args.data, "split": split}, "data") for split in ("train", "test"))
+    train, test = (create(DATASETS, {**args.data, "split": split}, "data") for split in ("train", "test"))
     torch.manual_seed(args.seed)
     classifier = Classifier(train.num_classes, train.image_size)
     fit(classifier, pixels(train), torch.from_numpy(train.labels), shift=train.image_size // 16)

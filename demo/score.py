@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import build
 import fid
 from demo.classifier import accuracy, pixels
-from runtime import checkpoint
-from runtime.cli import parse, report_errors
-from runtime.codecs import draw
-from runtime.config import Config
-from runtime.files import write_text
-from runtime.reading import Strict, from_dict
-from vca import build as build_entry
+from vca import create
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import Strict, from_dict
+from vca_engine.config.schema import Config
+from vca_engine.files import write_text
 from vca_engine.images import to_uint8
+from vca_engine.images.codecs import draw
+from vca_engine.weights import checkpoint
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             samples, labels = nchw(file["arr_0"]), torch.from_numpy(file["arr_1"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"samples {args.samples!r} is not an npz written by sample.py: {error}.") from None
-    train, test = (build_entry(build.DATASETS, {**config.data, "split": s}, "data") for s in ("train", "test"))
+    train, test = (create(assemble.DATASETS, {**config.data, "split": s}, "data") for s in ("train", "test"))
 
     num = min(len(samples), len(train))
     real, real_labels = pixels(train)[:num], torch.from_numpy(train.labels[:num])
     rows = {"samples": (samples, labels), "real, training (floor)": (real, real_labels)}
     if config.codec["name"] == "vae":
-        codec = build.build_codec(config, train.channels)
+        codec = assemble.codec(config, train.channels)
         inputs = torch.stack([train[i, False][0] for i in range(num)])  # (num, channels, H, W) in [-1, 1]
         moments = torch.cat([codec.moments(x) for x in inputs.split(100)])
         latents = draw(moments, codec.channels, config.seed, torch.arange(num))

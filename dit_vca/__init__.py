@@ -1,7 +1,6 @@
 """Diffusion: DiT, its betas and hybrid loss, and samplers on diffusers' schedulers. Time is an integer, 0 the cleanest."""
 
 from dit_vca.diffusion import BETAS, Diffusion
-from dit_vca.interop import diffusers_config, from_diffusers, to_diffusers
 from dit_vca.model import DiT
 from dit_vca.sampler import DDIM, DDPM, SAMPLERS, DPMSolver, UniPC, respace
 
@@ -14,8 +13,5 @@ __all__ = [
     "DiT",
     "Diffusion",
     "UniPC",
-    "diffusers_config",
-    "from_diffusers",
     "respace",
-    "to_diffusers",
 ]

@@ -6,15 +6,13 @@ Source: Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.096
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dit_vca.sampler import SAMPLERS, Generator, Predict, Sampler
-from vca import build, lookup
+from vca import lookup
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -60,13 +58,10 @@ class Diffusion:
 
     Attributes:
         end_time: Above the largest step, T.
-        published_sampler: Name of the sampler of the published tables.
 
     Raises:
         ValueError: Unknown betas, or so few steps that a beta reaches 1.
     """
-
-    published_sampler = "ddpm"
 
     def __init__(self, *, betas: str = "linear", num_timesteps: int = 1000) -> None:
         if num_timesteps < 2:
@@ -150,35 +145,6 @@ class Diffusion:
     def noise_level(self, t: Tensor) -> Tensor:
         """The place of t, (B,) or (), between the cleanest step, 0, and the last, 1: t / (T - 1)."""
         return t / (self.num_timesteps - 1)
-
-    def sampler(self, spec: str | Mapping[str, Any] | None = None) -> Sampler:
-        """The sampler that `spec` names, `{"name": "ddpm", "num_steps": 250}`, as a function of (predict, noise).
-
-        Without a name it is the published one, 250 steps of DDPM, with the options in `spec`.
-
-        Raises:
-            ValueError: An unknown name, option or value.
-        """
-        spec = spec if isinstance(spec, str) else {"name": self.published_sampler, **(spec or {})}
-        return build(SAMPLERS, spec, "sample.sampler", self)
-
-    def sample(
-        self,
-        predict: Predict,
-        noise: Tensor,
-        generator: Generator = None,
-        *,
-        sampler: str | Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """Noise (B, C, H, W) -> samples (B, C, H, W) with `self.sampler(sampler)`.
-
-        Args:
-            predict: `predict(x_t, t)`, the network with labels and guidance applied.
-            noise: (B, C, H, W).
-            generator: Of what the sampler draws; a list has one for each image.
-            sampler: See `sampler`.
-        """
-        return self.sampler(sampler)(predict, noise, generator)
 
     def _bound(self, x: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, c: Coefficients) -> Tensor:
         """KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)) for t > 0, -log p(x | x_1) at t = 0; bits per dimension, (B,)."""

@@ -5,7 +5,7 @@ Of the other packages it imports `vca_engine.images` only, and is usable without
 """
 
 from fid.dinov2 import DINOv2
-from fid.evaluate import compare, evaluate, statistics
+from fid.evaluate import compare, evaluate, open_evaluator, statistics
 from fid.evaluator import Evaluator
 from fid.extractors import EXTRACTORS, LABELS, build_extractor
 from fid.features import Classifier, FeatureExtractor
@@ -41,6 +41,7 @@ __all__ = [
     "frechet_distance",
     "load_ref",
     "neighbours",
+    "open_evaluator",
     "open_reference",
     "quantize",
     "save_reference",

@@ -1,21 +1,51 @@
 """Whole evaluations in one call: of images, of two sets of statistics, and of what is to be a reference."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fid.collective import gather_objects, rank_and_size
 from fid.evaluator import Evaluator
+from fid.extractors import LABELS, build_extractor
 from fid.features import FeatureExtractor
 from fid.frechet import noise_floor
 from fid.images import Images
 from fid.metrics import METRICS, Options, Side
 from fid.references import Reference, check_protocol, holds_statistics, load_ref, open_reference
 from fid.result import Result, short_count, versions
+
+
+def open_evaluator(
+    reference: str | None,
+    extractor: str = "inception",
+    *,
+    weights: str | Path | None = None,
+    preset: str = "adm",
+    metrics: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> Evaluator:
+    """Make an evaluator by names, with its reference open and its network on `device`.
+
+    Args:
+        reference: File of statistics or images to compare with, see `open_reference`.
+        extractor: Name in `EXTRACTORS`.
+        weights: File of the extractor's weights.
+        preset: Protocol of Inception, a name in `PRESETS`.
+        metrics: Names in `METRICS`; not given means those of the preset.
+        device: Of the network.
+
+    Raises:
+        FileNotFoundError: No such reference or weights.
+        ValueError: An unknown name, or a reference that cannot be read.
+    """
+    opened = open_reference(reference, LABELS[extractor])  # before the network: it fails sooner
+    return Evaluator(opened, extractor=build_extractor(extractor, weights, preset), metrics=metrics, device=device)
 
 
 def evaluate(

@@ -17,7 +17,7 @@ import torchdiffeq
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from sit_vca.path import Coefficients, GVPPath, VPPath
+from sit_vca.path import Coefficients
 from vca import lookup
 
 if TYPE_CHECKING:
@@ -306,8 +306,8 @@ class SDE:
         w_at_data = {"constant": diffusion_norm, "decreasing": (1 - diffusion_norm) ** 2 / 4}.get(diffusion, 0.0)
         self.interval = transport.sde_interval(
             self.last_step_size,
-            diverges_at_noise=diffusion == "sbdm" and not isinstance(transport.path, VPPath),
-            diverges_at_data=self.heun and (w_at_data > 0 or not isinstance(transport.path, GVPPath)),
+            diverges_at_noise=diffusion == "sbdm" and transport.path.pure_noise_at_start,
+            diverges_at_data=self.heun and (w_at_data > 0 or transport.path.sigma_rounds_to_zero),
         )
         if self.interval[0] >= self.interval[1]:
             raise ValueError(

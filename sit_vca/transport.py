@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sit_vca.path import PATHS, Path, VPPath
+from sit_vca.path import PATHS, Path
 from sit_vca.prediction import PREDICTIONS, WEIGHTS
-from sit_vca.sampler import SAMPLERS, Generator, Predict, Sampler
-from vca import build, lookup
+from vca import create, lookup
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -54,7 +53,7 @@ class Transport:
     """A path, what the network predicts on it, and how the loss is weighted.
 
     Args:
-        path: Name in `PATHS`, `{"name": ..., option: value}`, or an object with `at`.
+        path: Name in `PATHS`, `{"name": ..., option: value}`, or a `Path`.
         prediction: Name in `PREDICTIONS`: velocity, noise or score.
         weight: Name in `WEIGHTS`: none, velocity or likelihood. Not used where the prediction is the velocity.
         time: Distribution of t in training, scaled to the interval: name in `TIMES`, `uniform` or `lognormal`, or
@@ -62,7 +61,6 @@ class Transport:
 
     Attributes:
         end_time: The largest time, 1.
-        published_sampler: Name of the sampler of the published tables.
 
     Raises:
         ValueError: An unknown name or option.
@@ -71,7 +69,6 @@ class Transport:
     """
 
     end_time = 1.0
-    published_sampler = "sde"
 
     def __init__(
         self,
@@ -81,10 +78,10 @@ class Transport:
         weight: str = "none",
         time: str | Mapping[str, Any] = "uniform",
     ) -> None:
-        self.path = build(PATHS, path, "process.path") if isinstance(path, str | Mapping) else path
+        self.path = create(PATHS, path, "process.path") if isinstance(path, str | Mapping) else path
         self.prediction = lookup(PREDICTIONS, prediction, "process.prediction")()
         self.weight = lookup(WEIGHTS, weight, "process.weight")
-        self.time = build(TIMES, time, "process.time")
+        self.time = create(TIMES, time, "process.time")
 
     def loss(
         self, model: Model, x: Tensor, y: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None
@@ -141,46 +138,17 @@ class Transport:
         """The place of t, (B,) or (), between data, 0, and noise, 1: 1 - t."""
         return 1 - t
 
-    def sampler(self, spec: str | Mapping[str, Any] | None = None) -> Sampler:
-        """The sampler that `spec` names, `{"name": "sde", "num_steps": 250}`, as a function of (predict, noise).
-
-        Without a name it is the published one, 250 points of the SDE, with the options in `spec`.
-
-        Raises:
-            ValueError: An unknown name, option or value.
-        """
-        spec = spec if isinstance(spec, str) else {"name": self.published_sampler, **(spec or {})}
-        return build(SAMPLERS, spec, "sample.sampler", self)
-
-    def sample(
-        self,
-        predict: Predict,
-        noise: Tensor,
-        generator: Generator = None,
-        *,
-        sampler: str | Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """Noise (B, C, H, W) -> samples (B, C, H, W) with `self.sampler(sampler)`.
-
-        Args:
-            predict: `predict(x_t, t)`, the network with labels and guidance applied.
-            noise: (B, C, H, W).
-            generator: Of what the sampler draws; a list has one for each image.
-            sampler: See `sampler`.
-        """
-        return self.sampler(sampler)(predict, noise, generator)
-
     @property
     def train_interval(self) -> tuple[float, float]:
         """(t0, t1) of training: vp stops 1e-5 before data; noise and score networks keep 1e-3 from both ends."""
-        if isinstance(self.path, VPPath):
+        if self.path.singular_at_data:
             return 0.0, 1 - 1e-5
         return self._margin, 1 - self._margin
 
     @property
     def ode_interval(self) -> tuple[float, float]:
         """(t0, t1) of the ODE: vp stops 1e-3 before data; noise and score networks keep 1e-3 from both ends."""
-        if isinstance(self.path, VPPath):
+        if self.path.singular_at_data:
             return 0.0, 1 - 1e-3
         return self._margin, 1 - self._margin
 
@@ -194,7 +162,7 @@ class Transport:
             diverges_at_noise: The drift is needed at t = 0 and infinite there, so this starts at 1e-3.
             diverges_at_data: Without a last step the drift is needed at t = 1 and infinite there, so this stops 1e-3 before.
         """
-        if isinstance(self.path, VPPath):
+        if self.path.singular_at_data:
             return 0.0, 1 - (last_step_size or 1e-3)
         t0 = max(self._margin, 1e-3) if diverges_at_noise else self._margin
         return t0, 1 - (last_step_size or (1e-3 if diverges_at_data else self._margin))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from runtime.log import Log
+from vca_engine.training.log import Log
 
 torch.set_num_threads(1)
 

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from runtime import checkpoint
+from vca_engine.weights import checkpoint
 
 SETTINGS = (
     "--process.name flow --data.name digits --codec.name pixels --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "

@@ -17,9 +17,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import run
 import sample
 import train
+from vca_engine.training import run
 
 
 class Sharded(Accelerator):

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-import build
 import sample
-from pipeline import Pipeline
-from runtime.cli import parse
-from runtime.config import Config, ModelConfig, SampleConfig
+from vca_engine import assemble
+from vca_engine.config.cli import parse
+from vca_engine.config.schema import Config, ModelConfig, SampleConfig
+from vca_engine.images.labels import DataInfo
+from vca_engine.sampling.pipeline import Pipeline
 
 gr = pytest.importorskip("gradio", reason="the page needs gradio: pip install -e .[app]")
 
@@ -41,13 +42,13 @@ def saved(folder, process="flow", sampler=None, **options):
         model=ModelConfig(hidden_size=16, depth=1, num_heads=2, **options),
         sample=SampleConfig(sampler=sampler, cfg_scale=2.0, group_size=4),
     )
-    shape = build.Shape(8, 1, NAMES)
-    codec = build.build_codec(config, 1)
-    network = build.build_model(config, shape, codec)
+    shape = DataInfo(8, 1, NAMES)
+    codec = assemble.codec(config, 1)
+    network = assemble.network(config, shape, codec)
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.2)
     origin = {"path": str(folder), "kind": "checkpoint", "part": "ema", "step": 1, "size": "S/2", "attention": "vca"}
-    Pipeline(config, shape, network, build.build_process(config), codec, origin, folder).save_pretrained(folder)
+    Pipeline(config, shape, network, assemble.process(config), codec, origin, folder).save_pretrained(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from vca import (
     Differential,
     DifferentialAttention,
     VisualContrastAttention,
-    build,
+    create,
     lambda_init,
 )
 from vca.layer import HeadNorm
@@ -529,7 +529,7 @@ def test_wrong_values_end_in_a_sentence():
         return lambda: VisualContrastAttention(16, 2, (8, 6), layer_index=0, **options)
 
     def named(spec):
-        return lambda: build(ATTENTIONS, spec, "model.attention", 16, 2, (8, 6), layer_index=0)
+        return lambda: create(ATTENTIONS, spec, "model.attention", 16, 2, (8, 6), layer_index=0)
 
     expected = [
         (vca(contrast_grid=(9, 2)), r"contrast_grid 9x2 is larger than the 8x6 grid .* at most \[8, 6\]"),

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from runtime import checkpoint
-from runtime.config import TrainConfig
-from runtime.ema import Ema, constant
+from vca_engine.config.schema import TrainConfig
+from vca_engine.training.ema import Ema, constant
+from vca_engine.weights import checkpoint
 
 
 def network(width=6):

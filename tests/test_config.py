@@ -14,15 +14,19 @@ import yaml
 from ruamel.yaml import YAML
 
 import app
-import build
 import cache_latents
 import dit_vca
 import sample
 import train
 from demo import classifier, score
 from dit_vca import Diffusion
-from runtime.cli import parse, report_errors
-from runtime.config import (
+from sit_vca import Transport
+from vca import annotations_of, create
+from vca_engine import assemble
+from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import Word, as_type, from_dict
+from vca_engine.config.reading import leaves as settings
+from vca_engine.config.schema import (
     CacheConfig,
     Config,
     FidConfig,
@@ -33,12 +37,7 @@ from runtime.config import (
     save_yaml,
     to_dict,
 )
-from runtime.reading import Word, as_type, from_dict
-from runtime.reading import leaves as settings
-from runtime.yamlfile import Plain, parse_yaml, write_yaml
-from sit_vca import Transport
-from vca import annotations_of
-from vca import build as build_entry
+from vca_engine.config.yamlfile import Plain, parse_yaml, write_yaml
 
 REQUIRED = {
     "run_dir": "runs/x",
@@ -49,7 +48,7 @@ REQUIRED = {
 
 
 def read(*argv, cls=Config):
-    return parse(cls, [str(a) for a in argv], prog="train.py", description="", parts=build.PARTS)
+    return parse(cls, [str(a) for a in argv], prog="train.py", description="", parts=assemble.PARTS)
 
 
 @pytest.fixture
@@ -468,7 +467,7 @@ def test_every_option_of_every_part_has_a_type_and_keeps_its_words(tmp_path):
         "path": "process.path",
         "time": "process.time",
     }
-    for part, registry in build.PARTS.items():
+    for part, registry in assemble.PARTS.items():
         key = of_config.get(part, part)
         for name, entry in registry.items():
             for option, kind in annotations_of(entry).items():
@@ -499,7 +498,7 @@ def test_what_is_left_empty_is_not_the_folder_that_one_is_in(tmp_path, capsys, k
         assert "run_dir is null; it must be text" in sentence(capsys, "--config", tmp_path / "x.yaml", "--run_dir=")
     else:
         with pytest.raises(ValueError, match="images is None; it must be str"):
-            build.build_images(read("--config", tmp_path / "x.yaml"))
+            assemble.images(read("--config", tmp_path / "x.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -560,16 +559,16 @@ def test_no_value_in_a_config_or_a_checkpoint_is_called(tmp_path, capsys):
             if not is_part:
                 with pytest.raises(ValueError, match="here: "):
                     from_dict(Config, values, "here")
-        for part, registry in build.PARTS.items():
+        for part, registry in assemble.PARTS.items():
             for name, entry in registry.items():
                 args = spec_args.get(part, ())
                 if part == "sampler":
                     args = (Diffusion() if name in dit_vca.SAMPLERS else Transport(),)
                 for option in annotations_of(entry):
                     with pytest.raises(ValueError, match=rf"{option}|is 'os.system'|needs a name"):
-                        build_entry(registry, {"name": name, option: evil}, part, *args)
+                        create(registry, {"name": name, option: evil}, part, *args)
             with pytest.raises(ValueError, match="needs a name|choose one of"):
-                build_entry(registry, evil, part, *spec_args.get(part, ()))
+                create(registry, evil, part, *spec_args.get(part, ()))
     assert not marker.exists()
 
 
@@ -645,7 +644,7 @@ def test_an_option_after_a_name_belongs_to_it_and_a_whole_spec_replaces(file):
 
 def test_a_flag_needs_no_value_and_a_word_alone_is_the_first_setting():
     def parsed(*argv):
-        return parse(sample.Arguments, argv, prog="", description="", first="checkpoint", parts=build.PARTS)
+        return parse(sample.Arguments, argv, prog="", description="", first="checkpoint", parts=assemble.PARTS)
 
     for argv in (
         ["--trajectory", "run"],

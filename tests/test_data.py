@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from runtime.data import DATASETS, EndlessBatches, Folder, Images
-from runtime.seeds import mix, normal, uniform
 from vca_engine.images import NonFiniteError, UnreadableImageError, centre_crop, from_uint8, read_image, to_uint8
+from vca_engine.images.datasets import DATASETS, Folder, Images
+from vca_engine.images.order import EndlessBatches
+from vca_engine.seeds import mix, normal, uniform
 
 
 def test_the_two_pixel_conversions_are_inverse_for_all_256_values():

@@ -10,10 +10,17 @@ from diffusers.schedulers import scheduling_dpmsolver_multistep
 from dit_vca import BETAS, DDIM, DDPM, SAMPLERS, Diffusion, DPMSolver, UniPC, respace
 from dit_vca.diffusion import discretised_log_likelihood, gaussian_kl
 from dit_vca.sampler import SPACINGS, with_signal
+from vca import create
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # inside diffusers
 
 T = 1000
+
+
+def sampler_of(process, spec=None):
+    """The sampler that `spec` names, a word or options; without a name the published one."""
+    spec = spec if isinstance(spec, str) else {"name": "ddpm", **(spec or {})}
+    return create(SAMPLERS, spec, "sample.sampler", process)
 
 
 def slow_betas(name):
@@ -484,7 +491,7 @@ def test_solvers_converge_to_the_exact_transport_with_their_order(process, solve
 def test_solvers_are_near_the_exact_transport_in_twenty_steps(process, spec):
     start, end = start_and_end(process)
     network = gaussian_network(process)
-    error = (process.sampler(spec)(network, start) - end).abs().max()
+    error = (sampler_of(process, spec)(network, start) - end).abs().max()
     assert error < 0.06
     assert error < 0.45 * (DDIM(process, num_steps=20)(network, start) - end).abs().max()
 
@@ -503,7 +510,7 @@ def test_few_step_samplers_are_finite_and_clip_nothing(process, spec):
     network = gaussian_network(process, mean, std)
     start = quantiles_at(process, first_step(process), mean, std).float()
     for num_steps in (1, 2, 3, 4, 14, 15, 30):
-        out = process.sampler({**spec, "num_steps": num_steps})(network, start, torch.Generator().manual_seed(0))
+        out = sampler_of(process, {**spec, "num_steps": num_steps})(network, start, torch.Generator().manual_seed(0))
         assert out.isfinite().all(), num_steps
         if num_steps >= 14:
             assert abs(out.mean() - mean) < (4 * std / 3 if spec.get("sde") else 0.1), num_steps
@@ -514,7 +521,7 @@ def test_an_error_of_the_network_is_not_blown_up_where_there_is_only_noise(proce
     """Cosine betas reach alpha = 5e-5, by which the predicted noise would be divided."""
     network, noise = gaussian_network(process), torch.randn(50, 1, 1, 1, dtype=torch.float64)
     out = [
-        process.sampler({**spec, "num_steps": 10})(
+        sampler_of(process, {**spec, "num_steps": 10})(
             lambda x, t, shift=shift: network(x, t) + shift, noise, torch.Generator().manual_seed(0)
         )
         for shift in (0.0, 0.01)
@@ -601,7 +608,7 @@ NOT_DRAWING = [{"name": "ddim"}, {"name": "dpm-solver"}, {"name": "dpm-solver", 
 
 @pytest.mark.parametrize("spec", DRAWING + NOT_DRAWING, ids=str)
 def test_a_sample_does_not_depend_on_its_batch(process, spec):
-    sampler = process.sampler({**spec, "num_steps": 12})
+    sampler = sampler_of(process, {**spec, "num_steps": 12})
     noise = torch.randn(3, 2, 2, 2)
 
     def generators(indices):
@@ -622,7 +629,7 @@ def test_a_sample_does_not_depend_on_its_batch(process, spec):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_keep_the_dtype_and_shape_of_the_noise(name, process):
     noise = torch.randn(2, 3, 2, 4)
-    out = process.sampler({"name": name, "num_steps": 5})(smooth_network, noise)
+    out = sampler_of(process, {"name": name, "num_steps": 5})(smooth_network, noise)
     assert out.dtype == torch.float32
     assert out.shape == noise.shape
 
@@ -643,13 +650,13 @@ def test_the_noise_level_rises_from_zero_to_one():
 def test_sampling_without_a_sampler_takes_the_published_one():
     process, noise = Diffusion(), torch.randn(2, 1, 2, 2)
     for spec in (None, {}):
-        assert isinstance(process.sampler(spec), DDPM)
-        assert len(process.sampler(spec).steps) == 250
+        assert isinstance(sampler_of(process, spec), DDPM)
+        assert len(sampler_of(process, spec).steps) == 250
     for spec in ("unipc", {"num_steps": 5}, {"name": "dpm-solver", "sde": True, "num_steps": 4}):
-        out = process.sample(smooth_network, noise, torch.Generator().manual_seed(0), sampler=spec)
-        assert torch.equal(out, process.sampler(spec)(smooth_network, noise, torch.Generator().manual_seed(0)))
+        out = sampler_of(process, spec)(smooth_network, noise, torch.Generator().manual_seed(0))
+        assert torch.equal(out, sampler_of(process, spec)(smooth_network, noise, torch.Generator().manual_seed(0)))
     calls = []
-    process.sample(lambda x, t: calls.append(t) or smooth_network(x, t), noise)
+    sampler_of(process)(lambda x, t: calls.append(t) or smooth_network(x, t), noise)
     assert len(calls) == 250
 
 
@@ -657,7 +664,7 @@ def test_default_sampler_settings_are_the_published_ones():
     process = Diffusion()
     assert process.num_timesteps == 1000
     predict, calls = recorded(smooth_network)
-    process.sampler("ddpm")(predict, torch.zeros(1, 1, 1, 1))
+    sampler_of(process, "ddpm")(predict, torch.zeros(1, 1, 1, 1))
     assert len(calls) == 250
 
 
@@ -665,7 +672,7 @@ def test_wrong_values_end_in_a_sentence():
     process = Diffusion()
 
     def sampler(**spec):
-        return lambda: process.sampler(spec)
+        return lambda: sampler_of(process, spec)
 
     def loss(channels):
         return lambda: process.loss(lambda *_: torch.zeros(1, channels, 1, 1), torch.zeros(1, 2, 1, 1), torch.zeros(1))
@@ -693,7 +700,10 @@ def test_wrong_values_end_in_a_sentence():
         (sampler(name="dpm-solver", sde=1), r"sample.sampler 'dpm-solver': sde is 1; it must be bool"),
         (sampler(name="unipc", order=0), r"sample.sampler.order is 0; choose 1 ... 3"),
         (sampler(name="unipc", num_steps=1000), r"num_steps is 1000; choose 1 ... 999"),
-        (lambda: Diffusion(betas="cosine").sampler({"name": "unipc", "num_steps": 996}), r"is 996; choose 1 ... 995"),
+        (
+            lambda: sampler_of(Diffusion(betas="cosine"), {"name": "unipc", "num_steps": 996}),
+            r"is 996; choose 1 ... 995",
+        ),
         (loss(2), r"needs noise and variance, 4 channels; the model gives 2"),
     ]
     for call, sentence in expected:

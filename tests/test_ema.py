@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from runtime import checkpoint, ema
-from runtime.ema import LARGE_ERROR, Ema, constant, gamma_of, power, reconstruct, solve
+from vca_engine.training import reconstruct as ema
+from vca_engine.training.ema import Ema, constant, gamma_of, power
+from vca_engine.training.reconstruct import LARGE_ERROR, reconstruct, solve
+from vca_engine.weights import checkpoint
 
 
 def wander(num_steps, *betas):

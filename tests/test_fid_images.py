@@ -14,8 +14,8 @@ from PIL import Image
 import fid
 from fid.pixels import as_nchw, check_uint8
 from fid.references import holds_statistics
-from runtime import data
 from vca_engine.images import SUFFIXES, centre_crop
+from vca_engine.images import datasets as data
 
 
 def random_images(num, size=16, seed=0):

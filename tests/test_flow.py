@@ -13,8 +13,15 @@ from torchdiffeq._impl.odeint import SOLVERS  # it has no public list
 
 from sit_vca import DIFFUSION_FORMS, LAST_STEPS, ODE, PATHS, PREDICTIONS, SAMPLERS, SDE, WEIGHTS, Transport
 from sit_vca.sampler import ADAPTIVE, BATCHED, EVEN, ODE_METHODS, SDE_METHODS, time_points
+from vca import create
 
 FLOAT = torch.float64
+
+
+def sampler_of(process, spec=None):
+    """The sampler that `spec` names, a word or options; without a name the published one."""
+    spec = spec if isinstance(spec, str) else {"name": "sde", **(spec or {})}
+    return create(SAMPLERS, spec, "sample.sampler", process)
 
 
 def coefficients(path, t):
@@ -394,7 +401,7 @@ def test_the_default_is_the_published_call_of_torchdiffeq():
         torch.linspace(0, 1, 50, dtype=torch.float64),
         **{"method": "dopri5", "rtol": 1e-3, "atol": 1e-6},
     )[-1]
-    assert torch.equal(transport.sample(network, QUANTILES, sampler="ode"), expected)
+    assert torch.equal(sampler_of(transport, "ode")(network, QUANTILES), expected)
 
 
 def spoilt(x, t):
@@ -438,7 +445,7 @@ def test_without_assertions_they_end_too():
         from test_flow import Transport, blow_up, spoilt
         for predict in (spoilt, blow_up):
             try:
-                Transport().sample(predict, torch.zeros(2, 1, 2, 2), sampler="ode")
+                sampler_of(Transport(), "ode")(predict, torch.zeros(2, 1, 2, 2))
             except FloatingPointError as error:
                 print(error)
     """
@@ -786,7 +793,7 @@ def test_a_zero_that_is_drawn_leaves_no_dimension_out_of_the_divergence(monkeypa
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_keep_the_dtype_and_shape_of_the_noise(name):
     noise = torch.randn(2, 3, 2, 4)
-    out = Transport().sampler({"name": name, "num_steps": 5})(lambda x, t: -x, noise)
+    out = sampler_of(Transport(), {"name": name, "num_steps": 5})(lambda x, t: -x, noise)
     assert out.dtype == torch.float32
     assert out.shape == noise.shape
 
@@ -794,19 +801,22 @@ def test_samplers_keep_the_dtype_and_shape_of_the_noise(name):
 def test_sampling_without_a_sampler_takes_the_published_one():
     transport, noise, network = Transport(), torch.randn(2, 1, 2, 2), gaussian_network("linear", "velocity")
     for spec in (None, {}):
-        assert isinstance(transport.sampler(spec), SDE)
-        assert transport.sampler(spec).num_steps == 250
-    assert (transport.sampler({"num_steps": 7}).num_steps, type(transport.sampler({"num_steps": 7}))) == (7, SDE)
+        assert isinstance(sampler_of(transport, spec), SDE)
+        assert sampler_of(transport, spec).num_steps == 250
+    assert (sampler_of(transport, {"num_steps": 7}).num_steps, type(sampler_of(transport, {"num_steps": 7}))) == (
+        7,
+        SDE,
+    )
     for spec in ("ode", {"num_steps": 5}, {"name": "ode", "method": "rk4", "num_steps": 4}):
-        out = transport.sample(network, noise, torch.Generator().manual_seed(0), sampler=spec)
-        assert torch.equal(out, transport.sampler(spec)(network, noise, torch.Generator().manual_seed(0)))
+        out = sampler_of(transport, spec)(network, noise, torch.Generator().manual_seed(0))
+        assert torch.equal(out, sampler_of(transport, spec)(network, noise, torch.Generator().manual_seed(0)))
     calls = []
-    transport.sample(lambda x, t: calls.append(t) or -x, noise)
+    sampler_of(transport)(lambda x, t: calls.append(t) or -x, noise)
     assert len(calls) == 250  # 249 steps and the last one
 
 
 def test_default_sampler_settings_are_the_published_ones():
-    ode, sde = Transport().sampler("ode"), Transport().sampler("sde")
+    ode, sde = sampler_of(Transport(), "ode"), sampler_of(Transport(), "sde")
     assert ode.time_shift == sde.time_shift == 1
     assert (ode.num_steps, ode.solver) == (50, {"method": "dopri5", "rtol": 1e-3, "atol": 1e-6})
     assert (sde.num_steps, sde.heun, sde.norm, sde.last_step, sde.last_step_size) == (250, False, 1.0, "mean", 0.04)
@@ -820,10 +830,10 @@ def test_wrong_values_end_in_a_sentence():
         return lambda: Transport(**options)
 
     def ode(**options):
-        return lambda: transport.sampler({"name": "ode", **options})
+        return lambda: sampler_of(transport, {"name": "ode", **options})
 
     def sde(**options):
-        return lambda: transport.sampler({"name": "sde", **options})
+        return lambda: sampler_of(transport, {"name": "sde", **options})
 
     expected = [
         (process(path="liner"), r"process.path.name is 'liner'; did you mean 'linear'\? choose one of \['gvp'"),
@@ -859,7 +869,7 @@ def test_wrong_values_end_in_a_sentence():
         (sde(last_step_size=0.0), r"last_step_size is 0.0; choose a number between 0 and 1"),
         (sde(last_step_size=1.0), r"last_step_size is 1.0; choose a number between 0 and 1"),
         (sde(diffusion_norm=-1.0), r"diffusion_norm is -1.0; choose at least 0"),
-        (lambda: transport.sampler("oed"), r"sample.sampler.name is 'oed'; .*choose one of \['ode', 'sde'\]"),
+        (lambda: sampler_of(transport, "oed"), r"sample.sampler.name is 'oed'; .*choose one of \['ode', 'sde'\]"),
     ]
     for call, sentence in expected:
         with pytest.raises(ValueError, match=sentence):
@@ -868,7 +878,7 @@ def test_wrong_values_end_in_a_sentence():
 
 def test_a_last_step_longer_than_the_interval_gets_a_sentence():
     with pytest.raises(ValueError, match=r"last_step_size is 0\.9995, which leaves nothing before it"):
-        Transport(prediction="noise").sampler({"name": "sde", "last_step_size": 0.9995})
+        sampler_of(Transport(prediction="noise"), {"name": "sde", "last_step_size": 0.9995})
 
 
 @pytest.mark.parametrize(
@@ -883,4 +893,4 @@ def test_a_last_step_longer_than_the_interval_gets_a_sentence():
 )
 def test_an_option_of_a_wrong_type_gets_a_sentence(options, message):
     with pytest.raises(ValueError, match=message):
-        Transport().sampler(options)
+        sampler_of(Transport(), options)

@@ -9,11 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dit_vca
+import sit_vca
 from dit_vca import Diffusion, DiT
-from runtime.generation import Drawer, Guidance, check_labels, find_class, guided, random_label, slerp, spread
-from runtime.pictures import interpolations, trajectories
 from sit_vca import SiT, Transport
+from vca import create
 from vca_engine.images import NonFiniteError
+from vca_engine.sampling.classes import check_labels, find_class, random_label, spread
+from vca_engine.sampling.guidance import Guidance, guided
+from vca_engine.sampling.image_sampler import ImageSampler
+from vca_engine.sampling.pictures import interpolations, slerp, trajectories
 
 SIZES = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -112,12 +117,20 @@ def perturbed(model):
     return model.eval()
 
 
+def sampler_of(package, published, process, options):
+    return create(package.SAMPLERS, {"name": published, **options}, "sampler", process)
+
+
 def flow(**sampler):
-    return perturbed(SiT(in_channels=3, **SIZES)), Transport().sampler(sampler)
+    return perturbed(SiT(in_channels=3, **SIZES)), create(
+        sit_vca.SAMPLERS, {"name": "sde", **sampler}, "sampler", Transport()
+    )
 
 
 def diffusion(**sampler):
-    return perturbed(DiT(in_channels=3, **SIZES)), Diffusion().sampler(sampler)
+    return perturbed(DiT(in_channels=3, **SIZES)), create(
+        dit_vca.SAMPLERS, {"name": "ddpm", **sampler}, "sampler", Diffusion()
+    )
 
 
 CASES = {
@@ -149,7 +162,7 @@ def test_an_image_is_a_function_of_seed_and_number_whatever_its_batch(case, cfg_
     most = 3 if "dopri5" in case else 1  # one step size for the whole batch
 
     def draw(where, seed=0):
-        drawer = Drawer(model, sampler, gentle, seed=seed, guidance=Guidance(cfg_scale))
+        drawer = ImageSampler(model, sampler, gentle, seed=seed, guidance=Guidance(cfg_scale))
         return drawer([labels[i] for i in where], [indices[i] for i in where]).astype(int)
 
     together = draw(range(5))
@@ -169,7 +182,7 @@ def test_evaluations_are_counted_and_two_an_image_where_there_is_guidance(case):
     model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     for cfg_scale in (1.0, 2.0):
         rows.clear()
-        drawer = Drawer(model, sampler, gentle, seed=0, guidance=Guidance(cfg_scale))
+        drawer = ImageSampler(model, sampler, gentle, seed=0, guidance=Guidance(cfg_scale))
         assert drawer.nfe is None
         drawer([1, 2, 3], [0, 1, 2])
         drawer([1], [3])
@@ -182,7 +195,7 @@ def test_evaluations_are_counted_and_two_an_image_where_there_is_guidance(case):
 def test_guided_in_an_interval_costs_between_one_and_two_passes_a_step():
     model, sampler = flow(name="ode", method="euler", num_steps=11)  # at t = 0, 0.1, ..., 0.9
     guidance = Guidance(3.0, interval=(0.25, 0.65))
-    drawer = Drawer(model, sampler, gentle, seed=0, guidance=guidance, noise_level=Transport().noise_level)
+    drawer = ImageSampler(model, sampler, gentle, seed=0, guidance=guidance, noise_level=Transport().noise_level)
     drawer([1, 2], [0, 1])
     assert drawer.nfe == 10 + 4  # noise levels 0.3, 0.4, 0.5 and 0.6
 
@@ -190,9 +203,9 @@ def test_guided_in_an_interval_costs_between_one_and_two_passes_a_step():
 def test_an_autoguided_image_needs_both_models_and_is_plain_with_a_guide_that_is_the_model():
     model, sampler = flow(name="ode", method="euler", num_steps=3)
     guide = perturbed(SiT(in_channels=3, **SIZES))
-    plain = Drawer(model, sampler, gentle, seed=0)
-    same = Drawer(model, sampler, gentle, seed=0, guidance=Guidance(2.0, guide=model))
-    led = Drawer(model, sampler, gentle, seed=0, guidance=Guidance(2.0, guide=guide))
+    plain = ImageSampler(model, sampler, gentle, seed=0)
+    same = ImageSampler(model, sampler, gentle, seed=0, guidance=Guidance(2.0, guide=model))
+    led = ImageSampler(model, sampler, gentle, seed=0, guidance=Guidance(2.0, guide=guide))
     images = [drawer([1, 2], [0, 1]).astype(int) for drawer in (plain, same, led)]
     assert np.abs(images[0] - images[1]).max() <= 1
     assert np.abs(images[0] - images[2]).max() > 5
@@ -205,8 +218,8 @@ def test_groups_make_images_the_same_bit_for_bit():
         make, options = CASES[case]
         model, sampler = make(**options)
         label = functools.partial(random_label, 3, num_classes=5)
-        one = Drawer(model, sampler, gentle, seed=3, guidance=Guidance(2.0))
-        two = Drawer(model, sampler, gentle, seed=3, guidance=Guidance(2.0))
+        one = ImageSampler(model, sampler, gentle, seed=3, guidance=Guidance(2.0))
+        two = ImageSampler(model, sampler, gentle, seed=3, guidance=Guidance(2.0))
         first = [one.group(k, 4, label) for k in range(3)]
         again = {k: two.group(k, 4, label) for k in (2, 0)}
         assert (first[0] == again[0]).all()
@@ -220,10 +233,10 @@ def test_autocast_computes_in_bf16_and_gives_float32():
     model, sampler = flow(name="ode", method="euler", num_steps=2)
     dtypes = []
     model.blocks[0].mlp.fc1.register_forward_hook(lambda _, args, output: dtypes.append(output.dtype))
-    latents = Drawer(model, sampler, gentle, seed=0, dtype=torch.bfloat16).latents([1], [0])
+    latents = ImageSampler(model, sampler, gentle, seed=0, dtype=torch.bfloat16).latents([1], [0])
     assert dtypes == [torch.bfloat16]
     assert latents.dtype == torch.float32
-    exact = Drawer(model, sampler, gentle, seed=0).latents([1], [0])
+    exact = ImageSampler(model, sampler, gentle, seed=0).latents([1], [0])
     assert 0 < (latents - exact).abs().max() < 0.1 * exact.abs().max()
 
 
@@ -236,31 +249,31 @@ def test_images_that_are_not_finite_are_counted_and_the_way_out_is_said():
         return latents
 
     with pytest.raises(NonFiniteError) as said:
-        Drawer(model, euler, spoil, seed=0)([1, 2, 3], [0, 1, 2])
+        ImageSampler(model, euler, spoil, seed=0)([1, 2, 3], [0, 1, 2])
     ways = "try an earlier checkpoint, other --weights, more steps or another sampler."
     assert str(said.value) == f"1 of 3 images hold NaN or infinite values, drawn with these weights; {ways}"
     guided = {"guidance": Guidance(1e38), "dtype": torch.bfloat16, "weights": "ema of step 7"}
     with pytest.raises(NonFiniteError, match=r"^2 of 2 images .* with ema of step 7 and cfg_scale 1e\+38; try") as said:
-        Drawer(model, euler, gentle, seed=0, **guided)([1, 2], [0, 1])
+        ImageSampler(model, euler, gentle, seed=0, **guided)([1, 2], [0, 1])
     assert str(said.value).endswith("another sampler, a lower cfg_scale or --precision no.")
-    dopri5 = Transport().sampler({"name": "ode", "method": "dopri5"})
+    dopri5 = sit_vca.ODE(Transport(), method="dopri5")
     model.final_layer.linear.bias.data[0] = torch.nan
     with pytest.raises(
         NonFiniteError, match=r"^dopri5 cannot go on: the network gives NaN .* ema of step 7 and cfg_scale"
     ):
-        Drawer(model, dopri5, gentle, seed=0, **guided)([1, 2], [0, 1])
+        ImageSampler(model, dopri5, gentle, seed=0, **guided)([1, 2], [0, 1])
 
 
 def test_what_is_shown_of_the_way_to_an_image_is_finite_or_said():
     """Trajectories decode x_t and the predicted clean latent; interpolations draw from other noise."""
     model, sampler = flow(name="ode", method="euler", num_steps=4)
-    drawer = Drawer(model, sampler, gentle, seed=0, noise_level=Transport().noise_level, guidance=Guidance(1e38))
+    drawer = ImageSampler(model, sampler, gentle, seed=0, noise_level=Transport().noise_level, guidance=Guidance(1e38))
     names = [str(k) for k in range(5)]
     with pytest.raises(NonFiniteError, match=r"^\d of 4 images hold NaN"):
         trajectories(drawer, Transport().clean, [1, 2], names, 3)
     with pytest.raises(NonFiniteError, match="^3 of 3 images hold NaN"):
         interpolations(drawer, [1], names, (0, 1), 3)
-    plain = Drawer(model, sampler, lambda z: z, seed=0, noise_level=Transport().noise_level)
+    plain = ImageSampler(model, sampler, lambda z: z, seed=0, noise_level=Transport().noise_level)
     with pytest.raises(NonFiniteError, match="^2 of 4 images hold NaN"):
         trajectories(plain, lambda output, x_t, t: x_t * torch.inf, [1, 2], names, 3)
 
@@ -268,14 +281,16 @@ def test_what_is_shown_of_the_way_to_an_image_is_finite_or_said():
 def test_generation_leaves_the_global_random_numbers_alone():
     model, sampler = flow(name="sde", num_steps=3)
     state = torch.get_rng_state()
-    Drawer(model, sampler, torch.tanh, seed=0)([1], [0])
+    ImageSampler(model, sampler, torch.tanh, seed=0)([1], [0])
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_guided_channels_limit_the_guidance():
     model, sampler = flow(name="ode", method="euler", num_steps=2)  # a single step: channels do not mix
     images = {
-        channels: Drawer(model, sampler, lambda z: z / 10, seed=0, guidance=Guidance(scale, channels))([1, 2], [0, 1])
+        channels: ImageSampler(model, sampler, lambda z: z / 10, seed=0, guidance=Guidance(scale, channels))(
+            [1, 2], [0, 1]
+        )
         for channels, scale in ((3, 4.0), (1, 4.0), (2, 1.0))
     }
     assert (images[1][..., 0] == images[3][..., 0]).all()
@@ -287,7 +302,7 @@ def test_guided_channels_limit_the_guidance():
 def test_a_label_out_of_range_is_named(label):
     model, sampler = flow(name="ode", method="euler", num_steps=2)
     with pytest.raises(ValueError, match=rf"class {label} does not exist; this model has classes 0 \.\.\. 4"):
-        Drawer(model, sampler, torch.tanh, seed=0)([0, label], [0, 1])
+        ImageSampler(model, sampler, torch.tanh, seed=0)([0, label], [0, 1])
     with pytest.raises(ValueError, match=f"class {label}"):
         check_labels([label], 5)
     check_labels(range(5), 5)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import fid
-from runtime.data import Folder
 from vca_engine.images import FORMATS, ImageFiles, UnreadableImageError, files, open_image
+from vca_engine.images.datasets import Folder
 
 SIZE = 32
 

@@ -11,15 +11,16 @@ from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiTPipeline
 from huggingface_hub import ModelCard
 from test_weights import NAMES, TABLE, TINY, network, same, small_diffusers
 
-import build
-from dit_vca import Diffusion, DiT, diffusers_config, from_diffusers, to_diffusers
-from dit_vca.interop import scheduler_config
-from dit_vca.interop.__main__ import main
-from runtime import checkpoint
-from runtime.card import model_card
-from runtime.config import Config, ModelConfig, to_dict
+from dit_vca import Diffusion, DiT
+from export import main
 from sit_vca import SiT
-from vca import SIZES, Transformer, keywords_of, process_of
+from vca import SIZES, Transformer
+from vca_engine import assemble
+from vca_engine.config.schema import Config, ModelConfig, to_dict
+from vca_engine.sampling.model_card import model_card
+from vca_engine.weights import checkpoint
+from vca_engine.weights.architecture import keywords_of, process_of
+from vca_engine.weights.diffusers import diffusers_config, from_diffusers, scheduler_config, to_diffusers
 
 # ---- what a state dict says ----
 
@@ -244,7 +245,7 @@ def test_an_exported_run_draws_in_diffusers_what_the_formula_gives(tmp_path, cap
     assert torch.equal(state.pop("pos_embed")[0], model.pos_embed[0])
     assert same(back, state)
     again = network(num_classes=num_classes)
-    assert build.initialise(again, out).changed == {}
+    assert assemble.initialise(again, out).changed == {}
     assert same(again.state_dict(), model.state_dict())
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert same(pipe.vae.state_dict(), vae.state_dict())

@@ -18,15 +18,16 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from torch.utils.data import DataLoader
 
-import build
 import cache_latents
 import fid.__main__
-import runtime.encode
 import sample
 import train
-from runtime.cli import parse
-from runtime.codecs import PixelCodec, VAECodec, draw
-from runtime.latents import LatentDataset
+from vca_engine import assemble
+from vca_engine.config.cli import parse
+from vca_engine.images import encode
+from vca_engine.images.codecs import PixelCodec, VAECodec, draw
+from vca_engine.images.labels import DataInfo
+from vca_engine.images.latents import LatentDataset
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -235,11 +236,11 @@ def test_the_cache_holds_what_encoding_gives(tmp_path, images, vae, flip, capsys
     assert f"wrote 12 latents{' and their mirror images' * flip} to" in printed
     assert "3 shards" in printed
     config = parse(cache_latents.Arguments, argv, prog="", description="")
-    cached, direct = LatentDataset(str(where)), build.build_images(config)
-    codec = build.build_codec(config, 3)
+    cached, direct = LatentDataset(str(where)), assemble.images(config)
+    codec = assemble.codec(config, 3)
     assert (len(cached), cached.flip, cached.image_size, cached.channels) == (12, flip, 16, 3)
     assert cached.class_names == direct.class_names == ["down", "left", "right", "up"]
-    assert build.shape_of(cached) == build.shape_of(direct)
+    assert DataInfo.of(cached) == DataInfo.of(direct)
     total = []
     for mirrored in (False, True)[: 1 + flip]:
         for i in range(12):
@@ -288,7 +289,7 @@ def test_a_packaged_data_set_without_an_autoencoder(tmp_path, capsys):
     cache_latents.main(argv)
     cached = LatentDataset(str(tmp_path / "cache"))
     config = parse(cache_latents.Arguments, argv, prog="", description="")
-    digits = build.build_images(config)
+    digits = assemble.images(config)
     assert len(cached) == len(digits) == 1297
     for i in (0, 499, 500, 1296):
         torch.testing.assert_close(cached[i, False][0].float(), digits[i, False][0], atol=5e-4, rtol=0)
@@ -446,7 +447,7 @@ def test_unreadable_images_are_left_out_where_that_is_asked_for(tmp_path, images
     assert "down/0.png' cannot be read" in cached.manifest["skipped"][0]["why"]
     codec = VAECodec(3, path=str(vae))
     config = parse(cache_latents.Arguments, argv, prog="", description="")
-    direct = build.build_images(config)
+    direct = assemble.images(config)
     for j, i in enumerate((1, 2, 3, 4, 5, 9, 10)):
         expected = codec.moments(direct[i, True][0][None])[0]
         torch.testing.assert_close(cached[j, True][0].float(), expected, rtol=1e-3, atol=1e-4)
@@ -480,7 +481,7 @@ def test_what_stops_it_before_the_work(tmp_path, images, vae, capsys, monkeypatc
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5000))
         text = "where 0.0 GB are free"
-    monkeypatch.setattr(runtime.encode.CacheWriter, "run", None)
+    monkeypatch.setattr(encode.CacheWriter, "run", None)
     assert text in sentence(capsys, cache_latents.main, argv)
 
 
@@ -497,7 +498,7 @@ def stop_after(monkeypatch, num, error):
         done.append(file)
         sync(file)
 
-    monkeypatch.setattr(runtime.encode.os, "fsync", fsync)
+    monkeypatch.setattr(encode.os, "fsync", fsync)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
@@ -620,7 +621,7 @@ def test_check_reads_everything(tmp_path, images, vae, capsys):
     array[2, 0, 0, 0, 0] = np.nan
     np.save(shard, array)
     manifest = json.loads((where / "manifest.json").read_text())
-    manifest["shards"][1]["sha256"] = runtime.encode.sha256_of(shard)
+    manifest["shards"][1]["sha256"] = encode.sha256_of(shard)
     (where / "manifest.json").write_text(json.dumps(manifest))
     assert "numbers that are not finite" in sentence(capsys, cache_latents.main, [*argv, "--check"])
 

@@ -13,17 +13,18 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-import build
 import sample
-from dit_vca import Diffusion, DiT, to_diffusers
-from dit_vca.interop import diffusers_config
-from dit_vca.interop.__main__ import export
-from pipeline import Pipeline
-from runtime import checkpoint
-from runtime.codecs import PixelCodec, VAECodec
-from runtime.config import Config, ModelConfig, SampleConfig, to_dict
-from runtime.pictures import trajectories
+from dit_vca import DDPM, Diffusion, DiT
+from export import export
 from sit_vca import SiT
+from vca_engine import assemble
+from vca_engine.config.schema import Config, ModelConfig, SampleConfig, to_dict
+from vca_engine.images.codecs import PixelCodec, VAECodec
+from vca_engine.images.labels import DataInfo
+from vca_engine.sampling.pictures import trajectories
+from vca_engine.sampling.pipeline import Pipeline
+from vca_engine.weights import checkpoint
+from vca_engine.weights.diffusers import diffusers_config, to_diffusers
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -92,7 +93,7 @@ def test_published_weights_are_known_by_what_is_in_them(published, vae):
             1000,
         )
         assert torch.equal(pipe.network(x, t, y), network(x, t, y))
-        assert pipe.process.published_sampler == ("ddpm" if name == "DiT.pt" else "sde")
+        assert assemble.process_kind(pipe.config).published_sampler == ("ddpm" if name == "DiT.pt" else "sde")
         assert pipe.label_ids(["golden retriever", 7, "tench"]) == [207, 7, 0]
 
 
@@ -110,7 +111,7 @@ def test_an_image_is_what_the_published_loop_draws(published, vae):
         cond, uncond = dit(torch.cat([x_t, x_t]), torch.cat([t, t]), y).chunk(2)
         return torch.cat([uncond[:, :4] + 4 * (cond - uncond)[:, :4], cond[:, 4:]], dim=1)
 
-    latents = Diffusion().sample(predict, noise, generators, sampler={"num_steps": 4})
+    latents = DDPM(Diffusion(), num_steps=4)(predict, noise, generators)
     decoded = AutoencoderKL.from_pretrained(vae).decode(latents / 0.18215).sample
     pixels = (127.5 * decoded.detach() + 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(output.images - pixels).max() <= 1
@@ -207,8 +208,8 @@ def test_a_schedule_comes_back_from_diffusers(vae, tmp_path, betas, num_timestep
         codec={"name": "vae", "path": vae},
         model=ModelConfig(hidden_size=24, depth=2, num_heads=2, attention={"name": "mhsa"}),
     )
-    shape, codec = build.Shape(8, 3, ["a", "b", "c"]), build.build_codec(config, 3)
-    network = perturbed(build.build_model(config, shape, codec))
+    shape, codec = DataInfo(8, 3, ["a", "b", "c"]), assemble.codec(config, 3)
+    network = perturbed(assemble.network(config, shape, codec))
     record = {"config": to_dict(config), "shape": to_dict(shape), "codec": codec.identity}
     checkpoint.save(tmp_path / "run", 3, {"ema": network.state_dict()}, record)
     export(tmp_path / "run", tmp_path / "out")
@@ -269,10 +270,10 @@ def small(tmp_path, kind="flow", num_classes=3, **sampling):
         model=ModelConfig(hidden_size=16, depth=1, num_heads=2),
         sample=SampleConfig(**sampling),
     )
-    shape, codec = build.Shape(8, 1, [f"class {k}" for k in range(num_classes)]), PixelCodec(1)
-    network = perturbed(build.build_model(config, shape, codec))
+    shape, codec = DataInfo(8, 1, [f"class {k}" for k in range(num_classes)]), PixelCodec(1)
+    network = perturbed(assemble.network(config, shape, codec))
     origin = {"path": "here", "kind": "checkpoint", "part": "ema", "step": 7, "id": "x", "size": "", "attention": ""}
-    return Pipeline(config, shape, network, build.build_process(config), codec, origin, Path(tmp_path))
+    return Pipeline(config, shape, network, assemble.process(config), codec, origin, Path(tmp_path))
 
 
 def test_mistakes_with_weights_are_sentences(published, vae, tmp_path):
@@ -463,7 +464,7 @@ def test_the_likelihood_of_pixels_is_that_of_the_gaussian_that_a_network_of_zero
     out = tmp_path / "l.json"
     sample.main([str(tmp_path / "model"), "--likelihood", "--num", "20", "--data.split", "test", "--out", str(out)])
     found = json.loads(out.read_text())
-    images = build.build_images(dataclasses.replace(pipe.config, data={"name": "digits", "split": "test"}))
+    images = assemble.images(dataclasses.replace(pipe.config, data={"name": "digits", "split": "test"}))
     chosen = np.linspace(0, len(images) - 1, 20).round().astype(int)
     assert found["images"] == chosen.tolist()
     x = torch.stack([images[int(i), False][0] for i in chosen]).double()

@@ -19,9 +19,9 @@ import cache_latents
 import fid
 import sample
 import train
-from runtime import checkpoint
-from runtime.generation import Drawer
-from runtime.stop import SIGNALS
+from vca_engine.sampling.image_sampler import ImageSampler
+from vca_engine.signals import SIGNALS
+from vca_engine.weights import checkpoint
 
 ROOT = Path(train.__file__).parent
 SETTINGS = (
@@ -105,7 +105,7 @@ def root(tmp_path_factory):
 
 def interrupted(drawn):
     """Draws three groups of the images in one process."""
-    group, groups = Drawer.group, []
+    group, groups = ImageSampler.group, []
 
     def until_the_fourth(self, number, *rest):
         groups.append(number)
@@ -114,7 +114,7 @@ def interrupted(drawn):
         return group(self, number, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Drawer, "group", until_the_fourth)
+        patch.setattr(ImageSampler, "group", until_the_fourth)
         with pytest.raises(SystemExit):
             in_one_process(sample.main, [[*drawn, "--batch_size", "1"]])
 

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 import fid
 import sample
 import train
-from runtime import ema, stop
-from runtime import sink as sinks
-from runtime.codecs import sha256_of
-from runtime.generation import Drawer
-from runtime.sink import same_as_before
-from runtime.weights import read_weights
 from sit_vca import SiT
+from vca_engine import signals as stop
+from vca_engine.files import sha256_of
+from vca_engine.sampling import writers as sinks
+from vca_engine.sampling.image_sampler import ImageSampler
+from vca_engine.sampling.writers import same_as_before
+from vca_engine.training import reconstruct as ema
+from vca_engine.weights.files import read_weights
 
 SMALL = (
     "--data.name digits --codec.name pixels --process.name flow --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
@@ -663,7 +664,7 @@ def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, cap
 def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeypatch, number, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process has not
     command = ["--num", 40, "--out", tmp_path / "r.json", "--batch_size", 5, "--group_size", 5, *measure]
-    group, calls = Drawer.group, []
+    group, calls = ImageSampler.group, []
 
     def fail_at(last):
         def counted(self, k, *rest):
@@ -674,12 +675,12 @@ def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeyp
 
         return counted
 
-    monkeypatch.setattr(Drawer, "group", fail_at(4))
+    monkeypatch.setattr(ImageSampler, "group", fail_at(4))
     with pytest.raises(SystemExit) as ended:
         draw(*command)
     assert ended.value.code == code
     calls.clear()
-    monkeypatch.setattr(Drawer, "group", fail_at(100))
+    monkeypatch.setattr(ImageSampler, "group", fail_at(100))
     draw(*command)
     assert calls == [3, 4, 5, 6, 7]
     draw("--num", 40, "--out", tmp_path / "once.json", "--group_size", 5, *measure)

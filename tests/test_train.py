@@ -24,22 +24,22 @@ from PIL import Image, ImageSequence
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import build
 import cache_latents
 import fid
 import sample
 import train
-from pipeline import Pipeline
-from runtime import checkpoint
-from runtime import log as logs
-from runtime.config import TrainConfig
-from runtime.data import DeadWorkerError, load
-from runtime.log import Log, read_metrics
-from runtime.meter import Meter
-from runtime.optimise import learning_rate
-from runtime.stop import SIGNALS, STOPPED
 from sit_vca import Transport
 from vca import VisualContrastAttention, defaults_of
+from vca_engine import assemble
+from vca_engine.config.schema import TrainConfig
+from vca_engine.images.loader import DeadWorkerError, load
+from vca_engine.sampling.pipeline import Pipeline
+from vca_engine.signals import SIGNALS, STOPPED
+from vca_engine.training import log as logs
+from vca_engine.training.log import Log, read_metrics
+from vca_engine.training.meter import Meter
+from vca_engine.training.step import learning_rate
+from vca_engine.weights import checkpoint
 
 ROOT = Path(train.__file__).parent
 FLOW = "--process.name flow --sample.sampler.name ode --sample.sampler.method euler --sample.sampler.num_steps 3"
@@ -921,7 +921,7 @@ def test_weights_from_before_the_joint_softmax_are_drawn_from_and_started_from_a
     """Bit for bit: the network of the record computes what the layer with two softmaxes does."""
     old = written_before_the_joint_softmax(run(tmp_path / "old", 2, SEPARATE))
     pipe = Pipeline.from_pretrained(old)
-    network = build.build_model(
+    network = assemble.network(
         dataclasses.replace(
             pipe.config, model=dataclasses.replace(pipe.config.model, attention={"name": "vca", "softmax": "separate"})
         ),

@@ -12,9 +12,9 @@ from PIL import Image
 
 import train
 import visualise
-from pipeline import Pipeline
-from runtime.figures import NARROW, Panel, Row, draw_rows
 from vca import VisualContrastAttention, keep_inputs, maps_of, streams_of
+from vca_engine.sampling.figures import NARROW, Panel, Row, draw_rows
+from vca_engine.sampling.pipeline import Pipeline
 from visualise import Moment, contrast_rows, over_training, query_rows, watch_drawing
 
 SMALL = (

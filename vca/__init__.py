@@ -3,19 +3,16 @@
 Imports torch only and is usable alone: `from vca import VisualContrastAttention`.
 """
 
-from vca.adapt import Adapted, adapt
 from vca.attention import AgentAttention, Differential, VisualContrastAttention, lambda_init
 from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
-from vca.infer import keywords_of, process_of
 from vca.maps import Maps, Streams, contrast_layers, keep_inputs, maps_of, streams_of
-from vca.registry import annotations_of, build, check_type, defaults_of, lookup, nearest, options_of
+from vca.registry import annotations_of, check_type, create, defaults_of, lookup, nearest, options_of
 from vca.transformer import ATTENTIONS, SIZES, Transformer, before_joint, parse_size, resolved_attention
 
 __all__ = [
     "ATTENTIONS",
     "SIZES",
-    "Adapted",
     "AgentAttention",
     "Differential",
     "DifferentialAttention",
@@ -27,22 +24,19 @@ __all__ = [
     "TimestepEmbedding",
     "Transformer",
     "VisualContrastAttention",
-    "adapt",
     "annotations_of",
     "before_joint",
-    "build",
     "check_type",
     "contrast_layers",
+    "create",
     "defaults_of",
     "keep_inputs",
-    "keywords_of",
     "lambda_init",
     "lookup",
     "maps_of",
     "nearest",
     "options_of",
     "parse_size",
-    "process_of",
     "resolved_attention",
     "sincos_2d",
     "streams_of",

@@ -60,7 +60,7 @@ def defaults_of(entry: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
-def build(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str, *args: Any, **given: Any) -> Any:
+def create(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str, *args: Any, **given: Any) -> Any:
     """Call the entry that `spec` names with `args`, the options in `spec`, and `given`.
 
     Args:

@@ -19,7 +19,7 @@ from vca.attention import AgentAttention, VisualContrastAttention
 from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
 from vca.layer import check_heads
-from vca.registry import build, defaults_of, lookup, lookup_spec
+from vca.registry import create, defaults_of, lookup, lookup_spec
 
 ATTENTIONS = {
     "vca": VisualContrastAttention,
@@ -242,7 +242,7 @@ class Transformer(nn.Module):
 
     def _attention(self, dim: int, num_heads: int, layer_index: int) -> nn.Module:
         sizes = (dim, num_heads, self.grid_size)
-        return build(ATTENTIONS, self.attention, "model.attention", *sizes, layer_index=layer_index)
+        return create(ATTENTIONS, self.attention, "model.attention", *sizes, layer_index=layer_index)
 
     def _initialise(self) -> None:
         """Xavier uniform and zero biases; embeddings normal 0.02; adaLN and output zero, so that the output is zero."""

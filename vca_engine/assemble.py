@@ -1,0 +1,229 @@
+"""A Config as objects: process, sampler, codec, data, network. The one place where names in a YAML file become objects."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+import dit_vca
+import sit_vca
+from dit_vca import Diffusion, DiT
+from sit_vca import PATHS, TIMES, SiT, Transport
+from vca import ATTENTIONS, Transformer, create, defaults_of, lookup, options_of, parse_size
+from vca_engine.config.schema import Config
+from vca_engine.images.codecs import CODECS, draw
+from vca_engine.images.datasets import DATASETS, Images
+from vca_engine.images.labels import DataInfo
+from vca_engine.weights.adapt import Adapted, adapt
+from vca_engine.weights.diffusers import from_diffusers
+from vca_engine.weights.files import read_weights
+
+Process = Diffusion | Transport
+
+
+@dataclass(frozen=True)
+class ProcessKind:
+    """What belongs to a process.
+
+    Args:
+        process: Its class.
+        network: The class of its network.
+        samplers: Name -> class `(process, *, ...)`.
+        published_sampler: Name of the sampler of the published tables.
+    """
+
+    process: type
+    network: type[Transformer]
+    samplers: Mapping[str, type]
+    published_sampler: str
+
+
+PROCESSES = {
+    "diffusion": ProcessKind(Diffusion, DiT, dit_vca.SAMPLERS, "ddpm"),
+    "flow": ProcessKind(Transport, SiT, sit_vca.SAMPLERS, "sde"),
+}
+PARTS = {  # what is a name with options in a config -> its registry
+    "process": {name: kind.process for name, kind in PROCESSES.items()},
+    "path": PATHS,
+    "time": TIMES,
+    "data": DATASETS,
+    "codec": CODECS,
+    "attention": ATTENTIONS,
+    "sampler": {name: sampler for kind in PROCESSES.values() for name, sampler in kind.samplers.items()},
+}
+
+
+def process_kind(config: Config) -> ProcessKind:
+    """Look up what belongs to the process of a config."""
+    return lookup(PROCESSES, config.process["name"], "process.name")
+
+
+def process(config: Config) -> Process:
+    """Make the process, `diffusion` or `flow`, with its options."""
+    return create(PARTS["process"], config.process, "process")
+
+
+def sampler(config: Config, process: Process) -> Callable[..., Tensor]:
+    """Make the sampler of `sample.sampler`; where that has no name, the published one of the process.
+
+    Raises:
+        ValueError: An unknown name, option or value.
+    """
+    kind = process_kind(config)
+    spec = {"name": kind.published_sampler, **(config.sample.sampler or {})}
+    return create(kind.samplers, spec, "sample.sampler", process)
+
+
+def codec(config: Config, channels: int) -> Any:
+    """Make the codec for images of `channels` channels."""
+    return create(CODECS, config.codec, "codec", channels)
+
+
+def images(config: Config) -> Images:
+    """Open the dataset of images."""
+    return create(DATASETS, config.data, "data")
+
+
+def network(config: Config, info: DataInfo, codec: Any) -> Transformer:
+    """Make the network, DiT or SiT, for latents of images as `info` says.
+
+    Raises:
+        ValueError: The image size is not a multiple of the codec's factor times the patch size.
+    """
+    options = parse_size(config.model.size)
+    overrides = {key: getattr(config.model, key) for key in ("patch_size", "hidden_size", "depth", "num_heads")}
+    options |= {key: value for key, value in overrides.items() if value is not None}
+    side = codec.downsample * options["patch_size"]
+    if info.image_size % side:
+        raise ValueError(
+            f"images of {info.image_size}x{info.image_size} cannot be cut into patches: the codec divides the side by "
+            f"{codec.downsample}, the patch by {options['patch_size']}; choose a multiple of {side}."
+        )
+    return process_kind(config).network(
+        input_size=info.image_size // codec.downsample,
+        in_channels=codec.channels,
+        num_classes=len(info.class_names),
+        mlp_ratio=config.model.mlp_ratio,
+        class_dropout_prob=config.model.class_dropout_prob,
+        attention=config.model.attention,
+        **options,
+    )
+
+
+def describe_process(config: Config) -> dict[str, Any]:
+    """Complete the spec of the process with every option."""
+    return {"name": config.process["name"], **defaults_of(process_kind(config).process), **config.process}
+
+
+def drawing_options(config: Config) -> dict[str, Any]:
+    """Give the options of the process that change an image: all but the distribution of t and the loss weight."""
+    return {key: value for key, value in describe_process(config).items() if key not in ("time", "weight")}
+
+
+def describe_sampling(config: Config) -> dict[str, Any]:
+    """Say what, beside weights and labels, makes an image what it is: JSON values, with every option of the sampler."""
+    kind, spec = process_kind(config), dict(config.sample.sampler or {})
+    name = spec.pop("name", kind.published_sampler)
+    options = defaults_of(lookup(kind.samplers, name, "sample.sampler.name"))
+    fields = ("cfg_scale", "guided_channels", "guidance_interval", "seed", "group_size")
+    return {
+        "process": describe_process(config),
+        "sampler": {"name": name, **options, **spec},
+        **{name: getattr(config.sample, name) for name in fields},
+        "quantize": "dit",  # how pixels are rounded to uint8, see `vca_engine.images.quantize`
+    }
+
+
+def needed_latents(config: Config, codec: Any) -> dict[str, Any]:
+    """Say what cached latents have to be made of to be those of the config's data and codec, wherever these lie."""
+    options = {key: value for key, value in config.data.items() if key != "images"}
+    defaults = defaults_of(lookup(DATASETS, config.data["name"], "data.name"))
+    return {"data": {**defaults, **options}, "codec": codec.identity}
+
+
+def to_latents(config: Config, codec: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make the function (batch of the data, its positions in the run) -> latents (B, C, h, w); it encodes images first."""
+
+    def latents(x: Tensor, positions: Tensor) -> Tensor:
+        return draw(x if config.latents else codec.moments(x), codec.channels, config.seed, positions)
+
+    return latents
+
+
+def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> Config:
+    """The config with options of its attention as in `known`, where it does not say them itself.
+
+    Args:
+        config: What was asked for.
+        known: The attention of a run or of weights, by which the defaults of that time go on.
+        options: Which; not given means all.
+    """
+    spec = config.model.attention
+    if spec.get("name") != known.get("name"):
+        return config
+    taken = {option: value for option, value in known.items() if option in options or not options}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, attention={**taken, **spec}))
+
+
+def initialise(network: Transformer, path: str, class_names: list[str] | None = None) -> Adapted:
+    """Start a network from the weights at `path`, as far as they fit; see `read_weights` and `adapt`.
+
+    Args:
+        network: The network, on any device; it gets the weights.
+        path: A run or checkpoint of ours, a published file, a folder of diffusers, or a name on the hub.
+        class_names: Of the network's labels; where the weights know theirs, class rows go by name.
+
+    Returns:
+        What was loaded, changed, missing and unused; `str()` of it is a summary.
+
+    Raises:
+        FileNotFoundError: There is no such path, or a folder lacks one of its files.
+        ValueError: It holds no weights, or weights of a network of another size.
+    """
+    tensors, kind, old_names, _ = read_weights(path)
+    try:
+        adapted = adapt(
+            from_diffusers(tensors) if kind == "diffusers" else tensors,
+            network,
+            num_classes=len(old_names) if old_names else None,
+            names=(old_names, class_names) if old_names and class_names else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"the weights at {str(path)!r} do not fit: {error}") from None
+    network.load_state_dict(adapted.state)
+    return adapted
+
+
+def sampler_help() -> str:
+    """The samplers and their options, for the --help of sample.py."""
+    return _table(
+        "samplers and their options, e.g. --sampler.num_steps 50, --sampler.name sde --sampler.last_step tweedie:",
+        {f"of a {name}": kind.samplers for name, kind in PROCESSES.items()},
+    )
+
+
+def options_help() -> str:
+    """The names and options of the polymorphic parts, for --help."""
+    parts = {
+        "process": PARTS["process"],
+        "process.path (flow)": PATHS,
+        "process.time (flow)": TIMES,
+        "data": DATASETS,
+        "codec": CODECS,
+        "model.attention": ATTENTIONS,
+        **{f"sample.sampler ({name})": kind.samplers for name, kind in PROCESSES.items()},
+    }
+    example = "names and their options, e.g. --process.name flow --process.path vp, --sample.sampler.num_steps 50:"
+    return _table(example, parts)
+
+
+def _table(title: str, parts: dict[str, dict[str, Any]]) -> str:
+    """A line for each entry of each registry, with its keyword-only arguments."""
+    lines = [title]
+    for part, registry in parts.items():
+        for i, (name, entry) in enumerate(registry.items()):
+            options = ", ".join(o for o in options_of(entry) if o not in ("layer_index", "num_prefix_tokens"))
+            lines.append(f"  {part if i == 0 else '':<27} {name:<13} {options}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,271 @@
+"""The command line of a program: YAML files and options -> a dataclass, or one sentence and exit code 2."""
+
+import argparse
+import dataclasses
+import functools
+import re
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from docstring_parser import parse_from_object
+
+from vca_engine.config.reading import (
+    MissingError,
+    Parts,
+    Word,
+    check,
+    described,
+    is_spec,
+    leaves,
+    refused,
+    typed,
+    unknown,
+)
+from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml, read_yaml, write_yaml
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(
+    cls: type[T],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    epilog: str = "",
+    first: str | None = None,
+    parts: Parts | None = None,
+) -> T:
+    """An instance of a dataclass from the command line, which may name YAML files by --config; what is later, overrides.
+
+    Args:
+        cls: The dataclass; its docstring describes its fields, for --help.
+        argv: The words; not given means those of this process.
+        prog: Name of the program.
+        description: What stands above the options in --help.
+        epilog: What stands below them.
+        first: The field that a word without an option is the value of.
+        parts: Registries whose entries say of what type the options of specs are.
+
+    Raises:
+        SystemExit: After --help or --print_config; with code 2 after a user's mistake, which one sentence names.
+    """
+    words = list(sys.argv[1:] if argv is None else map(str, argv))
+    if {"-h", "--help"} & {*words}:
+        print(_help(cls, prog, description, epilog))
+        raise SystemExit(0)
+    try:
+        values, printed = _values(cls, words, first)
+        values = typed(cls, values, parts or {})
+        try:
+            found = check(cls, values)
+        except MissingError:
+            if not printed:
+                raise
+        if not printed:
+            return found
+        print(write_yaml(_with_defaults(cls, values)), end="")
+        raise SystemExit(0)
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[str, Any], bool]:
+    """What the words say, as nested dicts of words, files merged in where they are named; and whether to print it.
+
+    Raises:
+        ValueError: An unknown option, one without a value, or a file that cannot be read.
+    """
+    kinds, found, printed, rest = dict(leaves(cls)), {}, False, deque(words)
+    while rest:
+        word = rest.popleft()
+        if word and not word.startswith("-") and first and first not in found:
+            found[first] = Word(word)
+            continue
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if key == "print_config" and not equals:
+            printed = True
+            continue
+        if not word.startswith("--") or (key != "config" and _owner(key, kinds) is None):
+            raise ValueError(unknown(key if word.startswith("--") else word, list(kinds)))
+        if not equals:
+            positional = rest and first and first not in found and rest[0].lower() not in TRUTH
+            if kinds.get(key) is bool and (not rest or rest[0].startswith("--") or positional):
+                value = "true"
+            elif rest and rest[0] and not rest[0].startswith("--"):
+                value = rest.popleft()
+            elif rest and not rest[0]:
+                raise ValueError(
+                    f"--{name} is empty, as of a variable that is not set; to take a setting back, write --{name}=."
+                )
+            else:
+                raise ValueError(f"--{name} needs a value; one that begins with -- is written so: --{name}=VALUE.")
+        if key == "config":
+            _merge(found, read_yaml(value), cls)
+        elif dataclasses.is_dataclass(kinds.get(key)):
+            group = parse_yaml(value) if value.startswith("{") else read_yaml(value)
+            _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
+        else:
+            _put(
+                found, key, parse_yaml(value) if value.startswith("{") and is_spec(kinds.get(key)) else Word(value), cls
+            )
+    return found, printed
+
+
+def _owner(key: str, kinds: dict[str, Any]) -> str | None:
+    """The setting that `key` is, or is an option of."""
+    if key in kinds:
+        return key
+    return next((k for k, kind in kinds.items() if is_spec(kind) and key.startswith(f"{k}.")), None)
+
+
+def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
+    """Let the settings of a file override; a group in it that is empty changes nothing.
+
+    Raises:
+        ValueError: A group that is a value.
+    """
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    for name, value in more.items():
+        if "." in name and _owner(name, dict(leaves(cls))):
+            _put(found, name, value, cls)
+        elif not dataclasses.is_dataclass(fields.get(name)):
+            found[name] = value
+        elif isinstance(value, dict):
+            _merge(found.setdefault(name, {}), value, fields[name])
+        elif not (isinstance(value, Plain) and value in NULLS):
+            raise ValueError(refused(name, value, fields[name], "dataclass_type"))
+
+
+def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
+    """Set one setting, or one option of a spec, which begins as its default; a bare name leaves the other options."""
+    owner = _owner(key, dict(leaves(cls)))
+    *groups, last = owner.split(".")
+    for group in groups:
+        found = found.setdefault(group, {})
+        cls = next(f.type for f in dataclasses.fields(cls) if f.name == group)
+    field, options = next(f for f in dataclasses.fields(cls) if f.name == last), key.removeprefix(owner).split(".")[1:]
+    if is_spec(field.type) and (options or (isinstance(value, str) and value not in NULLS)):
+        found[last] = found = _as_dict(found.get(last, _default_of(field)))
+        *inner, last = options or ["name"]
+        for option in inner:
+            found[option] = found = _as_dict(found.get(option))
+    found[last] = value
+
+
+def _as_dict(spec: Any) -> dict[str, Any]:
+    """A spec that options can be added to; one that is a name becomes the name in it."""
+    if isinstance(spec, dict):
+        return dict(spec)
+    return {"name": spec} if isinstance(spec, str) and spec not in NULLS else {}
+
+
+def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """All settings; what has to be given and was not, as null."""
+    found = {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type):
+            found[f.name] = _with_defaults(f.type, values.get(f.name, {}))
+        else:
+            default = _default_of(f)
+            found[f.name] = values.get(f.name, None if default is dataclasses.MISSING else default)
+    return found
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    """The default of a field; dataclasses.MISSING if it has to be given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _help(cls: type, prog: str, description: str, epilog: str) -> str:
+    """Every setting with its description, type and default, in the groups of the dataclass."""
+    usage = f"{prog} [--config FILE ...] [--SETTING VALUE ...]"
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=usage,
+        description=description.replace("%", "%%"),
+        epilog=epilog,
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    general = parser.add_argument_group("options")
+    general.add_argument("-h", "--help", action="store_true", help="Show this message and exit.")
+    general.add_argument("--config", metavar="FILE", help="YAML file of settings; what comes later overrides it.")
+    general.add_argument("--print_config", action="store_true", help="Print the resulting settings as YAML and exit.")
+
+    def add(cls: type, prefix: str, title: str, text: str | None = None) -> None:
+        group, texts = parser.add_argument_group(title, text), _descriptions(cls)
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(f.type):
+                add(f.type, f"{prefix}{f.name}.", f"{prefix}{f.name}", texts[f.name])
+                continue
+            default = _default_of(f)
+            choices = [word for k in (f.type, *get_args(f.type)) if get_origin(k) is Literal for word in get_args(k)]
+            metavar = (
+                "{" + ",".join(choices) + "}" if choices else "[{true,false}]" if f.type is bool else f.name.upper()
+            )
+            kind = "" if choices or f.type is bool else f"{described(f.type).removesuffix(' or null')}; "
+            known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
+            text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
+            group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)
+
+    add(cls, "", "settings")
+    return parser.format_help()
+
+
+def _shown(value: Any) -> str:
+    """A default as one would write it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_shown, value)) + "]"
+    return "not given" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _descriptions(cls: type) -> dict[str, str]:
+    """Field -> its text in the docstring of the class, or of the one that it extends."""
+    texts = [parse_from_object(c).params for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
+    return {p.arg_name: " ".join(p.description.split()) for params in texts for p in params if p.description}
+
+
+def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator of a script's main: a user's mistake ends the program with its sentence and exit code 2, Ctrl-C with 130.
+
+    A mistake is a ValueError or OSError that this project's own code raised; any other keeps its traceback.
+    """
+
+    def decorate(main: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(main)
+        def wrapped(argv: Sequence[str] | None = None) -> None:
+            try:
+                main(argv)
+            except (ValueError, OSError) as error:
+                raised_in, sentence = _origin(error)
+                if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
+                    raise
+                print(f"{prog}: {sentence}", file=sys.stderr)
+                raise SystemExit(2) from None
+            except KeyboardInterrupt:
+                print(f"{prog}: interrupted; the same command goes on.", file=sys.stderr)
+                raise SystemExit(130) from None
+
+        return wrapped
+
+    return decorate
+
+
+def _origin(error: Exception) -> tuple[Path, str]:
+    """The file that raised an error, and its sentence; torch passes those of its data workers on as text."""
+    file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+    if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
+        file = re.findall(r'File "([^"]+)"', sentence)[-1]
+        sentence = re.split(r"\n[\w.]+: ", sentence)[-1].strip()
+    return Path(file).resolve(), sentence

@@ -1,0 +1,288 @@
+"""What a person types, or a file says, as settings: the type of a field decides what a word is, or a sentence says why not.
+
+    "010", no, null, 1e3, 12:30    where text is meant: that text
+    2e-4, 400_000, 1e6, true, null    where a number, a truth value or nothing is meant: that
+
+A value may be nested dicts and lists of words. It never names a class or function to be called: that is what registries
+are for, in which a word finds an entry of this program or none.
+"""
+
+import collections.abc
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from vca import annotations_of, nearest
+from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml
+
+Spec = dict[str, Any]
+Parts = Mapping[str, Mapping[str, Any]]  # name of a field or option that is a name with options -> its registry
+T = TypeVar("T")
+ITEM = re.compile(r"""\s*(?:'((?:[^']|'')*)'|"([^"]*)"|([^,]*?))\s*(?:,|$)""")  # of a list on a command line
+KINDS = {
+    int: "a whole number (int)",
+    float: "a number (float)",
+    bool: "true or false (bool)",
+    str: "text",
+    NoneType: "null",
+}
+
+
+class MissingError(ValueError):
+    """Settings that have to be given are not; names them."""
+
+
+class Strict:
+    """Base of the dataclasses that are read: no other fields than theirs, and finite numbers."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Word(str):
+    """A word of a command line: [a,b] and {a: b} are a list and a mapping where the setting takes one."""
+
+    __slots__ = ()
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str, parts: Parts | None = None) -> T:
+    """An instance of a dataclass from nested dicts, of JSON values or of words.
+
+    Args:
+        cls: The dataclass.
+        values: What differs from its defaults.
+        where: Where that stands, for the error.
+        parts: Registries whose entries say of what type the options of specs are; not needed where these are JSON values.
+
+    Raises:
+        ValueError: A key or value that does not fit.
+    """
+    try:
+        if not isinstance(values, dict):
+            raise ValueError(f"the settings are {values!r}; they must be names with values")
+        return check(cls, typed(cls, values, parts or {}))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check(cls: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of a dataclass from nested dicts of JSON values.
+
+    Raises:
+        ValueError: A key or value that does not fit, with what is allowed there.
+    """
+    try:
+        return _adapter(cls).validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise _mistake(cls, values, error) from None
+
+
+def typed(cls: type, values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """Nested dicts in which each word is what its field takes; a word that cannot be that stays, for `check` to refuse."""
+    kinds, found = {f.name: f.type for f in dataclasses.fields(cls)}, {}
+    for name, value in values.items():
+        kind = kinds.get(name, Any)
+        if dataclasses.is_dataclass(kind):
+            found[name] = typed(kind, value, parts) if isinstance(value, dict) else as_type(value, Any)
+        elif is_spec(kind):
+            found[name] = _as_spec(value, name, parts)
+        else:
+            found[name] = as_type(value, kind)
+    return found
+
+
+def as_type(value: Any, kind: Any) -> Any:
+    """A value as JSON of the type `kind`, if it is a word, a list or a dict of words that can be that."""
+    kinds = _members(kind)
+    if isinstance(value, Word):
+        value = _unpacked(value, kinds)
+    if isinstance(value, dict):
+        return {str(key): as_type(each, Any) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_type(each, item) for each, item in zip(value, _items(kinds, len(value)), strict=True)]
+    if type(value) is int and str in kinds and int not in kinds:  # of a file that was written when 007 was a number
+        return str(value)
+    if not isinstance(value, str):
+        return value
+    if isinstance(value, Plain) and (value == "" or (value in NULLS and {NoneType, Any} & {*kinds})):
+        return None
+    if item := next((get_args(k)[0] for k in kinds if get_origin(k) is list and str not in kinds), None):
+        return [as_type(value, item)]  # a list of one
+    if str in kinds or any(value in get_args(k) for k in kinds if get_origin(k) is Literal):
+        return str(value)
+    if Any in kinds and isinstance(value, Plain):
+        kinds = (int, float, bool) if value.lower() in ("true", "false") or value[:1] in "+-.0123456789" else ()
+    for kind, read in ((int, _whole), (float, _number), (bool, _truth)):
+        if kind in kinds and (found := read(value)) is not None:
+            return found
+    number = _number(value) if isinstance(value, Plain) and {int, bool} & {*kinds} else None
+    return str(value) if number is None else number  # 2.5 for a whole number is refused as 2.5, not as '2.5'
+
+
+def is_spec(kind: Any) -> bool:
+    """Whether a field or option of this type is a name with options."""
+    return any(get_origin(member) in (dict, collections.abc.Mapping) for member in _members(kind))
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and type of each setting; of groups of them, too, whose type is a dataclass."""
+    for f in dataclasses.fields(cls):
+        yield prefix + f.name, f.type
+        if dataclasses.is_dataclass(f.type):
+            yield from leaves(f.type, f"{prefix}{f.name}.")
+
+
+def described(kind: Any) -> str:
+    """A type in words."""
+    words = []
+    for member in _members(kind):
+        if get_origin(member) is Literal:
+            words.append(f"one of {list(get_args(member))}")
+        elif get_origin(member) is tuple:
+            words.append(f"{len(get_args(member))} values, written so: [0.1,0.9]")
+        elif get_origin(member) is list:
+            items = {str: "text", float: "numbers (float)", int: "whole numbers (int)"}
+            words.append(f"a list of {items.get(get_args(member)[0], 'values')}, written so: [3,7]")
+        else:
+            words.append("a name with options" if is_spec(member) else KINDS.get(member, "a value"))
+    return " or ".join(words)
+
+
+def unknown(key: str, known: Sequence[str]) -> str:
+    """The sentence for a setting that does not exist."""
+    if key in ("steps", "num_steps", "num_sampling_steps") and "sampler" in known:
+        return f"{key!r} is not a setting; write --sampler.num_steps."
+    last = [name for name in known if name.rpartition(".")[2] == key]  # --lr for --train.lr
+    hint = f" did you mean {last[0]!r}?" if last else nearest(key, known)
+    return f"{key!r} is not a setting;{hint} see --help for all."
+
+
+@functools.cache
+def _adapter(cls: type) -> TypeAdapter:
+    return TypeAdapter(cls)
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _items(kinds: tuple[Any, ...], num: int) -> list[Any]:
+    """The type of each of the items of a list, where one of `kinds` is a list or tuple."""
+    for kind in kinds:
+        args = get_args(kind)
+        if get_origin(kind) is tuple and len(args) == num:
+            return list(args)
+        if get_origin(kind) in (list, collections.abc.Sequence):
+            return [args[0]] * num
+    return [Any] * num
+
+
+def _unpacked(word: Word, kinds: tuple[Any, ...]) -> Any:
+    """A word of a command line: what is in its brackets, or text where text is meant and there is some."""
+    origins, ends = {get_origin(kind) for kind in kinds}, word[:1] + word[-1:]
+    if ends == "[]" and (Any in kinds or origins & {list, tuple, collections.abc.Sequence}):
+        return _split(word[1:-1])
+    if ends == "{}" and (Any in kinds or origins & {dict, collections.abc.Mapping}):
+        return parse_yaml(word)
+    return str(word) if word and (str in kinds or list[str] in kinds) else Plain(word)
+
+
+def _split(text: str) -> list[str]:
+    """Words between commas, of which those in quotes may hold commas."""
+    text, found, end = text.strip(), [], 0
+    while end < len(text):
+        item = ITEM.match(text, end)
+        single, double, word = item.groups()
+        quoted = single.replace("''", "'") if single is not None else double
+        found.append(Word(word) if quoted is None else quoted)
+        end = item.end()
+    return found
+
+
+def _as_spec(value: Any, part: str, parts: Parts) -> Any:
+    """A name with options, each as the entry that the name finds takes it, or without a name the first entry that has it."""
+    if isinstance(value, Word) and value[:1] == "{":
+        value = parse_yaml(value)
+    if isinstance(value, Plain | Word) and value in NULLS:
+        return None
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict):
+        return as_type(value, Any)
+    registry, name, kinds = parts.get(part, {}), value.get("name"), {}
+    named = [registry[name]] if isinstance(name, str) and name in registry else []
+    for entry in [*reversed(registry.values()), *named]:
+        kinds |= annotations_of(entry)
+    found = {}
+    for option, each in value.items():
+        kind = kinds.get(option, str if option == "name" else Any)
+        if option in parts and is_spec(kind):
+            found[option] = str(each) if isinstance(each, str) and each[:1] != "{" else _as_spec(each, option, parts)
+        else:
+            found[option] = as_type(each, kind)
+    return found
+
+
+def _whole(word: str) -> int | None:
+    """400_000, 0x10 and 1e6, but not 010, which has been 8 and 10."""
+    try:
+        return int(word, 0)
+    except ValueError:
+        number = _number(word) if "e" in word.lower() else None
+    return int(number) if number is not None and number.is_integer() and abs(number) < 2**53 else None
+
+
+def _number(word: str) -> float | None:
+    """2e-4, .5, nan; not 010."""
+    try:
+        return None if re.match(r"[+-]?0[\d_]", word) else float(word)
+    except ValueError:
+        return None
+
+
+def _truth(word: str) -> bool | None:
+    return TRUTH.get(word.lower())
+
+
+def _mistake(cls: type, values: Mapping[str, Any], error: ValidationError) -> ValueError:
+    """The first of those that pydantic found: an unknown setting, then a wrong value, then what is missing."""
+    kinds, found = dict(leaves(cls)), error.errors(include_url=False)
+    missing = [str(e["loc"][0]) for e in found if e["type"].startswith("missing") and len(e["loc"]) == 1]
+    wrong = next((e for e in found if e["type"] == "unexpected_keyword_argument"), None)
+    if wrong:
+        return ValueError(unknown(".".join(map(str, wrong["loc"])), list(kinds)))
+    wrong = next((e for e in found if len(e["loc"]) != 1 or not e["type"].startswith("missing")), None)
+    if wrong is None:
+        more = " They stand in a file of configs/, so give --config FILE; see --help." if "run_dir" in kinds else ""
+        return MissingError(f"the following arguments are required: {', '.join(missing)}.{more}")
+    if wrong["type"] == "value_error":  # of the dataclass itself
+        return wrong["ctx"]["error"]
+    key, value = "", values
+    for part in wrong["loc"]:
+        if f"{key}.{part}".lstrip(".") not in kinds:
+            break
+        key, value = f"{key}.{part}".lstrip("."), value[part]
+    return ValueError(refused(key, value, kinds.get(key), wrong["type"]))
+
+
+def refused(key: str, value: Any, kind: Any, what: str) -> str:
+    """The sentence for a value that a setting cannot have."""
+    given = "null" if value is None else repr(value)
+    choices = [word for member in _members(kind) if get_origin(member) is Literal for word in get_args(member)]
+    if what == "json_invalid":
+        return "a value is not text in UTF-8."
+    if what == "finite_number":
+        return f"{key} is {given}; it must be a finite number."
+    if dataclasses.is_dataclass(kind):
+        return f"{key} is {given}; it is a group of settings, such as {key}.{dataclasses.fields(kind)[0].name}."
+    if choices:
+        return f"{key} is {given};{nearest(str(value), choices)} choose one of {choices}."
+    if is_spec(kind):
+        return f"{key} is {given}; it is a name with options, so write {key}.name."
+    return f"{key} is {given}; it must be {described(kind)}."

@@ -1,0 +1,330 @@
+"""A run as data: frozen dataclasses that say, field by field, what a YAML file and the command line may set.
+
+Polymorphic parts (`data`, `codec`, `process`, `model.attention`, `sample.sampler`) are `{name: ..., option: value}`; the
+classes that they name check their options when they are built, before the first step.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vca_engine.config.reading import Spec, Strict
+from vca_engine.config.yamlfile import write_yaml
+from vca_engine.files import write_text
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raise ValueError "key is value; allowed" unless `condition`."""
+    if not condition:
+        raise ValueError(f"{key} is {value!r}; {allowed}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Strict):
+    """The network.
+
+    Args:
+        size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads.
+        patch_size: Side of a patch, instead of the one in size.
+        hidden_size: Width, instead of the size's.
+        depth: Number of blocks, instead of the size's.
+        num_heads: Attention heads, instead of the size's.
+        mlp_ratio: Width of the MLP over hidden_size.
+        class_dropout_prob: Share of labels replaced by the null class in training; 0 means no guidance.
+        attention: Attention layer by name (vca, mhsa, differential, agent, linear) with its options.
+    """
+
+    size: str = "S/2"
+    patch_size: int | None = None
+    hidden_size: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    attention: Spec = field(default_factory=lambda: {"name": "vca"})
+
+    def __post_init__(self) -> None:
+        for key in ("patch_size", "hidden_size", "depth", "num_heads"):
+            value = getattr(self, key)
+            require(value is None or 0 < value <= 2**20, f"model.{key}", value, "choose 1 to a million")
+        require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "choose a positive number up to 1000")
+        require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob, "choose [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Strict):
+    """The optimisation.
+
+    Args:
+        num_steps: Optimizer steps in all.
+        batch_size: Images of an optimizer step, over all processes.
+        accumulate: Forward passes that share an optimizer step; the batch is cut into as many parts, to save memory.
+        lr: Learning rate of AdamW.
+        betas: Its two betas.
+        weight_decay: Its weight decay.
+        warmup_steps: Steps over which the learning rate rises linearly from 0.
+        schedule: After that: constant, or cosine to 0 at num_steps.
+        max_grad_norm: Gradients are scaled down to this norm; not given means never.
+        max_skipped: A step whose loss or gradient is not finite is skipped; after so many in a row training stops.
+        ema_decay: Decay of the averaged weights, which are the ones that are sampled.
+        ema_warmup: Use min(ema_decay, (1 + step) / (10 + step)), so that the start does not dominate a short run.
+        ema_stds: Relative widths of power-function averages that are kept beside it, of which
+            python -m vca_engine.training.reconstruct makes any other width afterwards (EDM2); [] means none.
+        snapshot_every: Steps between two snapshots of these; one is written at the end, too.
+        precision: Of the network's arithmetic; auto is bf16 on a GPU that has it and float32 elsewhere.
+        tf32: Let GPUs round the inputs of float32 products to TF32.
+        compile: Compile each block with torch.compile.
+        fused: AdamW as one kernel; otherwise a step has to wait for the device to know whether it is skipped.
+        grad_checkpointing: Compute the activations of each block again in the backward pass, to save memory.
+        channels_last: The autoencoder's convolutions in the layout of memory that GPUs prefer; on a CPU without effect.
+        preload: Keep all cached latents in the memory of the device.
+        num_workers: Processes that load data, for each training process; not given means up to 4 for images, and none for
+            cached latents, which are there sooner than another process could hand them over.
+        timeout: Minutes that a process waits for data or for another process before the run ends with an error; longer
+            than a preview takes.
+        log_every: Steps between two lines of metrics.jsonl.
+        tracker: Where else they are shown: tensorboard, wandb, trackio or none.
+        sample_every: Steps between two preview grids.
+        checkpoint_every: Steps between two checkpoints; one is written at the end, too.
+        keep_checkpoints: Number of newest checkpoints to keep; not given keeps all.
+        keep_every: Checkpoints of steps that are multiples of this are kept for ever.
+    """
+
+    num_steps: int = 400_000
+    batch_size: int = 256
+    accumulate: int = 1
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    max_grad_norm: float | None = None
+    max_skipped: int = 10
+    ema_decay: float = 0.9999
+    ema_warmup: bool = True
+    ema_stds: list[float] = field(default_factory=lambda: [0.05, 0.1])
+    snapshot_every: int = 20_000
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    tf32: bool = True
+    compile: bool = False
+    fused: bool = True
+    grad_checkpointing: bool = False
+    channels_last: bool = True
+    preload: bool = False
+    num_workers: int | None = None
+    timeout: int = 30
+    log_every: int = 100
+    tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
+    sample_every: int = 10_000
+    checkpoint_every: int = 10_000
+    keep_checkpoints: int | None = None
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        periods = ("log_every", "sample_every", "checkpoint_every", "snapshot_every")
+        for key in ("num_steps", "batch_size", "accumulate", "max_skipped", "timeout", *periods):
+            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "choose at least 1")
+        require(self.lr > 0, "train.lr", self.lr, "choose a positive number")
+        require(all(0 <= b < 1 for b in self.betas), "train.betas", list(self.betas), "choose two numbers in [0, 1)")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "choose at least 0")
+        require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "choose at least 0")
+        require((self.num_workers or 0) >= 0, "train.num_workers", self.num_workers, "choose at least 0")
+        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "choose [0, 1)")
+        widths = all(0 < std <= 12**-0.5 for std in self.ema_stds) and len(
+            {f"{std:g}" for std in self.ema_stds}
+        ) == len(self.ema_stds)
+        require(widths, "train.ema_stds", self.ema_stds, "choose different numbers above 0 and at most 0.288")
+        for key in ("keep_checkpoints", "keep_every"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"train.{key}", value, "choose at least 1")
+        keep, norm = self.keep_checkpoints, self.max_grad_norm
+        if self.keep_every and not keep:
+            raise ValueError(
+                "train.keep_every is given, but all checkpoints are kept; give train.keep_checkpoints, too."
+            )
+        require(norm is None or norm > 0, "train.max_grad_norm", norm, "choose a positive number")
+
+    def workers(self, cached: bool = False) -> int:
+        """Processes that load data: of cached latents, or of images."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return 0 if cached else min(4, os.cpu_count() or 1)
+
+    def kept(self) -> list[int]:
+        """The steps whose checkpoints are there at the end."""
+        every = self.checkpoint_every
+        steps = sorted({*range(every, self.num_steps + 1, every), self.num_steps})
+        if not self.keep_checkpoints:
+            return steps
+        old, newest = steps[: -self.keep_checkpoints], steps[-self.keep_checkpoints :]
+        return [s for s in old if self.keep_every and s % self.keep_every == 0] + newest
+
+
+@dataclass(frozen=True)
+class SampleConfig(Strict):
+    """How images are drawn: in previews, and by sample.py unless it is told otherwise.
+
+    Args:
+        sampler: Sampler by name with its options; not given means the published one, 250 steps of ddpm or sde. For ode and
+            sde, num_steps counts points of time, as published, so it is one more than the steps between them.
+        cfg_scale: Guidance, other + cfg_scale (output - other), where the other output is that without a class; 1 is none.
+        guided_channels: Guide the first channels only; not given means all, 3 reproduces the published tables.
+        guidance_interval: Lowest and highest noise level, from 0 (data) to 1 (noise), at which there is guidance, e.g.
+            [0,0.7]; not given means all.
+        classes: Classes of a grid, by number or name, a row each; not given means all, or 10 evenly spaced ones.
+        per_class: Images of each class in a grid.
+        seed: Seed of the images, independent of that of training.
+        group_size: Of N numbered images so many neighbours are drawn together, always all of them, so that no image depends
+            on the batch size or the number of processes, not even by rounding. Larger is faster where the network is small.
+    """
+
+    sampler: Spec | None = None
+    cfg_scale: float = 1.0
+    guided_channels: int | None = None
+    guidance_interval: tuple[float, float] | None = None
+    classes: list[str] | None = None
+    per_class: int = 8
+    seed: int = 0
+    group_size: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "sample.seed", self.seed, "choose at least 0")
+        require(self.classes != [], "sample.classes", self.classes, "name at least one class, or leave it out")
+        for key in ("per_class", "group_size"):
+            require(getattr(self, key) > 0, f"sample.{key}", getattr(self, key), "choose at least 1")
+        channels, interval = self.guided_channels, self.guidance_interval
+        require(channels is None or channels > 0, "sample.guided_channels", channels, "choose at least 1")
+        within = interval is None or 0 <= interval[0] <= interval[1] <= 1
+        require(
+            within, "sample.guidance_interval", interval, "choose two noise levels between 0 and 1, the lower first"
+        )
+
+    def changed(self, **given: Any) -> "SampleConfig":
+        """The same with what is given and not None; a sampler without a name gives options to the one that is there."""
+        given = {name: value for name, value in given.items() if value is not None}
+        if "name" not in given.get("sampler", {"name": None}):
+            given["sampler"] = {**(self.sampler or {}), **given["sampler"]}
+        return dataclasses.replace(self, **given)
+
+
+@dataclass(frozen=True)
+class FidConfig(Strict):
+    """How drawn images are measured: by sample.py --fid, and every now and then in training.
+
+    Args:
+        reference: What they are compared with: a file of statistics, or images (a folder, .zip, .npz, .npy).
+        extractor: Network of the features: inception, dinov2, classifier.
+        preset: Protocol of Inception: adm, pytorch-fid, clean.
+        weights: Its file of weights; not given means where python -m fid looks for them.
+        metrics: Names of metrics, as python -m fid eval --help lists them; not given means those of the preset.
+        every: Training steps between two evaluations of the averaged weights; not given means never.
+        num: Images of an evaluation in training; the literature's FID is of 50000.
+    """
+
+    reference: str | None = None
+    extractor: Literal["inception", "dinov2", "classifier"] = "inception"
+    preset: Literal["adm", "pytorch-fid", "clean"] = "adm"
+    weights: str | None = None
+    metrics: list[str] | None = None
+    every: int | None = None
+    num: int = 10_000
+
+    def __post_init__(self) -> None:
+        require(self.every is None or self.every > 0, "fid.every", self.every, "choose at least 1")
+        require(self.num > 1, "fid.num", self.num, "choose at least 2")
+        if self.every is not None and self.reference is None:
+            raise ValueError("fid.every is given, but no fid.reference; name the file or folder to compare with.")
+
+
+@dataclass(frozen=True)
+class CacheConfig(Strict):
+    """How cache_latents.py encodes images.
+
+    Args:
+        moments: Keep mean and standard deviation, from which training draws anew in every epoch; else one draw for ever.
+        precision: Of the codec's arithmetic.
+        batch_size: Images encoded together, on each process.
+        shard_size: Images in a file.
+        on_error: At a damaged image, or one that is none, stop; or skip it, and list it in the manifest. What the disk does
+            not give, as a link to nothing, always stops.
+    """
+
+    moments: bool = True
+    precision: Literal["no", "bf16"] = "no"
+    batch_size: int = 32
+    shard_size: int = 1024
+    on_error: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "shard_size"):
+            require(getattr(self, key) > 0, f"cache.{key}", getattr(self, key), "choose at least 1")
+
+
+@dataclass(frozen=True)
+class Config(Strict):
+    """A run: everything that train.py needs, and that sample.py finds again in the checkpoint.
+
+    Args:
+        run_dir: Folder of the run: checkpoints, previews, metrics. The same command goes on where it stopped.
+        process: Process by name with its options: diffusion (a DiT) or flow (a SiT).
+        data: Images by name with their options: folder (images: a folder or .zip; image_size), mnist, digits.
+        codec: Codec by name with its options: vae (path or hub name) or pixels.
+        init: Weights to start from: a run, or one of its checkpoints; a .safetensors or published .pt file; a folder of
+            diffusers; a name on the hub, e.g. facebook/DiT-XL-2-256. Not given means random ones.
+        latents: Folder of cached latents, made by cache_latents.py with the same config; not given means that images
+            are read and encoded in every step.
+        cache: How those are made.
+        seed: Seed of initialisation, data order and noise.
+        model: The network.
+        train: The optimisation.
+        sample: How images are drawn.
+        fid: How they are measured.
+    """
+
+    run_dir: str
+    process: Spec
+    data: Spec
+    codec: Spec
+    init: str | None = None
+    latents: str | None = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    fid: FidConfig = field(default_factory=FidConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "choose at least 0")
+        for key in ("process", "data", "codec"):
+            spec = getattr(self, key)
+            require("name" in spec, key, spec, f"it needs a name, so give {key}.name")
+            require(isinstance(spec["name"], str), f"{key}.name", spec["name"], "it must be a word")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dicts of plain values, fit for YAML and JSON."""
+    return dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
+
+
+def save_yaml(config: Any, path: Path) -> None:
+    """Write the resolved config."""
+    write_text(path, write_yaml(to_dict(config)))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value), for the keys whose values differ."""
+    found = {}
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

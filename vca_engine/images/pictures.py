@@ -1,0 +1,93 @@
+"""Pictures: labelled grids of images, and files of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from vca_engine.files import written_aside
+
+MAX_FRAMES = 60  # of the film
+
+
+def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), title: str = "") -> np.ndarray:
+    """A labelled grid, (height, width, 3) uint8.
+
+    Args:
+        images: (R, C, H, W, 3) uint8; small ones are enlarged by a whole factor, pixel by pixel.
+        rows: A label for each row, at its left.
+        columns: A label for each column, above it; none if empty.
+        title: A line above all.
+    """
+    num_rows, num_columns, height, width, _ = images.shape
+    zoom = max(1, 64 // height)
+    cell_height, cell_width, gap = height * zoom, width * zoom, 4
+    text = max(12, min(28, cell_width // 4))
+    font = ImageFont.load_default(text)
+    longest = max((font.getlength(name) for name in rows), default=0)
+    left = gap + (int(min(longest, max(160, 2 * cell_width))) + 2 * gap if longest else 0)
+    header = gap + (text + 8) * (bool(title) + bool(columns))
+    size = (left + num_columns * (cell_width + gap), header + num_rows * (cell_height + gap))
+    size = (max(size[0], min(int(font.getlength(title)) + 2 * gap + 1, 800)), size[1])  # a narrow one as its title
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((gap, gap), _fit(title, font, canvas.width - 2 * gap), "black", font)
+    for i in range(num_rows):
+        top = header + i * (cell_height + gap)
+        if rows:
+            name = _fit(rows[i], font, left - 3 * gap)
+            draw.text((left - 2 * gap, top + cell_height // 2), name, "black", font, anchor="rm")
+        for j in range(num_columns):
+            tile = images[i, j].repeat(zoom, axis=0).repeat(zoom, axis=1)
+            canvas.paste(Image.fromarray(tile), (left + j * (cell_width + gap), top))
+    for j, name in enumerate(columns):
+        middle = left + j * (cell_width + gap) + cell_width // 2
+        draw.text((middle, header - 8), _fit(name, font, cell_width), "black", font, anchor="ms")
+    return np.array(canvas)
+
+
+def save_picture(frames: Sequence[np.ndarray], path: Path, text: str = "", milliseconds: int = 250) -> None:
+    """Write a picture as PNG, or several frames as a GIF that stays on the last one for 2 s; by the ending of the path.
+
+    Args:
+        frames: Each (H, W, 3) uint8; one if the path ends in .png.
+        path: The file.
+        text: What a PNG says of itself, under the key "samples".
+        milliseconds: Of a frame.
+    """
+    pictures = [Image.fromarray(frame) for frame in frames]
+    with written_aside(path) as temporary:
+        if path.suffix.lower() == ".gif":
+            times = [milliseconds] * (len(pictures) - 1) + [2000]
+            pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+        else:
+            information = PngInfo()
+            if text:
+                information.add_text("samples", text)
+            pictures[0].save(temporary, "PNG", pnginfo=information)
+
+
+def _fit(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """`name`, shortened until it fits the width."""
+    short = name
+    while font.getlength(short) > width and len(short) > 2:
+        short = short[:-2] + "…"
+    return short
+
+
+def save_film(folder: Path) -> None:
+    """Make progress.gif of the previews step-*.png in a folder, of at most `MAX_FRAMES` evenly chosen ones."""
+    files = sorted(folder.glob("step-*.png"))
+    chosen = [files[i] for i in np.linspace(0, len(files) - 1, min(len(files), MAX_FRAMES)).round().astype(int)]
+    last = Image.open(files[-1]).convert("RGB")
+    scale = min(1.0, 1024 / last.width)
+    size = (round(last.width * scale), round(last.height * scale))
+    frames = []
+    for file in chosen:
+        frame = Image.open(file).convert("RGB")
+        if frame.size == last.size:  # others were drawn with other settings
+            frames.append(frame.resize(size, Image.Resampling.LANCZOS) if scale < 1 else frame)
+    save_picture([np.asarray(frame) for frame in frames], folder / "progress.gif")

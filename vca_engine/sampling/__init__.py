@@ -1,0 +1,1 @@
+"""From class labels to images."""

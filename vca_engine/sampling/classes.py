@@ -1,0 +1,63 @@
+"""Classes to draw: by number or name, a few of many, at random."""
+
+import difflib
+import operator
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Raise ValueError if a label is not in 0 ... num_classes - 1."""
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise ValueError(f"class {label} does not exist; this model has classes 0 ... {num_classes - 1}.")
+
+
+def find_class(word: int | str, names: Sequence[str]) -> int:
+    """The number of a class from its number or its name.
+
+    A name is that of the class, or one of several between commas (ImageNet's "tench, Tinca tinca"); capitals do not matter.
+    A word that is a number as Python writes it (10, not 010) is one, unless a class is named so. An int is always a number.
+
+    Raises:
+        ValueError: There is no such class, or more than one.
+    """
+    if isinstance(word, bool):
+        raise ValueError(f"class {word} is neither a number nor a name.")
+    if not isinstance(word, str):
+        number = operator.index(word)
+        check_labels([number], len(names))
+        return number
+    wanted = word.strip().lower()
+    whole = [k for k, name in enumerate(names) if name.lower() == wanted]
+    parts = [k for k, name in enumerate(names) if wanted in (part.strip() for part in name.lower().split(","))]
+    found = whole or parts
+    if len(found) == 1:
+        return found[0]
+    if found:
+        text = ", ".join(f"{k} ({names[k]})" for k in found[:5])
+        raise ValueError(f"class {word!r} is the name of several: {text}; choose one by its number.")
+    if re.fullmatch(r"0|-?[1-9][0-9]*", wanted):
+        return find_class(int(wanted), names)
+    known = {part.strip().lower(): name for name in names for part in (name, *name.split(","))}
+    close = difflib.get_close_matches(wanted, known, n=3)
+    hint = (
+        f"did you mean {' or '.join(repr(known[c]) for c in close)}?"
+        if close
+        else f"it has {len(names)} classes, "
+        + (f"{', '.join(names[:3])}, ..., {names[-1]}." if len(names) > 4 else f"{', '.join(names)}.")
+    )
+    raise ValueError(f"class {word!r} is no class of this model; {hint}")
+
+
+def spread(classes: Sequence[int], most: int = 10) -> list[int]:
+    """All classes, or `most` evenly spaced ones."""
+    columns = min(most, len(classes))
+    return [classes[i * len(classes) // columns] for i in range(columns)]
+
+
+def random_label(seed: int, index: int, num_classes: int) -> int:
+    """The uniformly random label of image `index`, a function of (seed, index)."""
+    return int(np.random.default_rng([seed, index, 1]).integers(num_classes))

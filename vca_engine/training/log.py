@@ -1,0 +1,198 @@
+"""What a run says of itself: metrics.jsonl, a tracker, pictures of the loss, and previews with their film."""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from tqdm import tqdm
+
+from vca_engine.files import write_text, written_aside
+from vca_engine.images import NonFiniteError
+from vca_engine.images.pictures import save_film
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+PROJECT = "vca-diffusion"  # of W&B and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
+
+
+class Log:
+    """Metrics of a run, one JSON object a line, and in a tracker.
+
+    What a resumed run repeats goes: lines after `step`, and the `partial` one that ended a run which now goes on.
+
+    A disk that is full stops nothing: what could not be written is said, and written later.
+
+    Args:
+        run_dir: The run's folder.
+        step: Optimizer steps already done.
+        goes_on: Whether there are more.
+        trackers: Of accelerate, started.
+    """
+
+    def __init__(self, run_dir: Path, step: int, goes_on: bool = True, trackers: Sequence[GeneralTracker] = ()) -> None:
+        self.run_dir, self.file = run_dir, run_dir / "metrics.jsonl"
+        lines = [line for line in read_metrics(self.file) if line["step"] <= step]
+        self.lines = [line for line in lines if not (goes_on and line.get("partial"))]
+        self._rewrite()
+        self.whole = True  # whether the file holds all lines
+        self.trackers = trackers
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        """Write one line; `loss_by_t` may be a list, one value for each bin of t."""
+        line = {"step": step, **values}
+        self.lines.append(line)
+        self.attempt("metrics.jsonl", self._append if self.whole else self._rewrite)
+        bins = values.get("loss_by_t", [])
+        by_t = {f"loss_by_t/{k / len(bins):g}-{(k + 1) / len(bins):g}": v for k, v in enumerate(bins)}
+        self.add_scalars(step, {**values, **by_t})
+
+    def add_scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Show those of the values that are numbers in the tracker."""
+        numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
+        for tracker in self.trackers:
+            self._track(tracker, tracker.log, numbers, step=step)
+
+    def add_preview(self, step: int, image: np.ndarray) -> None:
+        """Show a preview (H, W, 3) uint8 in the tracker, and make previews/progress.gif anew."""
+        for tracker in self.trackers:
+            self._track(tracker, show_image, tracker, image, step)
+        self.attempt("progress.gif", save_film, self.run_dir / "previews")
+
+    def plot(self) -> None:
+        """Draw loss.png: the logged means and their running mean, and beside it the running mean in each bin of t."""
+        lines = [line for line in self.lines if line["loss"] is not None]
+        if not lines:
+            return
+        steps, loss = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
+        window = 2 * (len(loss) // 40) + 1
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+        figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.13)
+        left.plot(steps, loss, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
+        if window > 1:
+            left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
+        low, high = np.quantile(loss, [0, 0.98])
+        # Without the loss of the first steps, which would hide the rest.
+        left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
+        by_t = [line.get("loss_by_t", []) for line in lines]
+        num = max(map(len, by_t))
+        table = np.array([row or [None] * num for row in by_t], dtype=float)  # (lines, bins), None is nan
+        for k, colour in enumerate(plt.get_cmap("viridis")(np.linspace(0, 0.95, num))):
+            there = ~np.isnan(table[:, k])
+            if there.any():
+                label, marker = f"t {k / num:g} to {(k + 1) / num:g}", "." if there.sum() < 3 else None
+                line = {"color": colour, "linewidth": 1.5, "marker": marker, "label": label}
+                right.plot(steps[there], smooth(table[there, k], window), **line)
+        right.set_yscale("log")
+        right.yaxis.set_major_formatter("{x:g}")
+        small = np.nanmax(table, initial=1) < 10 * np.nanmin(table, initial=np.inf)
+        right.yaxis.set_minor_formatter("{x:g}" if small else "")
+        left.set_title(f"{self.run_dir.name}: training loss")
+        right.set_title(f"in ten parts of the range of t{f', running mean of {window}' if window > 1 else ''}")
+        for axes in (left, right):
+            axes.set_xlabel("optimizer step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.3)
+        left.legend(fontsize="small", loc="upper right")
+        right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+        def write() -> None:
+            with written_aside(self.run_dir / "loss.png") as temporary:
+                figure.savefig(temporary, dpi=110, format="png")
+
+        self.attempt("loss.png", write)
+        plt.close(figure)
+
+    def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> None:
+        """Call `write(*args)`; if the disk does not take it, or images are not finite, say so, and that training goes on."""
+        try:
+            write(*args)
+        except (OSError, NonFiniteError) as error:
+            self.warn(what, error)
+
+    def warn(self, what: str, error: Exception | str) -> None:
+        """Say that something could not be written, and that training goes on."""
+        tqdm.write(f"warning: {what} could not be written, training goes on: {error}")
+
+    def close(self) -> None:
+        """Finish the trackers."""
+        for tracker in self.trackers:
+            self._track(tracker, tracker.finish)
+
+    def _track(self, tracker: GeneralTracker, show: Callable[..., Any], *args: Any, **options: Any) -> None:
+        """Call `show`, whatever a tracker may raise; TensorBoard's is of no use after an error, and gets a new file."""
+        try:
+            show(*args, **options)
+        except Exception as error:
+            self.warn(f"what {tracker.name} shows", error)
+            if tracker.name == "tensorboard":
+                self.attempt("tensorboard's file", tracker.start)
+
+    def _append(self) -> None:
+        self.whole = False
+        with open(self.file, "a", encoding="utf-8") as f:
+            f.write(json.dumps(self.lines[-1]) + "\n")
+        self.whole = True
+
+    def _rewrite(self) -> None:
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.whole = True
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """The running mean (N,) of values (N,), over fewer than `window` at the ends."""
+    kernel = np.ones(window)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int, config: dict[str, Any]) -> None:
+    """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it."""
+    name, file = run_dir.resolve().name, run_dir / ".tracker-id"
+    if accelerator.is_main_process and not file.is_file():
+        write_text(file, uuid.uuid4().hex[:8])
+    key = f"{name}-{file.read_text()}" if accelerator.is_main_process else name
+    options = {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"name": name, "id": key, "resume": "allow", "dir": str(run_dir), "config": config},
+        "trackio": {"name": key, "resume": "allow", "config": config},
+    }
+    project = "tensorboard" if kind == "tensorboard" else os.environ.get(f"{kind.upper()}_PROJECT", PROJECT)
+    accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+
+
+def show_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
+    """Show an image (H, W, 3) uint8 in a tracker, each of which wants it in another way."""
+    if tracker.name == "trackio":
+        import trackio  # only who asks for it has it
+
+        tracker.log({"samples": trackio.Image(image)}, step=step)
+    else:
+        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        tracker.log_images({"samples": image[None]}, step=step, **layout)
+
+
+def check_tracker(name: str) -> None:
+    """Raises ValueError if the package of a tracker is not installed."""
+    if name not in ("none", "tensorboard") and find_spec(name) is None:
+        raise ValueError(f"train.tracker is {name!r}, which is not installed; run: pip install {name}")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off is dropped; [] if there is no file."""
+    lines = []
+    if file.is_file():
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines

@@ -1,0 +1,115 @@
+"""Which checkpoint a run goes on from, and whether it is the same run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vca_engine.config.reading import from_dict
+from vca_engine.config.schema import Config, differences, to_dict
+from vca_engine.files import write_text
+from vca_engine.weights import checkpoint
+
+CONFIG_FILE = "config.yaml"
+ORIGIN_FILE = "resumed_from.json"  # in the folder of a run that goes on from another's checkpoint
+MAY_CHANGE = {  # settings that a resumed run may change: no step depends on them, or by rounding only
+    "run_dir",
+    "sample",
+    "fid",
+    "data.images",  # moved data, a moved autoencoder or cache; said when it happens
+    "codec.path",
+    "latents",
+    "cache",
+    *(f"train.{key}" for key in ("num_workers", "timeout", "log_every", "tracker", "sample_every", "max_skipped")),
+    *(f"train.{key}" for key in ("checkpoint_every", "keep_checkpoints", "keep_every", "snapshot_every")),
+    *(f"train.{key}" for key in ("accumulate", "compile", "fused", "grad_checkpointing", "channels_last", "preload")),
+}
+
+
+def starting_point(config: Config, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None to begin.
+
+    Args:
+        config: Of the run.
+        resume: `auto` takes the newest checkpoint in the run's folder, if there is one; `none` wants none to be there; a run
+            or checkpoint is taken the first time, and afterwards the newest of the run that went on from it.
+
+    Raises:
+        FileNotFoundError: `resume` is a path where nothing is.
+        ValueError: The run's folder is a file, or holds another run than `resume` says.
+    """
+    run_dir = Path(config.run_dir)
+    if run_dir.is_file():
+        raise ValueError(f"run_dir {config.run_dir!r} is a file; choose a folder.")
+    own, origin = checkpoint.steps(run_dir), read_origin(run_dir)
+    newest = own[-1] if own else None
+    if resume == "auto":
+        return newest or (_same(origin, run_dir) if origin else None)
+    if resume == "none":
+        if newest or origin:
+            what = f"checkpoints up to {newest.name}" if newest else f"a run that goes on from {origin['checkpoint']}"
+            raise ValueError(
+                f"--resume is none, but run_dir {config.run_dir!r} holds {what}; choose another --run_dir, or leave "
+                "--resume out to go on."
+            )
+        return None
+    if newest is None:
+        return checkpoint.find(resume)
+    if origin and origin["given"] == str(Path(resume).resolve()):
+        return newest
+    if checkpoint.find(resume).resolve() == newest.resolve():
+        return newest
+    raise ValueError(
+        f"--resume is {resume!r}, but run_dir {config.run_dir!r} holds other checkpoints, up to {newest.name}; choose "
+        "another --run_dir to go on from there, or leave --resume out to go on with these."
+    )
+
+
+def read_origin(run_dir: Path) -> dict[str, Any] | None:
+    """What `write_origin` wrote, if it did."""
+    file = run_dir / ORIGIN_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def write_origin(run_dir: Path, resume: str, start: Path) -> None:
+    """Note that a run goes on from the checkpoint `start` of another, as --resume `resume` asked."""
+    record = {"given": str(Path(resume).resolve()), "checkpoint": str(start.resolve())}
+    record["id"] = checkpoint.read_record(start)["id"]
+    write_text(run_dir / ORIGIN_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def check_same_run(config: Config, start: Path, say: Callable[[str], None]) -> None:
+    """A run goes on with the settings that it began with, but for those in `MAY_CHANGE`.
+
+    num_steps may change, too, but not under a schedule that depends on it. Settings that there were not when the run
+    began count as their defaults.
+
+    Args:
+        config: Of the run.
+        start: The checkpoint to go on from.
+        say: Where notes go.
+
+    Raises:
+        ValueError: Others differ; says which.
+    """
+    old = to_dict(from_dict(Config, checkpoint.read_record(start)["config"], str(start / checkpoint.RECORD)))
+    may_change = MAY_CHANGE | ({"train.num_steps"} if config.train.schedule == "constant" else set())
+    changed = differences(old, to_dict(config))
+    for key in sorted(changed.keys() & {"data.images", "codec.path", "latents"}):
+        say(f"note: {key} was {changed[key][0]!r} in this run, now {changed[key][1]!r}; it must hold the same.")
+    changed = {k: v for k, v in changed.items() if k not in may_change and k.split(".")[0] not in may_change}
+    if changed:
+        text = ", ".join(f"{key} {a!r} (you gave {b!r})" for key, (a, b) in changed.items())
+        why = " Under the cosine schedule every step depends on num_steps." if "train.num_steps" in changed else ""
+        raise ValueError(
+            f"{str(start)!r} holds another run, with {text}; give its settings to go on with it, or --init {start} and "
+            f"another --run_dir to start anew from its weights.{why}"
+        )
+
+
+def _same(origin: dict[str, Any], run_dir: Path) -> Path:
+    """The checkpoint that a run began from which was stopped before its own first one."""
+    start = checkpoint.find(origin["checkpoint"])
+    if checkpoint.read_record(start)["id"] != origin["id"]:
+        raise ValueError(f"{str(run_dir)!r} goes on from {origin['checkpoint']!r}, which is another checkpoint now.")
+    return start

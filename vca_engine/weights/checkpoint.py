@@ -1,0 +1,280 @@
+"""Checkpoints: a folder a step, safetensors and JSON only, written aside and renamed, so that each one is whole.
+
+RUN/checkpoints/step-00002000/{model,ema,ema-0.05,ema-0.1,optimizer,meter}.safetensors, checkpoint.json
+RUN/snapshots/step-00002000/{ema-0.05,ema-0.1}.safetensors, checkpoint.json
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from vca import before_joint
+from vca_engine.distributed import shard_like
+
+RECORD = "checkpoint.json"
+FORMAT = 4  # 2: sample.rows; 3: attention without `softmax`
+CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+def folder_of(run_dir: Path, step: int, kind: str = CHECKPOINTS) -> Path:
+    """Where the checkpoint, or snapshot, of a step is."""
+    return run_dir / kind / f"step-{step:08d}"
+
+
+def save(final: Path, step: int, parts: Parts, record: Mapping[str, Any]) -> None:
+    """Write a checkpoint.
+
+    Args:
+        final: Its folder; one that is there is replaced.
+        step: Optimizer steps done.
+        parts: Name of a file -> its tensors.
+        record: What else to keep, JSON values: `config` and `shape` at least. The record also gets an id of its own.
+
+    Raises:
+        OSError: The disk is full, say; nothing is left behind, and the earlier checkpoints are untouched.
+    """
+    temporary, old = (
+        final.with_name(f".{name}") for name in (f"{final.name}-{uuid.uuid4().hex[:8]}", f"old-{final.name}")
+    )
+    try:
+        temporary.mkdir(parents=True)
+        for name, tensors in parts.items():
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
+        record = {"format": FORMAT, "step": step, "id": uuid.uuid4().hex, **record}
+        (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+        for written in temporary.iterdir():
+            _flush(written)  # the bytes are on the disk before the name is
+        if final.exists():  # an earlier try at this step; `recover` brings it back if we die between the two lines
+            os.rename(final, old)
+        os.rename(temporary, final)
+        with suppress(OSError):  # not every file system can
+            _flush(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"the checkpoint of step {step} could not be written to {final}: {error}") from error
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state under the names of the model's parameters, which it holds in their order: NAME/exp_avg."""
+    state = optimizer.state_dict()["state"]
+    names = [name for name, _ in model.named_parameters()]
+    return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
+
+
+def steps(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
+    """The checkpoints, or snapshots, of a run, oldest first."""
+    found = (run_dir / kind).glob("step-*")
+    return sorted(f for f in found if re.fullmatch(r"step-\d{8,}", f.name) and (f / RECORD).is_file())
+
+
+def recover(run_dir: Path) -> None:
+    """Mend what a killed process left of what it was writing or deleting."""
+    for folder in (run_dir / CHECKPOINTS, run_dir / SNAPSHOTS):
+        for old in folder.glob(".old-step-*"):
+            final = folder / old.name.removeprefix(".old-")
+            if (old / RECORD).is_file() and not final.exists():
+                os.rename(old, final)
+        for left in (*folder.glob(".step-*"), *folder.glob(".old-step-*")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def prune(run_dir: Path, newest: int, every: int | None = None, spare: Collection[int] = ()) -> None:
+    """Delete all checkpoints but the newest ones, those of steps that are multiples of `every`, and those to spare.
+
+    What was to be kept when it was written (its own config's keep_every) is kept, too.
+    """
+    for folder in steps(run_dir)[:-newest]:
+        step = int(folder.name.removeprefix("step-"))
+        try:
+            then = read_record(folder)["config"].get("train", {}).get("keep_every")
+        except ValueError:  # a damaged one is not ours to judge
+            continue
+        if step not in spare and not any(period and step % period == 0 for period in (every, then)):
+            gone = folder.with_name(f".{folder.name}-old")  # a half-deleted one must not look whole
+            os.rename(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)  # `recover` tries again
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest of a run's folder.
+
+    Raises:
+        FileNotFoundError: There is no such path.
+        ValueError: It is neither a checkpoint nor a run with one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {str(path)!r}: there is no such file or folder.")
+    if path.is_dir() and (path / RECORD).is_file():
+        return path
+    found = steps(path) if path.is_dir() else []
+    if not found:
+        raise ValueError(
+            f"{str(path)!r} is not a checkpoint; give a run's folder, or one of its checkpoints/step-* folders, which "
+            f"hold {RECORD} and safetensors."
+        )
+    return found[-1]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """checkpoint.json of a checkpoint.
+
+    Raises:
+        ValueError: It is damaged, or of another format.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        version, missing = record["format"], {"step", "id", "config", "shape"} - record.keys()
+        if version <= FORMAT and missing:
+            raise ValueError(f"it lacks {sorted(missing)}")
+        if version <= FORMAT and type(record["step"]) is not int:
+            raise ValueError(f"its step is {record['step']!r}")
+        for name in ("config", "shape"):
+            if version <= FORMAT and not isinstance(record[name], dict):
+                raise ValueError(f"its {name} is {record[name]!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {error}. Remove its folder to use the "
+            "checkpoint before it."
+        ) from None
+    if version not in (2, 3, FORMAT):
+        raise ValueError(
+            f"{str(folder)!r} is of format {version}, and this program reads 2 to {FORMAT}; use the version of the program "
+            "that wrote it, or a newer one."
+        )
+    sample, model = (record["config"].get(group, {}) for group in ("sample", "model"))
+    if version == 2 and isinstance(sample, dict) and "rows" in sample:
+        sample["per_class"] = sample.pop("rows")
+    if version < 4 and isinstance(model, dict) and isinstance(model.get("attention", "vca"), dict | str):
+        record["config"]["model"] = {**model, "attention": before_joint(model.get("attention", "vca"))}
+    return record
+
+
+def read(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of a part of a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such part; says which there are.
+        ValueError: The file is truncated, not safetensors, or of a run that has diverged; see `check_finite`.
+    """
+    file = folder / f"{name}.safetensors"
+    if not file.is_file():
+        there = sorted(f.stem for f in folder.glob("*.safetensors"))
+        raise FileNotFoundError(
+            f"the checkpoint lacks {str(file)!r}; it has {there}. Remove its folder to use the checkpoint before it."
+        )
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(file)!r} is truncated or not a safetensors file: {error}. Remove its folder to use the checkpoint before "
+            "it."
+        ) from None
+    return tensors if name == "meter" else check_finite(tensors, file)  # the meter has the norms of skipped steps, too
+
+
+def check_finite(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors themselves.
+
+    Raises:
+        ValueError: One of them has NaN or infinite values; says which, of which file.
+    """
+
+    def is_finite(tensor: Tensor) -> bool:
+        return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())  # not all of 8 bits can
+
+    if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+        raise ValueError(
+            f"{str(file)!r} holds values that are not finite in {_some(bad)}: the run has diverged. Name an earlier "
+            "checkpoint of it; or remove this one where the newest is taken."
+        )
+    return tensors
+
+
+def weights_in(folder: Path) -> list[str]:
+    """The parts of a checkpoint that are weights of the model."""
+    return sorted({file.stem for file in folder.glob("*.safetensors")} - {"optimizer", "meter"})
+
+
+def load_weights(folder: Path, name: str, model: nn.Module) -> None:
+    """Load a part of a checkpoint, `model` or an average as `ema`, into a model.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is truncated, not safetensors, or of another architecture; says which keys or shapes.
+    """
+    tensors = read(folder, name)
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    shapes = [k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape]
+    if missing or extra or shapes:
+        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)} too many"] * bool(extra)
+        for k in sorted(shapes)[:1]:
+            parts.append(f"has {k} of shape {tuple(tensors[k].shape)} where {tuple(expected[k].shape)} is needed")
+        raise ValueError(
+            f"{str(folder)!r} holds another architecture than the config asks for: it {', and '.join(parts)}."
+        )
+    model.load_state_dict(tensors)
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load the optimizer's state, sharded as the model's parameters are.
+
+    Raises:
+        FileNotFoundError: The file is missing.
+        ValueError: The file is truncated or not safetensors.
+    """
+    tensors = read(folder, "optimizer")
+    state: dict[int, dict[str, Tensor]] = {i: {} for i, _ in enumerate(model.parameters())}
+    index = {name: (i, p) for i, (name, p) in enumerate(model.named_parameters())}
+    for key, value in tensors.items():
+        i, parameter = index[key.rpartition("/")[0]]
+        state[i][key.rpartition("/")[2]] = shard_like(value, parameter) if value.shape == parameter.shape else value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+@functools.cache
+def origin() -> dict[str, Any]:
+    """Where a checkpoint comes from: versions of Python and packages, and the revision of this repository, if known."""
+    found = {"python": sys.version.split()[0]}
+    for name in ("torch", "accelerate", "diffusers", "torchdiffeq", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        revision = None
+    return {"versions": found, "revision": revision}
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
