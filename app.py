@@ -71,7 +71,7 @@ class Arguments(Strict):
 @report_errors("app.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=assemble.PARTS)
+    args = parse(Arguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=assemble.parts())
     device = chosen_device(args.device)
     of_the_model = ("weights", "vae", "process", "device", "precision")
     defaults = {f.name: f.default for f in dataclasses.fields(Arguments)}

@@ -47,7 +47,7 @@ class Arguments(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": assemble.options_help()}
-    args = parse(Arguments, argv, **texts, parts=assemble.PARTS)
+    args = parse(Arguments, argv, **texts, parts=assemble.parts())
     if args.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
     if args.check:

@@ -177,7 +177,7 @@ class Arguments(Strict):
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
-    args = parse(Arguments, argv, **texts, first="checkpoint", parts=assemble.PARTS)
+    args = parse(Arguments, argv, **texts, first="checkpoint", parts=assemble.parts())
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     sampling = Sampling(args, state)
@@ -476,7 +476,7 @@ def swept(text: str, sample: SampleConfig, args: Arguments) -> list[tuple[str, S
         else:
             fields[name] = value
         label = f"{key.strip().rpartition('.')[2]} {word.strip()}"
-        found.append((label, from_dict(SampleConfig, fields, "--sweep", assemble.PARTS)))
+        found.append((label, from_dict(SampleConfig, fields, "--sweep", assemble.parts())))
     return found
 
 

@@ -59,7 +59,7 @@ class Arguments(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     args = parse(
-        Arguments, argv, prog="train.py", description=__doc__, epilog=assemble.options_help(), parts=assemble.PARTS
+        Arguments, argv, prog="train.py", description=__doc__, epilog=assemble.options_help(), parts=assemble.parts()
     )
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)

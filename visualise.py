@@ -112,7 +112,7 @@ class Moment(NamedTuple):
 @report_errors("visualise.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    args = parse(Arguments, argv, prog="visualise.py", description=__doc__, first="checkpoint", parts=assemble.PARTS)
+    args = parse(Arguments, argv, prog="visualise.py", description=__doc__, first="checkpoint", parts=assemble.parts())
     device = chosen_device(args.device)
     if Path(args.checkpoint).is_file():
         raise ValueError(

@@ -29,7 +29,7 @@ ORIGIN = {
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     settings = list(sys.argv[1:] if argv is None else argv)
-    config = parse(Config, settings, prog="python -m demo", description=__doc__, parts=assemble.PARTS)
+    config = parse(Config, settings, prog="python -m demo", description=__doc__, parts=assemble.parts())
     name = config.data["name"]
     if name not in ORIGIN:
         raise ValueError(f"data.name is {name!r}; the demo knows {sorted(ORIGIN)}. For your own images use train.py.")

@@ -26,7 +26,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
 @report_errors("demo.autoencoder")
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
-    config = parse(Config, argv, prog="python -m demo.autoencoder", description=__doc__, parts=assemble.PARTS)
+    config = parse(Config, argv, prog="python -m demo.autoencoder", description=__doc__, parts=assemble.parts())
     folder = Path(config.codec.get("path", ""))
     if config.codec["name"] != "vae" or folder.exists():
         raise ValueError(f"codec is {config.codec}; give the vae codec a path that does not exist yet.")

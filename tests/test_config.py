@@ -48,7 +48,7 @@ REQUIRED = {
 
 
 def read(*argv, cls=Config):
-    return parse(cls, [str(a) for a in argv], prog="train.py", description="", parts=assemble.PARTS)
+    return parse(cls, [str(a) for a in argv], prog="train.py", description="", parts=assemble.parts())
 
 
 @pytest.fixture
@@ -467,7 +467,7 @@ def test_every_option_of_every_part_has_a_type_and_keeps_its_words(tmp_path):
         "path": "process.path",
         "time": "process.time",
     }
-    for part, registry in assemble.PARTS.items():
+    for part, registry in assemble.parts().items():
         key = of_config.get(part, part)
         for name, entry in registry.items():
             for option, kind in annotations_of(entry).items():
@@ -559,7 +559,7 @@ def test_no_value_in_a_config_or_a_checkpoint_is_called(tmp_path, capsys):
             if not is_part:
                 with pytest.raises(ValueError, match="here: "):
                     from_dict(Config, values, "here")
-        for part, registry in assemble.PARTS.items():
+        for part, registry in assemble.parts().items():
             for name, entry in registry.items():
                 args = spec_args.get(part, ())
                 if part == "sampler":
@@ -644,7 +644,7 @@ def test_an_option_after_a_name_belongs_to_it_and_a_whole_spec_replaces(file):
 
 def test_a_flag_needs_no_value_and_a_word_alone_is_the_first_setting():
     def parsed(*argv):
-        return parse(sample.Arguments, argv, prog="", description="", first="checkpoint", parts=assemble.PARTS)
+        return parse(sample.Arguments, argv, prog="", description="", first="checkpoint", parts=assemble.parts())
 
     for argv in (
         ["--trajectory", "run"],

@@ -188,7 +188,7 @@ REGISTRIES = {
     "CODECS": codecs.CODECS,
     "EXTRACTORS": fid.EXTRACTORS,
     "METRICS": {name: metric.compute for name, metric in fid.METRICS.items()},
-    "PROCESSES": assemble.PARTS["process"],
+    "PROCESSES": assemble.parts()["process"],
 }
 ENTRIES = [(registry, name) for registry, entries in REGISTRIES.items() for name in entries]
 

@@ -44,15 +44,19 @@ PROCESSES = {
     "diffusion": ProcessKind(Diffusion, DiT, dit_vca.SAMPLERS, "ddpm"),
     "flow": ProcessKind(Transport, SiT, sit_vca.SAMPLERS, "sde"),
 }
-PARTS = {  # what is a name with options in a config -> its registry
-    "process": {name: kind.process for name, kind in PROCESSES.items()},
-    "path": PATHS,
-    "time": TIMES,
-    "data": DATASETS,
-    "codec": CODECS,
-    "attention": ATTENTIONS,
-    "sampler": {name: sampler for kind in PROCESSES.values() for name, sampler in kind.samplers.items()},
-}
+
+
+def parts() -> dict[str, Mapping[str, Any]]:
+    """Gather what is a name with options in a config: its registry, with what was entered until now."""
+    return {
+        "process": {name: kind.process for name, kind in PROCESSES.items()},
+        "path": PATHS,
+        "time": TIMES,
+        "data": DATASETS,
+        "codec": CODECS,
+        "attention": ATTENTIONS,
+        "sampler": {name: sampler for kind in PROCESSES.values() for name, sampler in kind.samplers.items()},
+    }
 
 
 def process_kind(config: Config) -> ProcessKind:
@@ -62,7 +66,7 @@ def process_kind(config: Config) -> ProcessKind:
 
 def process(config: Config) -> Process:
     """Make the process, `diffusion` or `flow`, with its options."""
-    return create(PARTS["process"], config.process, "process")
+    return create(parts()["process"], config.process, "process")
 
 
 def sampler(config: Config, process: Process) -> Callable[..., Tensor]:
@@ -206,8 +210,8 @@ def sampler_help() -> str:
 
 def options_help() -> str:
     """The names and options of the polymorphic parts, for --help."""
-    parts = {
-        "process": PARTS["process"],
+    registries = {
+        "process": parts()["process"],
         "process.path (flow)": PATHS,
         "process.time (flow)": TIMES,
         "data": DATASETS,
@@ -216,7 +220,7 @@ def options_help() -> str:
         **{f"sample.sampler ({name})": kind.samplers for name, kind in PROCESSES.items()},
     }
     example = "names and their options, e.g. --process.name flow --process.path vp, --sample.sampler.num_steps 50:"
-    return _table(example, parts)
+    return _table(example, registries)
 
 
 def _table(title: str, parts: dict[str, dict[str, Any]]) -> str:
