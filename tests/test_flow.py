@@ -442,10 +442,10 @@ def test_without_assertions_they_end_too():
     program = """if True:
         import sys, torch
         sys.path[:0] = [".", "tests"]
-        from test_flow import Transport, blow_up, spoilt
+        from test_flow import ODE, Transport, blow_up, spoilt
         for predict in (spoilt, blow_up):
             try:
-                sampler_of(Transport(), "ode")(predict, torch.zeros(2, 1, 2, 2))
+                ODE(Transport())(predict, torch.zeros(2, 1, 2, 2))
             except FloatingPointError as error:
                 print(error)
     """
