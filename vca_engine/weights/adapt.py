@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vca.transformer import Transformer
-
-TABLE = "y_embedder.embedding_table.weight"
+from vca_engine.weights.diffusers import TABLE
+from vca_engine.weights.files import read_weights
 
 
 @dataclass
@@ -85,7 +85,7 @@ def adapt(
         elif tensor.shape == initial.shape:
             pass
         elif key.startswith("final_layer.linear.") and tensor.shape[1:] == initial.shape[1:]:
-            tensor, what = _channels(tensor, initial, model.patch_size**2)
+            tensor, what = fit_channels(tensor, initial, model.patch_size**2)
         elif key.endswith((".positive_embed", ".negative_embed")) and tensor.shape[::2] == initial.shape[::2]:
             tensor, what = _interpolate(key, tensor, model.get_submodule(key.rpartition(".")[0]).contrast_grid)
         if tensor.shape != initial.shape:
@@ -97,6 +97,32 @@ def adapt(
             result.loaded.append(key)
     result.unused = [key for key in tensors if key not in own]
     return result
+
+
+def initialise(network: Transformer, path: str, class_names: list[str] | None = None) -> Adapted:
+    """Start a network from the weights at `path`, as far as they fit; see `read_weights` and `adapt`.
+
+    Args:
+        network: The network, on any device; it gets the weights.
+        path: A run or checkpoint of ours, a published file, a folder of diffusers, or a name on the hub.
+        class_names: Of the network's labels; where the weights know theirs, class rows go by name.
+
+    Returns:
+        What was loaded, changed, missing and unused; `str()` of it is a summary.
+
+    Raises:
+        FileNotFoundError: There is no such path, or a folder lacks one of its files.
+        ValueError: It holds no weights, or weights of a network of another size.
+    """
+    found = read_weights(path)
+    num_classes = len(found.class_names) if found.class_names else None
+    names = (found.class_names, class_names) if found.class_names and class_names else None
+    try:
+        adapted = adapt(found.tensors, network, num_classes=num_classes, names=names)
+    except ValueError as error:
+        raise ValueError(f"the weights at {str(path)!r} do not fit: {error}") from None
+    network.load_state_dict(adapted.state)
+    return adapted
 
 
 def _check_depth(tensors: Mapping[str, Tensor], model: Transformer) -> None:
@@ -143,8 +169,17 @@ def _class_rows(
     return result, what + f"; {left} keep their initial values" * (left > 0)
 
 
-def _channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tensor, str]:
-    """Rows in the order pixel, channel: the first half of twice the channels, or all as the first half of twice."""
+def fit_channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tensor, str]:
+    """Give the last layer twice the channels, or half: the first half of twice is all of half.
+
+    Args:
+        tensor: (num_pixels * C_old, ...), in the order pixel, channel.
+        initial: (num_pixels * C_new, ...), of which the channels are that `tensor` lacks.
+        num_pixels: Of a patch.
+
+    Returns:
+        (num_pixels * C_new, ...), and what was done; `tensor` itself and "" if C_new is neither twice C_old nor half.
+    """
     if len(tensor) not in (2 * len(initial), len(initial) / 2):
         return tensor, ""
     old = tensor.unflatten(0, (num_pixels, -1))  # (p*p, C_old, ...)

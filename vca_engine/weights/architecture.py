@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vca.transformer import SIZES
-from vca_engine.weights.adapt import TABLE
+from vca_engine.weights.diffusers import TABLE
 
 PATCHES, OUTPUT = "x_embedder.proj.weight", "final_layer.linear"
 MHSA_KEYS = {f"{layer}.{p}" for layer in ("qkv", "proj", "dwc") for p in ("weight", "bias")}

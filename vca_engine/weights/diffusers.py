@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_vca.diffusion import Diffusion, linear_betas
+from dit_vca.diffusion import BETAS, Diffusion, linear_betas
 from dit_vca.model import DiT
 from vca import SelfAttention, Transformer
 
@@ -191,3 +191,26 @@ def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
     else:
         schedule = {"trained_betas": betas.tolist()}
     return {"num_train_timesteps": steps, "timestep_spacing": "trailing", "clip_sample": False, **schedule}
+
+
+def process_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the process, a name with options, of a scheduler of diffusers with this config.
+
+    Raises:
+        ValueError: One that this program has not.
+    """
+    num, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    if config.get("trained_betas"):
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    elif kind == "linear":
+        ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        betas = torch.linspace(*ends, num, dtype=torch.float64)
+    else:
+        betas = BETAS["cosine"](num) if kind == "squaredcos_cap_v2" else torch.zeros(num)
+    name = next((n for n, make in BETAS.items() if torch.allclose(make(num), betas.double(), rtol=1e-3)), None)
+    if name is None or config.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(
+            f"the scheduler has betas {kind!r} and predicts {config.get('prediction_type')!r}; known are the betas "
+            f"{sorted(BETAS)} of this program, and the noise (epsilon)."
+        )
+    return {"name": "diffusion", "betas": name, "num_timesteps": num}
