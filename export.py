@@ -40,16 +40,16 @@ generator = torch.Generator().manual_seed(0)
 image = pipe([0], guidance_scale={scale}, num_inference_steps=50, generator=generator).images[0]
 """
 FREQUENCIES = (
-    "diffusers divides the exponents of the time frequencies by 127, this model was trained with 128; the loop over the "
-    "blocks sets that right. Without it the network is told other times than it knows."
+    "diffusers divides the exponents of the time frequencies by 127, this model was trained with 128; the loop over "
+    "the blocks sets that right. Without it the network is told other times than it knows."
 )
 FILLED = (
-    "The model has {num} classes. `DiTPipeline` guides with row {row} of the label table, so rows {num} to {row} are copies "
-    "of the row of the null class: labels from {num} on draw unconditional images."
+    "The model has {num} classes. `DiTPipeline` guides with row {row} of the label table, so rows {num} to {row} are "
+    "copies of the row of the null class: labels from {num} on draw unconditional images."
 )
 UNGUIDED = (
-    "`DiTPipeline` guides with row {row} of the label table, which is not the null class of this model ({num} classes), so "
-    "guidance is not possible with it: set `guidance_scale=1.0`, since its default is 4."
+    "`DiTPipeline` guides with row {row} of the label table, which is not the null class of this model ({num} "
+    "classes), so guidance is not possible with it: set `guidance_scale=1.0`, since its default is 4."
 )
 
 

@@ -1,4 +1,4 @@
-"""A Config as objects: process, sampler, codec, data, network. The one place where names in a YAML file become objects."""
+"""A Config as objects: process, sampler, codec, data, network. Only here do names in a YAML file become objects."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ Process = Diffusion | Transport
 
 @dataclass(frozen=True)
 class ProcessKind:
-    """What belongs to a process.
+    """A process with all that belongs to it.
 
     Args:
         process: Its class.
@@ -150,7 +150,7 @@ def to_latents(config: Config, codec: Any) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> Config:
-    """The config with options of its attention as in `known`, where it does not say them itself.
+    """Complete the options of the attention by those of `known`, where the config does not say them itself.
 
     Args:
         config: What was asked for.

@@ -52,7 +52,7 @@ def chosen_device(word: str) -> str:
 
 
 class Output(NamedTuple):
-    """What a call of a pipeline gives.
+    """The images that a call of a pipeline gives, and how they were made.
 
     Attributes:
         images: PIL images; or (B, H, W, 3) uint8 with output_type "np".
@@ -107,13 +107,13 @@ class Pipeline:
         """Load a model; what a path holds is told by its content, and no code in it is run.
 
         Args:
-            path: A run's folder (its newest checkpoint), one of its checkpoints, a folder written by `save_pretrained`; a
-                .pt of the published DiT or SiT, or a .safetensors file with their keys; a folder of diffusers' DiT; or a
-                name on the Hugging Face hub of one of these.
+            path: A run's folder (its newest checkpoint), one of its checkpoints, a folder written by `save_pretrained`;
+                a .pt of the published DiT or SiT, or a .safetensors file with their keys; a folder of diffusers' DiT;
+                or a name on the Hugging Face hub of one of these.
             weights: Of a run: ema, ema-0.05 and the like, or model.
             process: diffusion or flow, by name or with its options, where the weights do not say it: published ones.
-            vae: Where the autoencoder is: a folder of diffusers or a hub name. Not given means where it was in training,
-                or that of the published models.
+            vae: The autoencoder, a folder of diffusers or a hub name. Not given means where it was in training, or
+                that of the published models.
             device: Not given means the GPU if there is one.
             precision: no (float32) or bf16.
             tf32: Whether a GPU may round the inputs of float32 products to TF32.
@@ -148,17 +148,17 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where it draws."""
+        """The device that it draws on."""
         return next(self.network.parameters()).device
 
     @property
     def class_names(self) -> list[str]:
-        """Of the labels 0, 1, ..."""
+        """The names of the labels 0, 1, ..."""
         return self.info.class_names
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the network's weights, whatever file they were in."""
+        """The hash of the network's weights, whatever file they were in."""
         return sha256_of(self.network)
 
     def label_ids(self, classes: Sequence[int | str]) -> list[int]:
@@ -264,8 +264,8 @@ class Pipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that holds all that `from_pretrained` needs: weights, config, autoencoder, and a model card.
 
-        It is a checkpoint as training writes it, with the autoencoder beside, so that sample.py and `train.py --init` take
-        it, too.
+        It is a checkpoint as training writes it, with the autoencoder beside, so that sample.py and `train.py --init`
+        take it, too.
 
         Raises:
             ValueError: The folder holds something already.
@@ -351,7 +351,7 @@ def _with_autoencoder(codec: Spec, path: Path, vae: str | None) -> Spec:
 
 
 def _source_of(record: Mapping[str, Any], path: Path, part: str, config: Config) -> tuple[dict[str, Any], Path]:
-    """Say where weights come from, JSON values; and the folder for samples: beside the checkpoints of their run, if any."""
+    """Say where weights come from, JSON values; and give the folder for samples: that of their run, if there is one."""
     if record.get("origin"):  # of others, or a saved pipeline, which is to be shared as it is
         known, folder = record["origin"], Path("runs", path.name if "shape" in record else path.stem)
     else:
@@ -398,6 +398,7 @@ def _card(pipe: Pipeline, title: str) -> str:
 
 
 def _without_folders(value: Any) -> Any:
+    """Leave of each absolute path in nested dicts its last name only."""
     if isinstance(value, dict):
         return {key: _without_folders(v) for key, v in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

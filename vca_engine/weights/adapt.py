@@ -16,10 +16,10 @@ from vca_engine.weights.files import read_weights
 
 @dataclass
 class Adapted:
-    """What `adapt` made of the weights.
+    """Weights that `adapt` has fitted to a model, and what it did to them.
 
     Attributes:
-        state: For `model.load_state_dict`, complete: what the weights lack has the model's own values.
+        state: For `model.load_state_dict`, complete, in its shapes: what the weights lack has the model's own values.
         loaded: Names that were taken as they are.
         changed: Name -> what of it was taken, or what was done to it.
         missing: Names in the model only; they keep their initial values.
@@ -126,6 +126,7 @@ def initialise(network: Transformer, path: str, class_names: list[str] | None = 
 
 
 def _check_depth(tensors: Mapping[str, Tensor], model: Transformer) -> None:
+    """Raise ValueError unless there are weights for each block of the model, and no more."""
     found = {match[1] for key in tensors if (match := re.fullmatch(r"blocks\.(\d+)\.adaLN_modulation\.1\.weight", key))}
     if not found:
         raise ValueError("it holds no weights of a DiT or SiT: there is no blocks.0.adaLN_modulation.1.weight.")
@@ -143,7 +144,7 @@ def _class_rows(
     num_classes: int | None,
     names: tuple[Sequence[str], Sequence[str]] | None,
 ) -> tuple[Tensor, str]:
-    """The table (old rows, D) in the place of `initial` (new rows, D), and what of it was taken."""
+    """Fit the table (old rows, D) to `initial` (new rows, D), and say what of it was taken."""
     old_names, new_names = names or ((), ())
     assert len(new_names) in (0, model.num_classes), "one name for each class of the model"
     if num_classes is None and names:
@@ -164,9 +165,12 @@ def _class_rows(
         return tensor, ""
     result = initial.clone()
     result[new] = tensor[old]
-    what = f"{kept} of {num_classes} class rows" + " and the null row" * has_null
-    left = len(initial) - len(rows)
-    return result, what + f"; {left} keep their initial values" * (left > 0)
+    what = f"{kept} of {num_classes} class rows"
+    if has_null:
+        what += " and the null row"
+    if left := len(initial) - len(rows):
+        what += f"; {left} keep their initial values"
+    return result, what
 
 
 def fit_channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tensor, str]:
@@ -186,12 +190,14 @@ def fit_channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tens
     new = initial.clone().unflatten(0, (num_pixels, -1))  # (p*p, C_new, ...)
     kept = min(old.shape[1], new.shape[1])
     new[:, :kept] = old[:, :kept]
-    left = f"; {kept} keep their initial values" * (new.shape[1] > kept)
-    return new.flatten(0, 1), f"{kept} of {old.shape[1]} output channels{left}"
+    what = f"{kept} of {old.shape[1]} output channels"
+    if new.shape[1] > kept:
+        what += f"; {kept} keep their initial values"
+    return new.flatten(0, 1), what
 
 
 def _interpolate(key: str, embed: Tensor, grid: tuple[int, int]) -> tuple[Tensor, str]:
-    """(1, n, C) on a square grid -> (1, a b, C), bilinear, so that nothing overshoots; smoothed first if it shrinks."""
+    """Interpolate (1, n, C) on a square grid to (1, a b, C), bilinear: nothing overshoots; smoothed if it shrinks."""
     side = math.isqrt(embed.shape[1])
     if side**2 != embed.shape[1]:
         raise ValueError(f"{key} has {embed.shape[1]} contrast tokens, not a square, so its grid is not known.")
@@ -208,5 +214,5 @@ def _misfit(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> str:
 
 
 def _compact(names: Iterable[str]) -> list[str]:
-    """Each name once for all blocks: blocks.0.x, blocks.1.x -> blocks.*.x."""
+    """Give each name once for all blocks: blocks.0.x, blocks.1.x -> blocks.*.x."""
     return list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))

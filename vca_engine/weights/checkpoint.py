@@ -33,7 +33,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 def folder_of(run_dir: Path, step: int, kind: str = CHECKPOINTS) -> Path:
-    """Where the checkpoint, or snapshot, of a step is."""
+    """Give the folder of the checkpoint, or snapshot, of a step."""
     return run_dir / kind / f"step-{step:08d}"
 
 
@@ -72,14 +72,14 @@ def save(final: Path, step: int, parts: Parts, record: Mapping[str, Any]) -> Non
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state under the names of the model's parameters, which it holds in their order: NAME/exp_avg."""
+    """Name an optimizer's state, in the shapes of the model's parameters, after these: NAME/exp_avg."""
     state = optimizer.state_dict()["state"]
     names = [name for name, _ in model.named_parameters()]
     return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
 
 
 def steps(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
-    """The checkpoints, or snapshots, of a run, oldest first."""
+    """List the checkpoints, or snapshots, of a run, oldest first."""
     found = (run_dir / kind).glob("step-*")
     return sorted(f for f in found if re.fullmatch(r"step-\d{8,}", f.name) and (f / RECORD).is_file())
 
@@ -139,7 +139,7 @@ def find(path: str | Path) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """checkpoint.json of a checkpoint.
+    """Read checkpoint.json of a checkpoint, in the words of the present format.
 
     Raises:
         ValueError: It is damaged, or of another format.
@@ -161,8 +161,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         ) from None
     if version not in (2, 3, FORMAT):
         raise ValueError(
-            f"{str(folder)!r} is of format {version}, and this program reads 2 to {FORMAT}; use the version of the program "
-            "that wrote it, or a newer one."
+            f"{str(folder)!r} is of format {version}, and this program reads 2 to {FORMAT}; use the version of the "
+            "program that wrote it, or a newer one."
         )
     sample, model = (record["config"].get(group, {}) for group in ("sample", "model"))
     if version == 2 and isinstance(sample, dict) and "rows" in sample:
@@ -173,7 +173,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a part of a checkpoint.
+    """Read the tensors of a part of a checkpoint, name -> tensor of its own shape.
 
     Raises:
         FileNotFoundError: There is no such part; says which there are.
@@ -189,8 +189,8 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(
-            f"{str(file)!r} is truncated or not a safetensors file: {error}. Remove its folder to use the checkpoint before "
-            "it."
+            f"{str(file)!r} is truncated or not a safetensors file: {error}. Remove its folder to use the checkpoint "
+            "before it."
         ) from None
     return tensors if name == "meter" else check_finite(tensors, file)  # the meter has the norms of skipped steps, too
 
@@ -283,4 +283,5 @@ def _flush(path: Path) -> None:
 
 
 def _some(names: list[str]) -> str:
+    """Join the first three names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

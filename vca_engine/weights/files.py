@@ -36,8 +36,9 @@ class Weights(NamedTuple):
         tensors: Published key -> tensor on the CPU, of the file's own shapes and dtypes.
         kind: `ours`, `torch`, `safetensors` or `diffusers`.
         class_names: Of the labels; known for `ours` only.
-        options: What is written beside the weights of their making, plain values only: the `args` of a published training
-            checkpoint (its `model`, `path_type`, `prediction`, ...), or the keywords of a model saved for the hub.
+        options: What is written beside the weights of their making, plain values only: the `args` of a published
+            training checkpoint (its `model`, `path_type`, `prediction`, ...), or the keywords of a model saved for the
+            hub.
     """
 
     tensors: dict[str, Tensor]
@@ -81,8 +82,8 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: There is no such path, or a folder lacks one of its files.
-        ValueError: A damaged file, one that needs code to be loaded, weights of a run that has diverged, or something else
-            than weights.
+        ValueError: A damaged file, one that needs code to be loaded, weights of a run that has diverged, or something
+            else than weights.
     """
     path = locate(path)
     found = _read_folder(path) if path.is_dir() else _read_file(path)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torchvision.models import ResNet18_Weights
 
 from vca import SIZES, Transformer, before_joint, check_type, defaults_of, lookup, sincos_2d
 from vca_engine.config.reading import Spec
@@ -17,7 +16,7 @@ from vca_engine.weights.diffusers import process_of_scheduler
 from vca_engine.weights.files import Weights, read_json, read_weights
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # of the published DiT and SiT
-NETWORKS = {"diffusion": "DiT", "flow": "SiT"}  # process -> how its published models are called
+PROCESSES = {"diffusion": 2, "flow": 1}  # name -> outputs of its network for each channel: of DiT with the variance
 
 
 def read(path: Path, process: str | Spec | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -37,13 +36,11 @@ def read(path: Path, process: str | Spec | None = None) -> tuple[dict[str, Any],
     """
     found = read_weights(path)
     known = _read_diffusers_config(path) if found.kind == "diffusers" else {}
-    names, said = known.pop("class_names", None), known.pop("process", None) or _published_process(found.options or {})
-    spec = _complete_process(process, said, found.tensors)
+    names = known.pop("class_names", None)
+    spec = _process_spec(process, known.pop("process", None), found)
     keywords = _keywords(path, found, {"num_classes": names and len(names), **known})
     num_classes, in_channels, patch_size = (keywords[key] for key in ("num_classes", "in_channels", "patch_size"))
-    if names is None:
-        imagenet = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
-        names = list(imagenet) if num_classes == len(imagenet) else [str(k) for k in range(num_classes)]
+    names = names or _class_names(num_classes)
     sizes = {key: keywords[key] for key in ("hidden_size", "depth", "num_heads")}
     letter = next((name for name, size in SIZES.items() if size == sizes), None)
     attention = keywords["attention"]
@@ -65,7 +62,7 @@ def read(path: Path, process: str | Spec | None = None) -> tuple[dict[str, Any],
         "latents": {"size": keywords["input_size"], "channels": in_channels, "class_names": names},
         "origin": origin,
     }
-    return record, _exactly(found.tensors, keywords, 2 if spec["name"] == "diffusion" else 1)
+    return record, _exactly(found.tensors, keywords, PROCESSES[spec["name"]])
 
 
 def _exactly(tensors: Mapping[str, Tensor], keywords: Mapping[str, Any], outputs: int) -> dict[str, Tensor]:
@@ -102,23 +99,21 @@ def _keywords(path: Path, found: Weights, known: Mapping[str, Any]) -> dict[str,
         ) from None
 
 
-def _published_process(options: Mapping[str, Any]) -> Spec | None:
-    """Read the process out of the options of a published training checkpoint; None where they do not say it."""
-    name = next((name for name, network in NETWORKS.items() if str(options.get("model", "")).startswith(network)), None)
-    if name != "flow":
-        return name and {"name": name}
-    keys = {"path": "path_type", "prediction": "prediction", "weight": "loss_weight"}
-    return {"name": name, **{ours: str(options[key]).lower() for ours, key in keys.items() if options.get(key)}}
-
-
-def _complete_process(given: str | Spec | None, said: Spec | None, tensors: Mapping[str, Tensor]) -> Spec:
-    """Join what the weights say of their process, or else their last layer shows, with what is given."""
+def _process_spec(given: str | Spec | None, said: Spec | None, found: Weights) -> Spec:
+    """Join what weights say of their process (`said`, their options, or else their last layer) with what is given."""
     given = {"name": given} if isinstance(given, str) else dict(given or {})
-    name = given.get("name") or (said or {}).get("name") or process_of(tensors)
-    lookup(NETWORKS, name, "process.name")
+    options = found.options or {}  # the `args` of a published training checkpoint, say
+    if str(options.get("model", "")).startswith("DiT"):
+        said = {"name": "diffusion"}
+    elif str(options.get("model", "")).startswith("SiT"):
+        keys = {"path": "path_type", "prediction": "prediction", "weight": "loss_weight"}
+        said = {ours: str(options[key]).lower() for ours, key in keys.items() if options.get(key)}
+        said = {"name": "flow", **said}
+    name = given.get("name") or (said or {}).get("name") or process_of(found.tensors)
+    lookup(PROCESSES, name, "process.name")
     if not said:
         with contextlib.suppress(ValueError):  # weights that tell nothing
-            if (likely := process_of(tensors)) != name:
+            if (likely := process_of(found.tensors)) != name:
                 warnings.warn(f"the weights look like those of a {likely}, and are taken for a {name}.", stacklevel=2)
     elif name != said["name"]:
         raise ValueError(f"process.name is {name!r}, but the weights say themselves that they are of a {said['name']}.")
@@ -135,3 +130,12 @@ def _read_diffusers_config(folder: Path) -> dict[str, Any]:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     known["process"] = process_of_scheduler(read_json(scheduler)) if scheduler.is_file() else {"name": "diffusion"}
     return {key: value for key, value in known.items() if value}
+
+
+def _class_names(num_classes: int) -> list[str]:
+    """Name the 1000 classes of ImageNet; other classes by their numbers."""
+    if num_classes == 1000:
+        from torchvision.models import ResNet18_Weights  # slow to import
+
+        return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    return [str(k) for k in range(num_classes)]
