@@ -18,6 +18,7 @@ from dit_vca import DDPM, Diffusion, DiT
 from export import export
 from sit_vca import SiT
 from vca_engine import assemble
+from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, ModelConfig, SampleConfig, to_dict
 from vca_engine.images.codecs import PixelCodec, VAECodec
 from vca_engine.images.labels import DataInfo
@@ -25,6 +26,7 @@ from vca_engine.sampling.pictures import trajectories
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import diffusers_config, to_diffusers
+from vca_engine.weights.published import read
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -234,6 +236,28 @@ def test_a_network_that_was_saved_alone_says_all_of_itself(vae, tmp_path, attent
     x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([3, 9])
     assert torch.equal(pipe.network(x, t, y), network(x, t, y))
     assert (len(pipe.class_names), pipe.network.null_class) == (10, 10 if dropout else None)
+
+
+def test_weights_of_others_are_read_as_a_record_and_tensors_of_ours(published, vae):
+    """The tensors are those of the network that the record describes: neither one too many, nor another shape."""
+    folder, dit, sit = published
+    for name, network, process in (("DiT.pt", dit, "diffusion"), ("training.pt", sit, "flow")):
+        record, tensors = read(folder / name)
+        config = from_dict(Config, record["config"], name)
+        assert config.process["name"] == process
+        assert record["latents"]["size"] == 4
+        info = DataInfo(8, 3, record["latents"]["class_names"])
+        state = assemble.network(config, info, VAECodec(path=vae)).state_dict()
+        assert {key: value.shape for key, value in tensors.items()} == {key: v.shape for key, v in state.items()}
+        assert torch.equal(tensors["pos_embed"], state["pos_embed"])
+        assert torch.equal(tensors["blocks.3.mlp.fc1.weight"], network.blocks[3].mlp.fc1.weight)
+
+
+def test_a_network_of_images_that_are_not_square_is_a_sentence(vae, tmp_path):
+    sizes = {"input_size": (4, 8), "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    perturbed(SiT(**sizes)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="image_size is .*; it must be a whole number"):
+        Pipeline.from_pretrained(tmp_path / "model", vae=vae)
 
 
 def test_what_is_given_of_the_process_is_added_to_what_the_file_says(published, vae):

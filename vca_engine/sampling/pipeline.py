@@ -347,7 +347,7 @@ def _with_autoencoder(codec: Spec, path: Path, vae: str | None) -> Spec:
     if not (found.is_absolute() or found.exists()):
         above = (parent / found for parent in path.resolve().parents)
         name = str(next((folder for folder in above if folder.is_dir()), name))
-    return {**codec, "path": name}
+    return {**codec, "path": name} if name else codec
 
 
 def _source_of(record: Mapping[str, Any], path: Path, part: str, config: Config) -> tuple[dict[str, Any], Path]:
