@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prevent_thread_lock=True,
             quiet=True,
             footer_links=[],
-            css=STYLE % ((96, "pixelated") if pipe.shape.image_size <= 64 else (180, "auto")),
+            css=STYLE % ((96, "pixelated") if pipe.info.image_size <= 64 else (180, "auto")),
         )
     except OSError:
         raise OSError(
@@ -102,7 +102,7 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
 
     Args:
         pipe: What draws.
-        loaded_with: The options of sample.py that load the same model from `pipe.origin["path"]`.
+        loaded_with: The options of sample.py that load the same model from `pipe.source["path"]`.
     """
     default, names = pipe.config.sample, pipe.class_names
     sampler = assemble.describe_sampling(pipe.config)["sampler"]
@@ -119,7 +119,7 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
         except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of torch, such as a GPU without memory
             raise gr.Error(str(error), print_exception=isinstance(error, RuntimeError)) from error
         captions = [names[k].split(",")[0] for k in record["labels"]]
-        again = command(pipe.origin["path"], loaded_with or {}, sample, classes, num)
+        again = command(pipe.source["path"], loaded_with or {}, sample, classes, num)
         return list(zip(images, captions, strict=True)), again, json.dumps(record, indent=2)
 
     def chosen(name: str) -> tuple:

@@ -9,19 +9,14 @@ It has to be a diffusion with attention mhsa, in the latents of an AutoencoderKL
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import diffusers
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from dit_vca import DiT
-from vca_engine import assemble
 from vca_engine.config.cli import report_errors
-from vca_engine.config.reading import from_dict
-from vca_engine.config.schema import Config
 from vca_engine.files import folder_written_aside, require_free
-from vca_engine.images.labels import DataInfo
 from vca_engine.sampling.model_card import facts_of, model_card
+from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import (
     NULL_ROW,
@@ -45,16 +40,16 @@ generator = torch.Generator().manual_seed(0)
 image = pipe([0], guidance_scale={scale}, num_inference_steps=50, generator=generator).images[0]
 """
 FREQUENCIES = (
-    "diffusers divides the exponents of the time frequencies by 127, this model was trained with 128; the loop over the "
-    "blocks sets that right. Without it the network is told other times than it knows."
+    "diffusers divides the exponents of the time frequencies by 127, this model was trained with 128; the loop over "
+    "the blocks sets that right. Without it the network is told other times than it knows."
 )
 FILLED = (
-    "The model has {num} classes. `DiTPipeline` guides with row {row} of the label table, so rows {num} to {row} are copies "
-    "of the row of the null class: labels from {num} on draw unconditional images."
+    "The model has {num} classes. `DiTPipeline` guides with row {row} of the label table, so rows {num} to {row} are "
+    "copies of the row of the null class: labels from {num} on draw unconditional images."
 )
 UNGUIDED = (
-    "`DiTPipeline` guides with row {row} of the label table, which is not the null class of this model ({num} classes), so "
-    "guidance is not possible with it: set `guidance_scale=1.0`, since its default is 4."
+    "`DiTPipeline` guides with row {row} of the label table, which is not the null class of this model ({num} "
+    "classes), so guidance is not possible with it: set `guidance_scale=1.0`, since its default is 4."
 )
 
 
@@ -75,8 +70,8 @@ def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
     """
     require_free(out)
     folder = checkpoint.find(run)
-    record = checkpoint.read_record(folder)
-    pipe, model = _pipeline(folder, record, weights)
+    ours = Pipeline.from_pretrained(folder, weights=weights, device="cpu")
+    model, theirs = ours.network, pipeline_of_diffusers(ours)
     guided = model.null_class is not None and model.null_class <= NULL_ROW
     notes = [FREQUENCIES]
     if not guided:
@@ -84,58 +79,56 @@ def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
     elif model.null_class < NULL_ROW:
         notes.append(FILLED.format(num=model.num_classes, row=NULL_ROW))
     usage = USAGE.format(folder=out.name, scale=4.0 if guided else 1.0)
-    facts = {**facts_of(record, weights), "written by": f"diffusers {diffusers.__version__}"}
+    facts = {**facts_of(checkpoint.read_record(folder), weights), "written by": f"diffusers {diffusers.__version__}"}
     card = model_card(out.absolute().name, usage, facts, notes=notes, library="diffusers", tags=["dit"])
     with folder_written_aside(out) as temporary:
-        pipe.save_pretrained(temporary)
+        theirs.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return notes
 
 
-def _pipeline(folder: Path, record: dict[str, Any], weights: str) -> tuple[DiTPipeline, DiT]:
-    """diffusers' pipeline of a checkpoint, and its network."""
-    config = from_dict(Config, record["config"], str(folder / checkpoint.RECORD))
-    shape = from_dict(DataInfo, record["shape"], f"{folder / checkpoint.RECORD}, shape")
-    if config.process["name"] != "diffusion":
-        raise ValueError(f"the process is {config.process['name']!r}, and diffusers draws from a diffusion; {INSTEAD}.")
-    if config.codec["name"] != "vae":
-        raise ValueError(f"the codec is {config.codec['name']!r}, and DiTPipeline needs an autoencoder; {INSTEAD}.")
-    if weights not in (there := checkpoint.weights_in(folder)):
-        raise ValueError(f"--weights is {weights!r}; {str(folder)!r} has {there}.")
-    codec = assemble.codec(config, shape.channels)
-    vae = codec.vae
-    if not isinstance(vae, AutoencoderKL):
+def pipeline_of_diffusers(ours: Pipeline) -> DiTPipeline:
+    """Make diffusers' pipeline of a pipeline of this program.
+
+    Raises:
+        ValueError: It is none that diffusers' pipeline can draw from: says why.
+    """
+    process, codec, model = ours.config.process["name"], ours.codec, ours.network
+    if process != "diffusion":
+        raise ValueError(f"the process is {process!r}, and diffusers draws from a diffusion; {INSTEAD}.")
+    if ours.config.codec["name"] != "vae":
         raise ValueError(
-            f"the autoencoder is an {type(vae).__name__}, and DiTPipeline needs an AutoencoderKL; {INSTEAD}."
+            f"the codec is {ours.config.codec['name']!r}, and DiTPipeline needs an autoencoder; {INSTEAD}."
         )
-    if codec.shift.any() or (codec.scale != vae.config.scaling_factor).any():
+    if not isinstance(codec.vae, AutoencoderKL):
+        raise ValueError(
+            f"the autoencoder is an {type(codec.vae).__name__}, and DiTPipeline needs an AutoencoderKL; {INSTEAD}."
+        )
+    if codec.shift.any() or (codec.scale != codec.vae.config.scaling_factor).any():
         raise ValueError(
             f"the autoencoder shifts its latents or scales each channel by itself, and DiTPipeline knows only "
             f"scaling_factor; {INSTEAD}."
         )
-    model = assemble.network(config, shape, codec)
     try:
         options = diffusers_config(model)
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}; {INSTEAD}.") from None
-    checkpoint.load_weights(folder, weights, model)
     tensors = model.state_dict()
     if model.null_class is not None and model.null_class < NULL_ROW:
         tensors[TABLE] = with_null_row(tensors[TABLE])
         options["num_embeds_ada_norm"] = NULL_ROW
     transformer = DiTTransformer2DModel(**options)
     transformer.load_state_dict(to_diffusers(tensors))
-    vae.register_to_config(_name_or_path=Path(config.codec["path"]).name)  # and not where it is on this machine
-    names = dict(enumerate(shape.class_names))
-    scheduler = DDIMScheduler(**scheduler_config(assemble.process(config)))
-    pipe = DiTPipeline(transformer, vae, scheduler, id2label=names)
-    pipe.register_to_config(id2label=names)  # diffusers keeps it in model_index.json, and does not write it itself
-    return pipe, model
+    codec.vae.register_to_config(_name_or_path=Path(ours.config.codec["path"]).name)  # and not where it is here
+    names = dict(enumerate(ours.class_names))
+    theirs = DiTPipeline(transformer, codec.vae, DDIMScheduler(**scheduler_config(ours.process)), id2label=names)
+    theirs.register_to_config(id2label=names)  # diffusers keeps it in model_index.json, and does not write it itself
+    return theirs
 
 
 @report_errors("export.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Export a run, as the command line says."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("export.py", description=__doc__, formatter_class=form)
     parser.add_argument("run", type=Path, help="the run's folder, for its newest checkpoint, or one of its checkpoints")

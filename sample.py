@@ -213,12 +213,12 @@ class Sampling:
                 "cfg_scale is 1.0, which is no guidance; leave --guided_channels and --guidance_interval out."
             )
         self.drawer = pipe.drawer(sample, **({} if args.sweep else self.others))  # checks sampler and guidance
-        self.step = pipe.origin.get("step")
+        self.step = pipe.source.get("step")
         sampler = assemble.describe_sampling(dataclasses.replace(pipe.config, sample=sample))["sampler"]
         words = [sampler["name"], *([sampler["method"]] if sampler["name"] == "ode" else []), sampler["num_steps"]]
         self.drawn_by = " ".join(map(str, words))
         self.caption = {"step": f"step {self.step}"} if self.step is not None else {}
-        self.caption |= {"weights": pipe.origin["part"]} if pipe.origin["part"] != "ema" else {}
+        self.caption |= {"weights": pipe.source["part"]} if pipe.source["part"] != "ema" else {}
         self.caption |= {
             "sampler": self.drawn_by,
             "cfg_scale": f"cfg {sample.cfg_scale:g}",
@@ -245,7 +245,7 @@ class Sampling:
             "seconds": round(time.perf_counter() - self.started, 3),
             "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         }
-        guide = {"guide_checkpoint": self.others["guide"].origin} if self.others["guide"] else {}
+        guide = {"guide_checkpoint": self.others["guide"].source} if self.others["guide"] else {}
         return {"nfe": nfe, **more, **times, "num_processes": self.state.num_processes, **self.pipe.facts(), **guide}
 
     def draw_picture(self) -> None:
@@ -312,7 +312,7 @@ class Sampling:
         evaluator = self._evaluator() if args.fid else None
         if evaluator:
             check_measured(evaluator, self._place(), args.num)
-        sink = open_sink(self._place(), args.num, settings, state, self.pipe.shape.image_size, evaluator)
+        sink = open_sink(self._place(), args.num, settings, state, self.pipe.info.image_size, evaluator)
         missing = set(sink.missing())
         if evaluator and missing:
             evaluator.prepare()  # a broken reference is found before the images are drawn
@@ -395,10 +395,10 @@ class Sampling:
         data = args.data or {}
         spec = data if "name" in data else {**pipe.config.data, **data}
         images = assemble.images(dataclasses.replace(pipe.config, data=spec))
-        if (images.image_size, images.class_names) != (pipe.shape.image_size, pipe.class_names):
+        if (images.image_size, images.class_names) != (pipe.info.image_size, pipe.class_names):
             raise ValueError(
                 f"the images have {images.image_size} pixels and {images.num_classes} classes, the model "
-                f"{pipe.shape.image_size} and {len(pipe.class_names)}, or the classes have other names."
+                f"{pipe.info.image_size} and {len(pipe.class_names)}, or the classes have other names."
             )
         num = min(args.num or 1000, len(images))
         if args.num and args.num > num and state.is_main_process:

@@ -322,13 +322,13 @@ def query_rows(moments: Sequence[Moment], block: int, i: int, head: int, query: 
 
 def over_training(pipe: Pipeline) -> list[tuple[int, list[Streams]]]:
     """Step and streams of each layer, of the narrowest average in each snapshot of the run; none of what is no run."""
-    folder, found = Path(pipe.origin["path"]), []
+    folder, found = Path(pipe.source["path"]), []
     if folder.parent.name not in (checkpoint.CHECKPOINTS, checkpoint.SNAPSHOTS):
         return []
     network = copy.deepcopy(pipe.network)
     for snapshot in checkpoint.steps(folder.parent.parent, checkpoint.SNAPSHOTS):
         record = checkpoint.read_record(snapshot)
-        checkpoint.load_weights(snapshot, name_of(min(record["ema_stds"])), network)
+        checkpoint.load_exactly(network, checkpoint.read(snapshot, name_of(min(record["ema_stds"]))), snapshot)
         found.append((record["step"], [streams_of(layer) for layer in contrast_layers(network).values()]))
     return found
 

@@ -108,7 +108,7 @@ def test_the_command_on_the_page_draws_the_images_on_the_page(flow, tmp_path, fi
     record = json.loads(record)
     assert record["labels"] == labels.tolist()
     assert record["seed"] == fields.get("seed", 0)
-    assert record["checkpoint"]["path"] == flow.origin["path"]
+    assert record["checkpoint"]["path"] == flow.source["path"]
 
 
 def test_so_does_that_of_a_diffusion(diffusion, tmp_path):
@@ -229,7 +229,7 @@ def test_a_port_that_is_taken_is_a_sentence(flow, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(SystemExit) as stop:
-            app.main([flow.origin["path"], "--device", "cpu", "--port", str(taken.getsockname()[1])])
+            app.main([flow.source["path"], "--device", "cpu", "--port", str(taken.getsockname()[1])])
     assert stop.value.code == 2
     assert "app.py: no page can be opened at 127.0.0.1, port" in capsys.readouterr().err
 
@@ -246,6 +246,6 @@ def test_in_a_browser(flow):
     """See tests/browser.py; the command is left out, since it is run above."""
     script = Path(__file__).with_name("browser.py")
     run = subprocess.run(
-        [sys.executable, str(script), flow.origin["path"], "--quick"], capture_output=True, text=True, timeout=240
+        [sys.executable, str(script), flow.source["path"], "--quick"], capture_output=True, text=True, timeout=240
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -60,8 +60,8 @@ def test_model_average_and_optimizer_come_back_bit_for_bit(tmp_path):
     }
     again, average = network(), network()
     other = torch.optim.AdamW(again.parameters(), lr=0.01, weight_decay=0.1)
-    checkpoint.load_weights(folder, "model", again)
-    checkpoint.load_weights(folder, "ema", average)
+    checkpoint.load_exactly(again, checkpoint.read(folder, "model"), folder)
+    checkpoint.load_exactly(average, checkpoint.read(folder, "ema"), folder)
     checkpoint.load_optimizer(folder, again, other)
     assert equal(model.state_dict(), again.state_dict())
     assert equal(parts["ema"], average.state_dict())
@@ -111,8 +111,8 @@ def test_a_truncated_file_is_named_at_whatever_length_it_was_cut(tmp_path, name)
     optimizer = torch.optim.AdamW(model.parameters())
     before = {k: v.clone() for k, v in model.state_dict().items()}
     loads = {
-        "model": lambda: checkpoint.load_weights(folder, "model", model),
-        "ema": lambda: checkpoint.load_weights(folder, "ema", model),
+        "model": lambda: checkpoint.load_exactly(model, checkpoint.read(folder, "model"), folder),
+        "ema": lambda: checkpoint.load_exactly(model, checkpoint.read(folder, "ema"), folder),
         "optimizer": lambda: checkpoint.load_optimizer(folder, model, optimizer),
     }
     for length in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
@@ -197,12 +197,12 @@ def test_another_architecture_is_named_by_a_key_or_a_shape(tmp_path):
     with pytest.raises(
         ValueError, match=r"0\.weight of shape \(6, 3\) where \(7, 3\) is needed|0\.bias of shape \(6,\)"
     ):
-        checkpoint.load_weights(folder, "model", network(width=7))
+        checkpoint.load_exactly(network(width=7), checkpoint.read(folder, "model"), folder)
     deeper = nn.Sequential(*network(), nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"another architecture .*lacks 4\.bias, 4\.weight"):
-        checkpoint.load_weights(folder, "model", deeper)
+    with pytest.raises(ValueError, match=r"another network than expected: it lacks 4\.bias, 4\.weight"):
+        checkpoint.load_exactly(deeper, checkpoint.read(folder, "model"), folder)
     with pytest.raises(ValueError, match=r"has 2\.bias, 2\.num_batches_tracked, 2\.running_mean and 3 more too many"):
-        checkpoint.load_weights(folder, "model", nn.Sequential(*list(network())[:2]))
+        checkpoint.load_exactly(nn.Sequential(*list(network())[:2]), checkpoint.read(folder, "model"), folder)
 
 
 @pytest.mark.parametrize("failing", ["ema", "optimizer"])

@@ -15,10 +15,10 @@ from dit_vca import Diffusion, DiT
 from export import main
 from sit_vca import SiT
 from vca import SIZES, Transformer
-from vca_engine import assemble
 from vca_engine.config.schema import Config, ModelConfig, to_dict
 from vca_engine.sampling.model_card import model_card
 from vca_engine.weights import checkpoint
+from vca_engine.weights.adapt import initialise
 from vca_engine.weights.architecture import keywords_of, process_of
 from vca_engine.weights.diffusers import diffusers_config, from_diffusers, scheduler_config, to_diffusers
 
@@ -220,7 +220,7 @@ def write_run(folder, model, *, codec=None, process=None, options=None, names=NA
     }
     parts = {"ema": model.state_dict(), "model": network().state_dict()}
     checkpoint.save(
-        folder / "checkpoints" / "step-00000002", 2, parts, {**record, "num_images": 1234, **checkpoint.origin()}
+        folder / "checkpoints" / "step-00000002", 2, parts, {**record, "num_images": 1234, **checkpoint.versions()}
     )
     return folder
 
@@ -234,7 +234,7 @@ def test_an_exported_run_draws_in_diffusers_what_the_formula_gives(tmp_path, cap
     for parameter in model.final_layer.parameters():
         parameter.mul_(0.2)
     run, out = write_run(tmp_path / "run", model, names=names), tmp_path / "out"
-    main(["export", str(run), str(out)])
+    main([str(run), str(out)])
     assert ("copies of the row of the null class" in capsys.readouterr().out) == (num_classes < 1000)
     assert {f.name for f in tmp_path.iterdir()} == {"run", "vae", "out"}
 
@@ -245,7 +245,7 @@ def test_an_exported_run_draws_in_diffusers_what_the_formula_gives(tmp_path, cap
     assert torch.equal(state.pop("pos_embed")[0], model.pos_embed[0])
     assert same(back, state)
     again = network(num_classes=num_classes)
-    assert assemble.initialise(again, out).changed == {}
+    assert initialise(again, out).changed == {}
     assert same(again.state_dict(), model.state_dict())
     vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
     assert same(pipe.vae.state_dict(), vae.state_dict())
@@ -294,7 +294,7 @@ def test_an_export_that_diffusers_cannot_guide_says_so(tmp_path, capsys, options
     run = write_run(
         tmp_path / "run", model, names=names, options=dropped, process={"name": "diffusion", "betas": "cosine"}
     )
-    main(["export", str(run), str(tmp_path / "out"), "--weights", "ema"])
+    main([str(run), str(tmp_path / "out"), "--weights", "ema"])
     note = (
         f"is not the null class of this model ({model.num_classes} classes), so guidance is not possible with it: set"
     )
@@ -313,20 +313,20 @@ def test_an_export_that_diffusers_cannot_guide_says_so(tmp_path, capsys, options
 def test_what_cannot_be_exported_ends_in_a_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     def refused(run, *words, out="out"):
         with pytest.raises(SystemExit, match="2"):
-            main(["export", str(run), str(tmp_path / out), *words])
+            main([str(run), str(tmp_path / out), *words])
         assert out != "out" or not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
     dit = network()
     flow = write_run(tmp_path / "flow", network(SiT), process={"name": "flow"})
-    assert "the process is 'flow', and diffusers draws from a diffusion; Pipeline.save_pretrained of pip" in refused(
+    assert "the process is 'flow', and diffusers draws from a diffusion; Pipeline.save_pretrained saves" in refused(
         flow
     )
     vca = write_run(tmp_path / "vca", network(attention="vca"), options={"attention": {"name": "vca"}})
     assert "diffusers' DiT has no VisualContrastAttention, only attention mhsa; Pipeline.save_pretrained" in refused(
         vca
     )
-    pixels = write_run(tmp_path / "pixels", dit, codec={"name": "pixels"})
+    pixels = write_run(tmp_path / "pixels", network(in_channels=3, input_size=16), codec={"name": "pixels"})
     assert "the codec is 'pixels', and DiTPipeline needs an autoencoder" in refused(pixels)
     AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
                     num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny")  # fmt: skip
@@ -334,7 +334,7 @@ def test_what_cannot_be_exported_ends_in_a_sentence_and_leaves_nothing(tmp_path,
     assert "the autoencoder is an AutoencoderTiny, and DiTPipeline needs an AutoencoderKL" in refused(tiny)
 
     run = write_run(tmp_path / "run", dit)
-    assert "--weights is 'last'; " in refused(run, "--weights", "last")
+    assert "weights is 'last'; " in refused(run, "--weights", "last")
     assert "no checkpoint at" in refused(tmp_path / "nowhere")
     assert "is there already; choose another folder" in refused(run, out="vae")
     with monkeypatch.context() as patch:

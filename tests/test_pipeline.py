@@ -18,6 +18,7 @@ from dit_vca import DDPM, Diffusion, DiT
 from export import export
 from sit_vca import SiT
 from vca_engine import assemble
+from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, ModelConfig, SampleConfig, to_dict
 from vca_engine.images.codecs import PixelCodec, VAECodec
 from vca_engine.images.labels import DataInfo
@@ -25,6 +26,7 @@ from vca_engine.sampling.pictures import trajectories
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import diffusers_config, to_diffusers
+from vca_engine.weights.published import read
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -86,7 +88,7 @@ def test_published_weights_are_known_by_what_is_in_them(published, vae):
     ):
         pipe = Pipeline.from_pretrained(folder / name, vae=vae)
         assert pipe.config.process == process
-        assert pipe.shape.image_size == 8
+        assert pipe.info.image_size == 8
         assert (pipe.class_names[0], pipe.class_names[207], len(pipe.class_names)) == (
             "tench",
             "golden retriever",
@@ -160,7 +162,7 @@ def test_what_is_saved_draws_the_same_and_holds_all_it_needs(published, vae, tmp
     again = Pipeline.from_pretrained(tmp_path / "moved")
     assert again.sha256 == pipe.sha256
     assert again.config.process == pipe.config.process
-    assert again.origin["kind"] == "published file"
+    assert again.source["kind"] == "published file"
     assert (pipe([1, 2], **FEW).images == again([1, 2], **FEW).images).all()
     text = "".join(f.read_text() for f in (tmp_path / "moved").rglob("*") if f.suffix in (".md", ".json"))
     assert vae not in (tmp_path / "moved" / "README.md").read_text()
@@ -236,6 +238,28 @@ def test_a_network_that_was_saved_alone_says_all_of_itself(vae, tmp_path, attent
     assert (len(pipe.class_names), pipe.network.null_class) == (10, 10 if dropout else None)
 
 
+def test_weights_of_others_are_read_as_a_record_and_tensors_of_ours(published, vae):
+    """The tensors are those of the network that the record describes: neither one too many, nor another shape."""
+    folder, dit, sit = published
+    for name, network, process in (("DiT.pt", dit, "diffusion"), ("training.pt", sit, "flow")):
+        record, tensors = read(folder / name)
+        config = from_dict(Config, record["config"], name)
+        assert config.process["name"] == process
+        assert record["latents"]["size"] == 4
+        info = DataInfo(8, 3, record["latents"]["class_names"])
+        state = assemble.network(config, info, VAECodec(path=vae)).state_dict()
+        assert {key: value.shape for key, value in tensors.items()} == {key: v.shape for key, v in state.items()}
+        assert torch.equal(tensors["pos_embed"], state["pos_embed"])
+        assert torch.equal(tensors["blocks.3.mlp.fc1.weight"], network.blocks[3].mlp.fc1.weight)
+
+
+def test_a_network_of_images_that_are_not_square_is_a_sentence(vae, tmp_path):
+    sizes = {"input_size": (4, 8), "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    perturbed(SiT(**sizes)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="image_size is .*; it must be a whole number"):
+        Pipeline.from_pretrained(tmp_path / "model", vae=vae)
+
+
 def test_what_is_given_of_the_process_is_added_to_what_the_file_says(published, vae):
     file = published[0] / "training.pt"
     for given in ("flow", {"name": "flow"}, {"weight": "none"}):
@@ -291,7 +315,7 @@ def test_mistakes_with_weights_are_sentences(published, vae, tmp_path):
     ):
         Pipeline.from_pretrained(tmp_path / "wide.pt", vae=vae)
     torch.save({**dit.state_dict(), "extra": torch.zeros(1)}, tmp_path / "extra.pt")
-    with pytest.raises(ValueError, match=r"is no DiT or SiT as published: .* has \['extra'\]"):
+    with pytest.raises(ValueError, match=r"extra.pt' holds another network than expected: it has extra too many"):
         Pipeline.from_pretrained(tmp_path / "extra.pt", vae=vae)
     pipe = small(tmp_path / "run")
     pipe.save_pretrained(tmp_path / "pixels")
@@ -459,7 +483,7 @@ def test_the_likelihood_of_pixels_is_that_of_the_gaussian_that_a_network_of_zero
     pipe = small(tmp_path / "run", num_classes=10)
     for p in pipe.network.parameters():
         p.data.zero_()
-    pipe.shape.class_names[:] = [str(k) for k in range(10)]
+    pipe.info.class_names[:] = [str(k) for k in range(10)]
     pipe.save_pretrained(tmp_path / "model")
     out = tmp_path / "l.json"
     sample.main([str(tmp_path / "model"), "--likelihood", "--num", "20", "--data.split", "test", "--out", str(out)])

@@ -925,7 +925,7 @@ def test_weights_from_before_the_joint_softmax_are_drawn_from_and_started_from_a
         dataclasses.replace(
             pipe.config, model=dataclasses.replace(pipe.config.model, attention={"name": "vca", "softmax": "separate"})
         ),
-        pipe.shape,
+        pipe.info,
         pipe.codec,
     )
     network.load_state_dict(pipe.network.state_dict())

@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from dit_vca import DiT
 from sit_vca import SiT
 from vca import sincos_2d
-from vca_engine import assemble
 from vca_engine.weights import checkpoint
-from vca_engine.weights.adapt import adapt
+from vca_engine.weights.adapt import adapt, initialise
 from vca_engine.weights.diffusers import from_diffusers
 from vca_engine.weights.files import locate, read_weights
 
@@ -78,7 +77,7 @@ def test_a_run_a_checkpoint_and_its_file_give_the_averaged_weights_bit_for_bit(t
     tensors, *rest = read_weights(str(folder / "ema.safetensors"))
     assert rest == ["safetensors", None, None]
     other = network()
-    report = assemble.initialise(other, run)
+    report = initialise(other, run)
     assert same(other.state_dict(), model.state_dict())
     assert (report.changed, report.missing, report.unused) == ({}, [], [])
     assert str(report) == f"{len(tensors) - 1} of {len(tensors) - 1} tensors loaded"
@@ -121,7 +120,7 @@ def test_the_averaged_weights_are_preferred_and_wrapping_prefixes_are_dropped(tm
 def test_half_precision_becomes_float32(tmp_path, dtype, tolerance):
     model, other = network(), network()
     save_file({key: value.to(dtype) for key, value in model.state_dict().items()}, tmp_path / "half")
-    assemble.initialise(other, tmp_path / "half")
+    initialise(other, tmp_path / "half")
     for key, value in other.state_dict().items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, model.state_dict()[key], rtol=tolerance, atol=1e-6)
@@ -262,7 +261,7 @@ def test_folders_of_diffusers_are_read(tmp_path, form):
     for path in (tmp_path / "pipeline", tmp_path / "pipeline" / "transformer"):
         assert read_weights(path).kind == "diffusers"
         model = network()
-        assemble.initialise(model, path)
+        initialise(model, path)
         assert same(model.state_dict(), expected)
     if not form:  # the bare file is known by its keys, and the class by its older name
         folder = tmp_path / "pipeline" / "transformer"
@@ -344,11 +343,11 @@ def test_rows_go_by_name_where_names_are_shared(tmp_path):
     rows = old.state_dict()[TABLE]
     new = network(num_classes=3)
     before = new.state_dict()[TABLE].clone()
-    report = assemble.initialise(new, run, class_names=["n7", "zebra", "n2"])
+    report = initialise(new, run, class_names=["n7", "zebra", "n2"])
     assert torch.equal(new.state_dict()[TABLE], torch.stack([rows[7], before[1], rows[2], before[3]]))
     assert report.changed == {TABLE: "2 of 10 class rows; 2 keep their initial values"}
     for names in (None, ["a", "b", "c"]):
-        assemble.initialise(new, run, class_names=names)
+        initialise(new, run, class_names=names)
         assert torch.equal(new.state_dict()[TABLE][:3], rows[:3])
 
 
@@ -495,7 +494,7 @@ def test_weights_of_another_size_end_in_a_sentence(tmp_path, options, sentence):
     model = network(**options)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=rf"the weights at '.*w.pt' do not fit: .*{sentence}"):
-        assemble.initialise(model, tmp_path / "w.pt")
+        initialise(model, tmp_path / "w.pt")
     assert same(model.state_dict(), before)
 
 

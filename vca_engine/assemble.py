@@ -1,4 +1,4 @@
-"""A Config as objects: process, sampler, codec, data, network. The one place where names in a YAML file become objects."""
+"""A Config as objects: process, sampler, codec, data, network. Only here do names in a YAML file become objects."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,16 +16,13 @@ from vca_engine.config.schema import Config
 from vca_engine.images.codecs import CODECS, draw
 from vca_engine.images.datasets import DATASETS, Images
 from vca_engine.images.labels import DataInfo
-from vca_engine.weights.adapt import Adapted, adapt
-from vca_engine.weights.diffusers import from_diffusers
-from vca_engine.weights.files import read_weights
 
 Process = Diffusion | Transport
 
 
 @dataclass(frozen=True)
 class ProcessKind:
-    """What belongs to a process.
+    """A process with all that belongs to it.
 
     Args:
         process: Its class.
@@ -80,8 +77,8 @@ def sampler(config: Config, process: Process) -> Callable[..., Tensor]:
     return create(kind.samplers, spec, "sample.sampler", process)
 
 
-def codec(config: Config, channels: int) -> Any:
-    """Make the codec for images of `channels` channels."""
+def codec(config: Config, channels: int | None) -> Any:
+    """Make the codec for images of `channels` channels; None means whatever an autoencoder takes."""
     return create(CODECS, config.codec, "codec", channels)
 
 
@@ -157,7 +154,7 @@ def to_latents(config: Config, codec: Any) -> Callable[[Tensor, Tensor], Tensor]
 
 
 def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> Config:
-    """The config with options of its attention as in `known`, where it does not say them itself.
+    """Complete the options of the attention by those of `known`, where the config does not say them itself.
 
     Args:
         config: What was asked for.
@@ -169,35 +166,6 @@ def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> C
         return config
     taken = {option: value for option, value in known.items() if option in options or not options}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention={**taken, **spec}))
-
-
-def initialise(network: Transformer, path: str, class_names: list[str] | None = None) -> Adapted:
-    """Start a network from the weights at `path`, as far as they fit; see `read_weights` and `adapt`.
-
-    Args:
-        network: The network, on any device; it gets the weights.
-        path: A run or checkpoint of ours, a published file, a folder of diffusers, or a name on the hub.
-        class_names: Of the network's labels; where the weights know theirs, class rows go by name.
-
-    Returns:
-        What was loaded, changed, missing and unused; `str()` of it is a summary.
-
-    Raises:
-        FileNotFoundError: There is no such path, or a folder lacks one of its files.
-        ValueError: It holds no weights, or weights of a network of another size.
-    """
-    tensors, kind, old_names, _ = read_weights(path)
-    try:
-        adapted = adapt(
-            from_diffusers(tensors) if kind == "diffusers" else tensors,
-            network,
-            num_classes=len(old_names) if old_names else None,
-            names=(old_names, class_names) if old_names and class_names else None,
-        )
-    except ValueError as error:
-        raise ValueError(f"the weights at {str(path)!r} do not fit: {error}") from None
-    network.load_state_dict(adapted.state)
-    return adapted
 
 
 def sampler_help() -> str:

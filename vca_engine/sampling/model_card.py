@@ -22,7 +22,7 @@ def model_card(
     license: str = "apache-2.0",
     tags: Sequence[str] = (),
 ) -> str:
-    """A model card in Markdown.
+    """Write a model card in Markdown.
 
     Args:
         title: Of the page.
@@ -48,7 +48,7 @@ def model_card(
 
 
 def facts_of(record: Mapping[str, Any], weights: str) -> dict[str, Any]:
-    """What a checkpoint's record says of its weights, for `model_card`; no folder of the machine is named.
+    """Collect what a checkpoint's record says of its weights, for `model_card`; no folder of the machine is named.
 
     Args:
         record: `checkpoint.read_record(folder)`.

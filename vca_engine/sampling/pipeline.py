@@ -13,7 +13,7 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from huggingface_hub import HfApi
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from vca_engine import assemble
 from vca_engine.config.reading import Spec, from_dict
@@ -33,10 +33,10 @@ from vca_engine.sampling.classes import find_class
 from vca_engine.sampling.guidance import guidance_of
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.model_card import facts_of, model_card
-from vca_engine.weights import checkpoint
+from vca_engine.weights import checkpoint, published
 from vca_engine.weights.files import locate
-from vca_engine.weights.published import VAE, read_published
 
+VAE = "vae"  # where a folder that holds all it needs has its autoencoder
 OF_TRAINING = ("training steps", "training data", "checkpoint")  # of a model card, unknown of published weights
 
 
@@ -52,7 +52,7 @@ def chosen_device(word: str) -> str:
 
 
 class Output(NamedTuple):
-    """What a call of a pipeline gives.
+    """The images that a call of a pipeline gives, and how they were made.
 
     Attributes:
         images: PIL images; or (B, H, W, 3) uint8 with output_type "np".
@@ -69,11 +69,11 @@ class Pipeline:
 
     Args:
         config: What it was trained with, as far as that is known; `config.sample` are its defaults of drawing.
-        shape: Of its images, with the names of its classes.
+        info: Size and channels of its images, and the names of its classes.
         network: In evaluation mode.
         process: Diffusion or flow.
         codec: Latents to images.
-        origin: Where the weights come from, JSON values: path, kind, step, part, ...
+        source: Where the weights come from, JSON values: path, kind, step, part, ...
         folder: Where samples go unless it is said.
         precision: `no`, the weights' own float32, or `bf16`, autocast.
         tf32: Whether a GPU may round the inputs of float32 products to TF32.
@@ -81,11 +81,11 @@ class Pipeline:
     """
 
     config: Config
-    shape: DataInfo
+    info: DataInfo
     network: nn.Module
     process: assemble.Process
     codec: nn.Module
-    origin: dict[str, Any]
+    source: dict[str, Any]
     folder: Path
     precision: Literal["no", "bf16"] = "no"
     tf32: bool = True
@@ -107,13 +107,13 @@ class Pipeline:
         """Load a model; what a path holds is told by its content, and no code in it is run.
 
         Args:
-            path: A run's folder (its newest checkpoint), one of its checkpoints, a folder written by `save_pretrained`; a
-                .pt of the published DiT or SiT, or a .safetensors file with their keys; a folder of diffusers' DiT; or a
-                name on the Hugging Face hub of one of these.
+            path: A run's folder (its newest checkpoint), one of its checkpoints, a folder written by `save_pretrained`;
+                a .pt of the published DiT or SiT, or a .safetensors file with their keys; a folder of diffusers' DiT;
+                or a name on the Hugging Face hub of one of these.
             weights: Of a run: ema, ema-0.05 and the like, or model.
             process: diffusion or flow, by name or with its options, where the weights do not say it: published ones.
-            vae: Where the autoencoder is: a folder of diffusers or a hub name. Not given means where it was in training,
-                or that of the published models.
+            vae: The autoencoder, a folder of diffusers or a hub name. Not given means where it was in training, or
+                that of the published models.
             device: Not given means the GPU if there is one.
             precision: no (float32) or bf16.
             tf32: Whether a GPU may round the inputs of float32 products to TF32.
@@ -125,78 +125,40 @@ class Pipeline:
         """
         device = torch.device(device or chosen_device("auto"))
         set_tf32(tf32)
-        there = locate(path)
-        ours = there.is_dir() and ((there / checkpoint.RECORD).is_file() or checkpoint.steps(there))
-        if ours and process:
-            raise ValueError(f"process is {process!r}, but {str(path)!r} says itself what it is; leave it out.")
-        if not ours and weights != "ema":
-            raise ValueError(f"weights is {weights!r}, but {str(path)!r} holds one set of weights; leave it out.")
-        pipe = cls._of_checkpoint(checkpoint.find(there), weights, vae) if ours else cls._of_others(there, process, vae)
-        if there != Path(path):  # of the hub: samples do not belong into its cache
-            pipe.folder, pipe.origin["path"] = Path("runs", str(path).rpartition("/")[2]), str(path)
-        pipe.precision, pipe.tf32, pipe.compiled = precision, tf32, compile
-        pipe.network.eval().requires_grad_(False).to(device)
-        pipe.codec.to(device)
+        there, record, tensors = _read(locate(path), weights, process)
+        config, info, network, codec = _model_of(record, tensors, there, vae)
+        network.eval().requires_grad_(False).to(device)
         if compile:
-            for block in pipe.network.blocks:
+            for block in network.blocks:
                 block.compile()
-        return pipe
-
-    @classmethod
-    def _of_checkpoint(cls, folder: Path, part: str, vae: str | None) -> Self:
-        """Of a checkpoint."""
-        record = checkpoint.read_record(folder)
-        config = from_dict(Config, record["config"], str(folder / checkpoint.RECORD))
-        shape = from_dict(DataInfo, record["shape"], f"{folder / checkpoint.RECORD}, shape")
-        if vae and config.codec["name"] != "vae":
-            raise ValueError(f"vae is {vae!r}, but the codec of this model is {config.codec['name']!r}; leave it out.")
-        if config.codec["name"] == "vae" and (vae or (folder / VAE).is_dir()):
-            config = dataclasses.replace(config, codec={**config.codec, "path": vae or str(folder / VAE)})
-        if part not in (there := checkpoint.weights_in(folder)):
-            raise ValueError(f"weights is {part!r}; {str(folder)!r} has {there}.")
-        config = dataclasses.replace(config, codec=_found(config.codec, folder))
-        try:
-            codec = assemble.codec(config, shape.channels)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}. If it is elsewhere now, say so by vae (--vae).") from None
-        network = assemble.network(config, shape, codec)
-        checkpoint.load_weights(folder, part, network)
-        in_run = folder.parent.name in (checkpoint.CHECKPOINTS, checkpoint.SNAPSHOTS)
-        known = record.get("origin") or {"kind": "checkpoint", "part": part, "step": record["step"], "id": record["id"]}
-        origin = {**known, "path": str(folder), **_sizes(config)}
-        run_dir = folder.parent.parent if in_run else folder
-        if record.get("origin"):  # a saved pipeline, which is to be shared as it is
-            run_dir = Path("runs", folder.name)
-        return cls(config, shape, network, assemble.process(config), codec, origin, run_dir)
-
-    @classmethod
-    def _of_others(cls, path: Path, process: str | Spec | None, vae: str | None) -> Self:
-        """Of published weights, or of diffusers."""
-        config, shape, network, codec, found = read_published(path, process, vae)
-        origin = {"path": str(path), **found, **_sizes(config)}
-        return cls(config, shape, network, assemble.process(config), codec, origin, Path("runs", path.stem))
+        source, folder = _source_of(record, there, weights, config)
+        if not Path(path).exists():  # of the hub: samples do not belong into its cache
+            source["path"], folder = str(path), Path("runs", str(path).rpartition("/")[2])
+        process = assemble.process(config)
+        return cls(config, info, network, process, codec.to(device), source, folder, precision, tf32, compile)
 
     def __str__(self) -> str:
-        o, network = self.origin, self.network
-        step = f", step {o['step']:,}" if o.get("step") is not None else ""
+        source, network = self.source, self.network
+        step = f", step {source['step']:,}" if source.get("step") is not None else ""
+        name = f"{type(network).__name__}-{source['size']}"
         return (
-            f"{o['path']}: {type(network).__name__}-{o['size']} with {o['attention']}, {o['kind']}{step}; "
-            f"{self.shape.image_size} pixels, {network.num_classes:,} classes"
+            f"{source['path']}: {name} with {source['attention']}, {source['kind']}{step}; "
+            f"{self.info.image_size} pixels, {network.num_classes:,} classes"
         )
 
     @property
     def device(self) -> torch.device:
-        """Where it draws."""
+        """The device that it draws on."""
         return next(self.network.parameters()).device
 
     @property
     def class_names(self) -> list[str]:
-        """Of the labels 0, 1, ..."""
-        return self.shape.class_names
+        """The names of the labels 0, 1, ..."""
+        return self.info.class_names
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of the network's weights, whatever file they were in."""
+        """The hash of the network's weights, whatever file they were in."""
         return sha256_of(self.network)
 
     def label_ids(self, classes: Sequence[int | str]) -> list[int]:
@@ -216,7 +178,7 @@ class Pipeline:
         Raises:
             ValueError: A sampler or a guidance that this model cannot have.
         """
-        config, step = dataclasses.replace(self.config, sample=sample), self.origin.get("step")
+        config, step = dataclasses.replace(self.config, sample=sample), self.source.get("step")
         if (guide or negative is not None) and sample.cfg_scale == 1.0:
             raise ValueError("cfg_scale is 1.0, which is no guidance; with a guide or a negative class choose another.")
         if guide:
@@ -224,7 +186,7 @@ class Pipeline:
             if different := differences(mine, other):
                 text = ", ".join(f"{key} {b!r} (the model {a!r})" for key, (a, b) in different.items())
                 raise ValueError(f"the guide has {text}; it has to predict the same thing as the model.")
-        if self.origin.get("no_variance") and assemble.describe_sampling(config)["sampler"]["name"] == "ddpm":
+        if self.source.get("no_variance") and assemble.describe_sampling(config)["sampler"]["name"] == "ddpm":
             raise ValueError(
                 "these weights learned no variance, with which ddpm draws; choose ddim, dpm-solver or unipc."
             )
@@ -236,7 +198,7 @@ class Pipeline:
             guidance=guidance_of(sample, negative=negative, guide=guide.network if guide else None),
             noise_level=self.process.noise_level,
             dtype=torch.bfloat16 if self.precision == "bf16" else None,
-            weights="these weights" if step is None else f"{self.origin['part']} of step {step}",
+            weights="these weights" if step is None else f"{self.source['part']} of step {step}",
         )
 
     def settings(
@@ -244,10 +206,10 @@ class Pipeline:
     ) -> dict[str, Any]:
         """What, beside its number and label, makes an image what it is: JSON values."""
         return {
-            "weights": {"sha256": self.sha256, "part": self.origin["part"], "step": self.origin.get("step")},
+            "weights": {"sha256": self.sha256, "part": self.source["part"], "step": self.source.get("step")},
             **assemble.describe_sampling(dataclasses.replace(self.config, sample=sample)),
             "negative_class": negative,
-            "guide": {"sha256": guide.sha256, "step": guide.origin.get("step")} if guide else None,
+            "guide": {"sha256": guide.sha256, "step": guide.source.get("step")} if guide else None,
             "codec": self.codec.identity,
             "precision": self.precision,
             "tf32": self.tf32 and self.device.type == "cuda",
@@ -258,8 +220,8 @@ class Pipeline:
         """What else is to be known of an image: where the weights were, the device, versions. JSON values."""
         gpu = self.device.type == "cuda"
         device = torch.cuda.get_device_name(self.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
-        where = {"checkpoint": self.origin, "autoencoder": self.config.codec.get("path")}
-        return {**where, "device": device, **checkpoint.origin()}
+        where = {"checkpoint": self.source, "autoencoder": self.config.codec.get("path")}
+        return {**where, "device": device, **checkpoint.versions()}
 
     def __call__(
         self,
@@ -302,8 +264,8 @@ class Pipeline:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that holds all that `from_pretrained` needs: weights, config, autoencoder, and a model card.
 
-        It is a checkpoint as training writes it, with the autoencoder beside, so that sample.py and `train.py --init` take
-        it, too.
+        It is a checkpoint as training writes it, with the autoencoder beside, so that sample.py and `train.py --init`
+        take it, too.
 
         Raises:
             ValueError: The folder holds something already.
@@ -311,12 +273,12 @@ class Pipeline:
         """
         folder = Path(folder)
         with folder_written_aside(folder) as made:
-            record = {key: value for key, value in self._record().items() if value is not None}
+            record = {key: value for key, value in _record_of(self).items() if value is not None}
             checkpoint.save(made, record.pop("step"), {"ema": self.network.state_dict()}, record)
             if hasattr(self.codec, "vae"):
                 self.codec.vae.register_to_config(_name_or_path=Path(self.config.codec["path"]).name)
                 self.codec.vae.save_pretrained(made / VAE)
-            (made / "README.md").write_text(self.card(folder.name), encoding="utf-8")
+            (made / "README.md").write_text(_card(self, folder.name), encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Put what `save_pretrained` writes on the Hugging Face hub, under owner/name; gives its address."""
@@ -328,58 +290,115 @@ class Pipeline:
             api.upload_folder(repo_id=repo_id, folder_path=made)
         return str(address)
 
-    def card(self, title: str) -> str:
-        """The README.md of a folder of these weights."""
-        usage = "from vca_engine import Pipeline  # in a clone of the repository\n\n"
-        usage += f'pipe = Pipeline.from_pretrained("{title}")\n'
-        scale = self.config.sample.cfg_scale
-        usage += f"images = pipe(class_labels=[{self.class_names[0]!r}], guidance_scale={scale}, seed=0).images"
-        trained = self.origin.get("step") is not None
-        facts = {
-            "network": f"{type(self.network).__name__}, {sum(p.numel() for p in self.network.parameters()):,} parameters",
-            **{
-                k: v
-                for k, v in facts_of(self._record(), self.origin["part"]).items()
-                if trained or k not in OF_TRAINING
-            },
-            "from": self.origin["kind"],
-            "SHA-256 of the weights": self.sha256,
-        }
-        vca = ["visual-contrast-attention"] if self.config.model.attention["name"] == "vca" else []
-        return model_card(title, usage, facts, tags=vca, license="apache-2.0" if trained else "other")
 
-    def _record(self) -> dict[str, Any]:
-        """Of a checkpoint that holds these weights; of folders of this machine only the last name."""
-        record = {
-            "step": self.origin.get("step") or 0,
-            "id": self.origin.get("id"),
-            "config": to_dict(self.config),
-            "shape": to_dict(self.shape),
-            "codec": self.codec.identity,
-            "origin": self.origin,
-            **checkpoint.origin(),
-        }
-        return _without_folders(record)
+def _read(path: Path, weights: str, process: str | Spec | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Read a record and tensors; gives the folder of the checkpoint, too, or `path` itself if it is of others."""
+    folder = checkpoint.newest(path)
+    if not folder:
+        if weights != "ema":
+            raise ValueError(f"weights is {weights!r}, but {str(path)!r} holds one set of weights; leave it out.")
+        return path, *published.read(path, process)
+    if process:
+        raise ValueError(f"process is {process!r}, but {str(path)!r} says itself what it is; leave it out.")
+    record = checkpoint.read_record(folder)
+    if weights not in (parts := checkpoint.weights_in(folder)):
+        raise ValueError(f"weights is {weights!r}; {str(folder)!r} has {parts}.")
+    return folder, record, checkpoint.read(folder, weights)
+
+
+def _model_of(
+    record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, vae: str | None
+) -> tuple[Config, DataInfo, nn.Module, nn.Module]:
+    """Make what a record describes: its config, the kind of its images, the network with the tensors, and the codec."""
+    where = str(path / checkpoint.RECORD if "shape" in record else path)
+    config = from_dict(Config, record["config"], where)
+    info = from_dict(DataInfo, record["shape"], f"{where}, shape") if "shape" in record else None
+    config = dataclasses.replace(config, codec=_with_autoencoder(config.codec, path, vae))
+    try:
+        codec = assemble.codec(config, info and info.channels)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. If it is elsewhere now, say so by vae (--vae).") from None
+    if info is None:  # of others: their size is known in latents only
+        latents = record["latents"]
+        if codec.channels != latents["channels"]:
+            raise ValueError(
+                f"{where!r} takes latents of {latents['channels']} channels, and the autoencoder "
+                f"{config.codec['path']!r} gives {codec.channels}; name the right one by vae."
+            )
+        size = {"image_size": latents["size"] * codec.downsample, "channels": codec.image_channels}
+        info = from_dict(DataInfo, {**size, "class_names": latents["class_names"]}, where)
+    network = assemble.network(config, info, codec)
+    checkpoint.load_exactly(network, tensors, path)
+    return config, info, network, codec
+
+
+def _with_autoencoder(codec: Spec, path: Path, vae: str | None) -> Spec:
+    """Choose the autoencoder: `vae`, or the one beside the weights, or else the one that the codec names.
+
+    A relative path that is not there is looked for from the folders above the weights, too.
+    """
+    if codec["name"] != "vae":
+        if vae:
+            raise ValueError(f"vae is {vae!r}, but the codec of this model is {codec['name']!r}; leave it out.")
+        return codec
+    beside = path / VAE
+    name = vae or (str(beside) if beside.is_dir() else codec.get("path"))
+    found = Path(name or ".")
+    if not (found.is_absolute() or found.exists()):
+        above = (parent / found for parent in path.resolve().parents)
+        name = str(next((folder for folder in above if folder.is_dir()), name))
+    return {**codec, "path": name} if name else codec
+
+
+def _source_of(record: Mapping[str, Any], path: Path, part: str, config: Config) -> tuple[dict[str, Any], Path]:
+    """Say where weights come from, JSON values; and give the folder for samples: that of their run, if there is one."""
+    if record.get("origin"):  # of others, or a saved pipeline, which is to be shared as it is
+        known, folder = record["origin"], Path("runs", path.name if "shape" in record else path.stem)
+    else:
+        known = {"kind": "checkpoint", "part": part, "step": record["step"], "id": record["id"]}
+        in_run = path.parent.name in (checkpoint.CHECKPOINTS, checkpoint.SNAPSHOTS)
+        folder = path.parent.parent if in_run else path
+    model = config.model
+    fields = ("patch_size", "hidden_size", "depth", "num_heads")
+    changed = ", ".join(f"{key} {getattr(model, key)}" for key in fields if getattr(model, key))
+    size = f"{model.size} ({changed})" if changed else model.size
+    return {**known, "path": str(path), "size": size, "attention": model.attention["name"]}, folder
+
+
+def _record_of(pipe: Pipeline) -> dict[str, Any]:
+    """Make the record of a checkpoint that holds the pipeline; of folders of this machine only the last name."""
+    record = {
+        "step": pipe.source.get("step") or 0,
+        "id": pipe.source.get("id"),
+        "config": to_dict(pipe.config),
+        "shape": to_dict(pipe.info),
+        "codec": pipe.codec.identity,
+        "origin": pipe.source,
+        **checkpoint.versions(),
+    }
+    return _without_folders(record)
+
+
+def _card(pipe: Pipeline, title: str) -> str:
+    """Write the README.md of a folder of the pipeline."""
+    scale = pipe.config.sample.cfg_scale
+    usage = "from vca_engine import Pipeline  # in a clone of the repository\n\n"
+    usage += f'pipe = Pipeline.from_pretrained("{title}")\n'
+    usage += f"images = pipe(class_labels=[{pipe.class_names[0]!r}], guidance_scale={scale}, seed=0).images"
+    trained = pipe.source.get("step") is not None
+    known = facts_of(_record_of(pipe), pipe.source["part"])
+    facts = {
+        "network": f"{type(pipe.network).__name__}, {sum(p.numel() for p in pipe.network.parameters()):,} parameters",
+        **{name: fact for name, fact in known.items() if trained or name not in OF_TRAINING},
+        "from": pipe.source["kind"],
+        "SHA-256 of the weights": pipe.sha256,
+    }
+    tags = ["visual-contrast-attention"] if pipe.config.model.attention["name"] == "vca" else []
+    return model_card(title, usage, facts, tags=tags, license="apache-2.0" if trained else "other")
 
 
 def _without_folders(value: Any) -> Any:
+    """Leave of each absolute path in nested dicts its last name only."""
     if isinstance(value, dict):
         return {key: _without_folders(v) for key, v in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def _found(codec: Spec, folder: Path) -> Spec:
-    """The codec; a relative path that is not there is looked for from the folders above the checkpoint, too."""
-    path = Path(codec.get("path") or ".")
-    if path.is_absolute() or path.exists():
-        return codec
-    above = (parent / path for parent in folder.resolve().parents)
-    return {**codec, "path": str(next((p for p in above if p.is_dir()), codec["path"]))}
-
-
-def _sizes(config: Config) -> dict[str, Any]:
-    """For what a person reads."""
-    m = config.model
-    changed = {key: getattr(m, key) for key in ("patch_size", "hidden_size", "depth", "num_heads") if getattr(m, key)}
-    size = m.size + (f" ({', '.join(f'{k} {v}' for k, v in changed.items())})" if changed else "")
-    return {"size": size, "attention": m.attention["name"]}

@@ -45,6 +45,7 @@ from vca_engine.training.meter import Meter
 from vca_engine.training.resume import CONFIG_FILE, read_origin, write_origin
 from vca_engine.training.step import clip, learning_rate, poison, step_unless
 from vca_engine.weights import checkpoint
+from vca_engine.weights.adapt import initialise
 from vca_engine.weights.checkpoint import CHECKPOINTS, SNAPSHOTS, folder_of
 from vca_engine.weights.files import attention_of
 
@@ -127,14 +128,12 @@ class Run:
         if start:
             record = checkpoint.read_record(start)
             self._check_data(record)
-            checkpoint.load_weights(start, "model", network)
+            checkpoint.load_exactly(network, checkpoint.read(start, "model"), start)
             self.step = record["step"]
             if self._borrowed:
                 self.notes.append(f"resumes {start}")
         elif config.init:
-            self.notes.append(
-                f"starts from {config.init}: {assemble.initialise(network, config.init, self.shape.class_names)}"
-            )
+            self.notes.append(f"starts from {config.init}: {initialise(network, config.init, self.shape.class_names)}")
         self._prepare(network)
         self.meter = Meter(accelerator)
         if start:
@@ -405,7 +404,7 @@ class Run:
             "codec": self.codec.identity,
             "num_images": len(self.data),
             "resumed_from": read_origin(self.folder),
-            **checkpoint.origin(),
+            **checkpoint.versions(),
         }
 
     def _prune(self) -> None:

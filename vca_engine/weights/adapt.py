@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vca.transformer import Transformer
-
-TABLE = "y_embedder.embedding_table.weight"
+from vca_engine.weights.diffusers import TABLE
+from vca_engine.weights.files import read_weights
 
 
 @dataclass
 class Adapted:
-    """What `adapt` made of the weights.
+    """Weights that `adapt` has fitted to a model, and what it did to them.
 
     Attributes:
-        state: For `model.load_state_dict`, complete: what the weights lack has the model's own values.
+        state: For `model.load_state_dict`, complete, in its shapes: what the weights lack has the model's own values.
         loaded: Names that were taken as they are.
         changed: Name -> what of it was taken, or what was done to it.
         missing: Names in the model only; they keep their initial values.
@@ -85,7 +85,7 @@ def adapt(
         elif tensor.shape == initial.shape:
             pass
         elif key.startswith("final_layer.linear.") and tensor.shape[1:] == initial.shape[1:]:
-            tensor, what = _channels(tensor, initial, model.patch_size**2)
+            tensor, what = fit_channels(tensor, initial, model.patch_size**2)
         elif key.endswith((".positive_embed", ".negative_embed")) and tensor.shape[::2] == initial.shape[::2]:
             tensor, what = _interpolate(key, tensor, model.get_submodule(key.rpartition(".")[0]).contrast_grid)
         if tensor.shape != initial.shape:
@@ -99,7 +99,34 @@ def adapt(
     return result
 
 
+def initialise(network: Transformer, path: str, class_names: list[str] | None = None) -> Adapted:
+    """Start a network from the weights at `path`, as far as they fit; see `read_weights` and `adapt`.
+
+    Args:
+        network: The network, on any device; it gets the weights.
+        path: A run or checkpoint of ours, a published file, a folder of diffusers, or a name on the hub.
+        class_names: Of the network's labels; where the weights know theirs, class rows go by name.
+
+    Returns:
+        What was loaded, changed, missing and unused; `str()` of it is a summary.
+
+    Raises:
+        FileNotFoundError: There is no such path, or a folder lacks one of its files.
+        ValueError: It holds no weights, or weights of a network of another size.
+    """
+    found = read_weights(path)
+    num_classes = len(found.class_names) if found.class_names else None
+    names = (found.class_names, class_names) if found.class_names and class_names else None
+    try:
+        adapted = adapt(found.tensors, network, num_classes=num_classes, names=names)
+    except ValueError as error:
+        raise ValueError(f"the weights at {str(path)!r} do not fit: {error}") from None
+    network.load_state_dict(adapted.state)
+    return adapted
+
+
 def _check_depth(tensors: Mapping[str, Tensor], model: Transformer) -> None:
+    """Raise ValueError unless there are weights for each block of the model, and no more."""
     found = {match[1] for key in tensors if (match := re.fullmatch(r"blocks\.(\d+)\.adaLN_modulation\.1\.weight", key))}
     if not found:
         raise ValueError("it holds no weights of a DiT or SiT: there is no blocks.0.adaLN_modulation.1.weight.")
@@ -117,7 +144,7 @@ def _class_rows(
     num_classes: int | None,
     names: tuple[Sequence[str], Sequence[str]] | None,
 ) -> tuple[Tensor, str]:
-    """The table (old rows, D) in the place of `initial` (new rows, D), and what of it was taken."""
+    """Fit the table (old rows, D) to `initial` (new rows, D), and say what of it was taken."""
     old_names, new_names = names or ((), ())
     assert len(new_names) in (0, model.num_classes), "one name for each class of the model"
     if num_classes is None and names:
@@ -138,25 +165,39 @@ def _class_rows(
         return tensor, ""
     result = initial.clone()
     result[new] = tensor[old]
-    what = f"{kept} of {num_classes} class rows" + " and the null row" * has_null
-    left = len(initial) - len(rows)
-    return result, what + f"; {left} keep their initial values" * (left > 0)
+    what = f"{kept} of {num_classes} class rows"
+    if has_null:
+        what += " and the null row"
+    if left := len(initial) - len(rows):
+        what += f"; {left} keep their initial values"
+    return result, what
 
 
-def _channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tensor, str]:
-    """Rows in the order pixel, channel: the first half of twice the channels, or all as the first half of twice."""
+def fit_channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tensor, str]:
+    """Give the last layer twice the channels, or half: the first half of twice is all of half.
+
+    Args:
+        tensor: (num_pixels * C_old, ...), in the order pixel, channel.
+        initial: (num_pixels * C_new, ...), of which the channels are that `tensor` lacks.
+        num_pixels: Of a patch.
+
+    Returns:
+        (num_pixels * C_new, ...), and what was done; `tensor` itself and "" if C_new is neither twice C_old nor half.
+    """
     if len(tensor) not in (2 * len(initial), len(initial) / 2):
         return tensor, ""
     old = tensor.unflatten(0, (num_pixels, -1))  # (p*p, C_old, ...)
     new = initial.clone().unflatten(0, (num_pixels, -1))  # (p*p, C_new, ...)
     kept = min(old.shape[1], new.shape[1])
     new[:, :kept] = old[:, :kept]
-    left = f"; {kept} keep their initial values" * (new.shape[1] > kept)
-    return new.flatten(0, 1), f"{kept} of {old.shape[1]} output channels{left}"
+    what = f"{kept} of {old.shape[1]} output channels"
+    if new.shape[1] > kept:
+        what += f"; {kept} keep their initial values"
+    return new.flatten(0, 1), what
 
 
 def _interpolate(key: str, embed: Tensor, grid: tuple[int, int]) -> tuple[Tensor, str]:
-    """(1, n, C) on a square grid -> (1, a b, C), bilinear, so that nothing overshoots; smoothed first if it shrinks."""
+    """Interpolate (1, n, C) on a square grid to (1, a b, C), bilinear: nothing overshoots; smoothed if it shrinks."""
     side = math.isqrt(embed.shape[1])
     if side**2 != embed.shape[1]:
         raise ValueError(f"{key} has {embed.shape[1]} contrast tokens, not a square, so its grid is not known.")
@@ -173,5 +214,5 @@ def _misfit(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> str:
 
 
 def _compact(names: Iterable[str]) -> list[str]:
-    """Each name once for all blocks: blocks.0.x, blocks.1.x -> blocks.*.x."""
+    """Give each name once for all blocks: blocks.0.x, blocks.1.x -> blocks.*.x."""
     return list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))

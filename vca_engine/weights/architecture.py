@@ -1,4 +1,4 @@
-"""What a state dict with the published keys says of the network that it belongs to."""
+"""Finds out of a state dict with the published keys which network it belongs to."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vca.transformer import SIZES
-from vca_engine.weights.adapt import TABLE
+from vca_engine.weights.diffusers import TABLE
 
 PATCHES, OUTPUT = "x_embedder.proj.weight", "final_layer.linear"
 MHSA_KEYS = {f"{layer}.{p}" for layer in ("qkv", "proj", "dwc") for p in ("weight", "bias")}
@@ -22,10 +22,10 @@ def keywords_of(
     num_heads: int | None = None,
     num_classes: int | None = None,
 ) -> dict[str, Any]:
-    """The keywords of `vca.Transformer` with which the weights of a network with `mhsa` attention load as they are.
+    """Find the keywords of `vca.Transformer` with which weights of a network with `mhsa` attention load as they are.
 
     Args:
-        tensors: Published key -> tensor.
+        tensors: Published key -> tensor, in the published shapes.
         input_size: Side of the input, or (height, width); needed where there is no `pos_embed`, (1, N, D), or where
             that is not of a square.
         num_heads: Heads leave no trace in the tensors; needed where width and depth are of none of the `SIZES`.
@@ -45,7 +45,8 @@ def keywords_of(
     attention = _attention(tensors)
     hidden_size, in_channels, patch_size, _ = tensors[PATCHES].shape
     depth = len({match[1] for key in tensors if (match := re.match(r"blocks\.(\d+)\.", key))})
-    rows = len(tensors[TABLE])
+    hidden_dim, rows = len(tensors["blocks.0.mlp.fc1.weight"]), len(tensors[TABLE])
+    ratio = hidden_dim / hidden_size  # of which int(hidden_size * ratio) is hidden_dim, to rounding
     if num_classes is None:
         num_classes = rows - 1
     if num_classes < 1 or rows - num_classes not in (0, 1):
@@ -58,7 +59,7 @@ def keywords_of(
         "hidden_size": hidden_size,
         "depth": depth,
         "num_heads": num_heads or _num_heads(hidden_size, depth),
-        "mlp_ratio": _ratio(len(tensors["blocks.0.mlp.fc1.weight"]), hidden_size),
+        "mlp_ratio": ratio if int(hidden_size * ratio) == hidden_dim else math.nextafter(ratio, math.inf),
         "num_classes": num_classes,
         "class_dropout_prob": 0.1 if rows > num_classes else 0.0,
         "attention": attention,
@@ -66,7 +67,7 @@ def keywords_of(
 
 
 def process_of(tensors: Mapping[str, Tensor]) -> str:
-    """`flow` or `diffusion`: whether trained weights are those of a SiT or of a DiT, whose keys and shapes are the same.
+    """Tell trained weights of a SiT, `flow`, from those of a DiT, `diffusion`, whose keys and shapes are the same.
 
     A SiT gives C channels; or 2C, of which it drops the second half, and then the rows of that half have never had a
     gradient and are exactly zero, as they were initialised. Those of a DiT, which give its variance, are trained.
@@ -123,14 +124,8 @@ def _num_heads(hidden_size: int, depth: int) -> int:
     )
 
 
-def _ratio(hidden_dim: int, dim: int) -> float:
-    """The float of which int(dim * ratio) is `hidden_dim`."""
-    ratio = hidden_dim / dim
-    return ratio if int(dim * ratio) == hidden_dim else math.nextafter(ratio, math.inf)
-
-
 def _attention(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """`mhsa` with its options, each of which adds or takes away a tensor."""
+    """Find the options of `mhsa`, each of which adds or takes away a tensor."""
     prefix = "blocks.0.attn."
     keys = {key.removeprefix(prefix) for key in tensors if key.startswith(prefix)}
     if "qkv.weight" not in keys:

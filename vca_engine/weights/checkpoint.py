@@ -33,7 +33,7 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 def folder_of(run_dir: Path, step: int, kind: str = CHECKPOINTS) -> Path:
-    """Where the checkpoint, or snapshot, of a step is."""
+    """Give the folder of the checkpoint, or snapshot, of a step."""
     return run_dir / kind / f"step-{step:08d}"
 
 
@@ -72,14 +72,14 @@ def save(final: Path, step: int, parts: Parts, record: Mapping[str, Any]) -> Non
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimizer's state under the names of the model's parameters, which it holds in their order: NAME/exp_avg."""
+    """Name an optimizer's state, in the shapes of the model's parameters, after these: NAME/exp_avg."""
     state = optimizer.state_dict()["state"]
     names = [name for name, _ in model.named_parameters()]
     return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
 
 
 def steps(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
-    """The checkpoints, or snapshots, of a run, oldest first."""
+    """List the checkpoints, or snapshots, of a run, oldest first."""
     found = (run_dir / kind).glob("step-*")
     return sorted(f for f in found if re.fullmatch(r"step-\d{8,}", f.name) and (f / RECORD).is_file())
 
@@ -112,8 +112,16 @@ def prune(run_dir: Path, newest: int, every: int | None = None, spare: Collectio
             shutil.rmtree(gone, ignore_errors=True)  # `recover` tries again
 
 
+def newest(path: Path) -> Path | None:
+    """Find the checkpoint that a path means: itself, or the newest of a run; None where it is neither."""
+    if (path / RECORD).is_file():
+        return path
+    found = steps(path)
+    return found[-1] if found else None
+
+
 def find(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest of a run's folder.
+    """Find the checkpoint that a path means: itself, or the newest of a run.
 
     Raises:
         FileNotFoundError: There is no such path.
@@ -122,19 +130,16 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {str(path)!r}: there is no such file or folder.")
-    if path.is_dir() and (path / RECORD).is_file():
-        return path
-    found = steps(path) if path.is_dir() else []
-    if not found:
-        raise ValueError(
-            f"{str(path)!r} is not a checkpoint; give a run's folder, or one of its checkpoints/step-* folders, which "
-            f"hold {RECORD} and safetensors."
-        )
-    return found[-1]
+    if found := newest(path):
+        return found
+    raise ValueError(
+        f"{str(path)!r} is not a checkpoint; give a run's folder, or one of its checkpoints/step-* folders, which "
+        f"hold {RECORD} and safetensors."
+    )
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """checkpoint.json of a checkpoint.
+    """Read checkpoint.json of a checkpoint, in the words of the present format.
 
     Raises:
         ValueError: It is damaged, or of another format.
@@ -156,8 +161,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         ) from None
     if version not in (2, 3, FORMAT):
         raise ValueError(
-            f"{str(folder)!r} is of format {version}, and this program reads 2 to {FORMAT}; use the version of the program "
-            "that wrote it, or a newer one."
+            f"{str(folder)!r} is of format {version}, and this program reads 2 to {FORMAT}; use the version of the "
+            "program that wrote it, or a newer one."
         )
     sample, model = (record["config"].get(group, {}) for group in ("sample", "model"))
     if version == 2 and isinstance(sample, dict) and "rows" in sample:
@@ -168,7 +173,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of a part of a checkpoint.
+    """Read the tensors of a part of a checkpoint, name -> tensor of its own shape.
 
     Raises:
         FileNotFoundError: There is no such part; says which there are.
@@ -184,23 +189,20 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ValueError(
-            f"{str(file)!r} is truncated or not a safetensors file: {error}. Remove its folder to use the checkpoint before "
-            "it."
+            f"{str(file)!r} is truncated or not a safetensors file: {error}. Remove its folder to use the checkpoint "
+            "before it."
         ) from None
     return tensors if name == "meter" else check_finite(tensors, file)  # the meter has the norms of skipped steps, too
 
 
 def check_finite(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors themselves.
+    """Give back the tensors, of any shapes, if all their values are finite.
 
     Raises:
         ValueError: One of them has NaN or infinite values; says which, of which file.
     """
-
-    def is_finite(tensor: Tensor) -> bool:
-        return bool((tensor.float() if tensor.itemsize == 1 else tensor).isfinite().all())  # not all of 8 bits can
-
-    if bad := [key for key, tensor in tensors.items() if not is_finite(tensor)]:
+    comparable = ((key, t.float() if t.itemsize == 1 else t) for key, t in tensors.items())  # not all of 8 bits are
+    if bad := [key for key, tensor in comparable if not tensor.isfinite().all()]:
         raise ValueError(
             f"{str(file)!r} holds values that are not finite in {_some(bad)}: the run has diverged. Name an earlier "
             "checkpoint of it; or remove this one where the newest is taken."
@@ -209,29 +211,33 @@ def check_finite(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def weights_in(folder: Path) -> list[str]:
-    """The parts of a checkpoint that are weights of the model."""
+    """List the parts of a checkpoint that are weights of the model."""
     return sorted({file.stem for file in folder.glob("*.safetensors")} - {"optimizer", "meter"})
 
 
-def load_weights(folder: Path, name: str, model: nn.Module) -> None:
-    """Load a part of a checkpoint, `model` or an average as `ema`, into a model.
+def load_exactly(network: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Load weights into the network that they are of.
+
+    Args:
+        network: It gets the weights, in its own dtype.
+        tensors: Name -> tensor, exactly those of the network, in its shapes.
+        where: Their file or folder, for the error.
 
     Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: The file is truncated, not safetensors, or of another architecture; says which keys or shapes.
+        ValueError: They are of another network; says which names or shapes.
     """
-    tensors = read(folder, name)
-    expected = model.state_dict()
+    expected = network.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    shapes = [k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape]
-    if missing or extra or shapes:
-        parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has {_some(extra)} too many"] * bool(extra)
-        for k in sorted(shapes)[:1]:
-            parts.append(f"has {k} of shape {tuple(tensors[k].shape)} where {tuple(expected[k].shape)} is needed")
-        raise ValueError(
-            f"{str(folder)!r} holds another architecture than the config asks for: it {', and '.join(parts)}."
-        )
-    model.load_state_dict(tensors)
+    shapes = sorted(k for k in expected.keys() & tensors.keys() if expected[k].shape != tensors[k].shape)
+    parts = [f"lacks {_some(missing)}"] if missing else []
+    if extra:
+        parts.append(f"has {_some(extra)} too many")
+    if shapes:
+        given, needed = (tuple(of[shapes[0]].shape) for of in (tensors, expected))
+        parts.append(f"has {shapes[0]} of shape {given} where {needed} is needed")
+    if parts:
+        raise ValueError(f"{str(where)!r} holds another network than expected: it {', and '.join(parts)}.")
+    network.load_state_dict(tensors)
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -251,8 +257,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
 
 
 @functools.cache
-def origin() -> dict[str, Any]:
-    """Where a checkpoint comes from: versions of Python and packages, and the revision of this repository, if known."""
+def versions() -> dict[str, Any]:
+    """Collect the versions of Python and packages, and the revision of this repository, if known."""
     found = {"python": sys.version.split()[0]}
     for name in ("torch", "accelerate", "diffusers", "torchdiffeq", "numpy"):
         try:
@@ -277,4 +283,5 @@ def _flush(path: Path) -> None:
 
 
 def _some(names: list[str]) -> str:
+    """Join the first three names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,10 +1,10 @@
 """diffusers' DiT and ours: weights either way between its keys and the published ones, and its configs.
 
-diffusers divides the exponents of the time frequencies by 127, the published DiT and this program by 128, and no config of
-diffusers changes that. Until its `time_proj.downscale_freq_shift` is set to 0, a converted network so gives other outputs
-than it was trained to. With random weights (DiT-S/4 and B/4, adaLN and last layer normal, std 0.02; two seeds each) they
-differ by less than 0.01% (t = 1), 0.3 to 0.8% (t = 100), 1.6 to 4.7% (t = 500) and 3 to 7% (t = 999) of their norm, and the
-outputs at t = 999 from those at t = 500 by 3.5 to 9%: so it is as wrong as another time.
+diffusers divides the exponents of the time frequencies by 127, the published DiT and this program by 128, and no config
+of diffusers changes that. Until its `time_proj.downscale_freq_shift` is set to 0, a converted network so gives other
+outputs than it was trained to. With random weights (DiT-S/4 and B/4, adaLN and last layer normal, std 0.02; two seeds
+each) they differ by less than 0.01% (t = 1), 0.3 to 0.8% (t = 100), 1.6 to 4.7% (t = 500) and 3 to 7% (t = 999) of
+their norm, and the outputs at t = 999 from those at t = 500 by 3.5 to 9%: so it is as wrong as another time.
 With it set they are equal. Not measured with trained weights.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_vca.diffusion import Diffusion, linear_betas
+from dit_vca.diffusion import BETAS, Diffusion, linear_betas
 from dit_vca.model import DiT
 from vca import SelfAttention, Transformer
 
@@ -41,7 +41,7 @@ NULL_ROW = 1000  # what `DiTPipeline` takes for the null class, whatever the mod
 
 
 def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a diffusers `DiTTransformer2DModel` with the keys of `DiT(attention="mhsa")`.
+    """Give the weights of a diffusers `DiTTransformer2DModel` the keys of `DiT(attention="mhsa")`.
 
     Queries, keys and values become one matrix, and the embedders, which diffusers repeats in each block, one of each.
     The position table is left out: every model computes its own. Weights that were trained as DiT and converted, like
@@ -93,7 +93,7 @@ def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of `DiT(attention="mhsa")` with the keys of a `DiTTransformer2DModel`: the inverse of `from_diffusers`.
+    """Give the weights of `DiT(attention="mhsa")` the keys of a `DiTTransformer2DModel`: undo `from_diffusers`.
 
     The embedders are repeated in each block; repeated tensors, and queries, keys and values, share their memory. The
     position table is left out, since diffusers computes it and does not save it.
@@ -138,7 +138,7 @@ def to_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_null_row(table: Tensor) -> Tensor:
-    """A label table (C + 1, D) of C <= 1000 classes as `DiTPipeline` needs it, (1001, D).
+    """Fill up a label table (C + 1, D) of C <= 1000 classes to what `DiTPipeline` needs, (1001, D).
 
     Its guidance takes row 1000 for the null class, so rows C ... 1000 are all copies of the null row.
     """
@@ -146,7 +146,7 @@ def with_null_row(table: Tensor) -> Tensor:
 
 
 def diffusers_config(model: Transformer) -> dict[str, Any]:
-    """The keywords of the `DiTTransformer2DModel` that takes `to_diffusers(model.state_dict())`.
+    """Find the keywords of the `DiTTransformer2DModel` that takes `to_diffusers(model.state_dict())`.
 
     Raises:
         ValueError: Something of the model that diffusers' DiT cannot be: says what.
@@ -165,6 +165,7 @@ def diffusers_config(model: Transformer) -> dict[str, Any]:
         )
     if height != width:
         raise ValueError(f"diffusers' DiT takes square inputs; this model takes {height}x{width}.")
+    num_rows = model.y_embedder.embedding_table.num_embeddings
     return {
         "num_attention_heads": attention.num_heads,
         "attention_head_dim": dim // attention.num_heads,
@@ -174,14 +175,13 @@ def diffusers_config(model: Transformer) -> dict[str, Any]:
         "attention_bias": attention.qkv.bias is not None,
         "sample_size": height,
         "patch_size": model.patch_size,
-        "num_embeds_ada_norm": model.y_embedder.embedding_table.num_embeddings
-        - 1,  # diffusers adds the null row itself
+        "num_embeds_ada_norm": num_rows - 1,  # diffusers adds the null row itself
         "norm_eps": block.norm2.eps,
     }
 
 
 def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
-    """The keywords of the `DDIMScheduler` of a process, exact where the number of steps divides that of training.
+    """Find the keywords of the `DDIMScheduler` of a process, exact where the number of steps divides that of training.
 
     Its default spacing starts below the last step, and it would clip latents.
     """
@@ -191,3 +191,26 @@ def scheduler_config(diffusion: Diffusion) -> dict[str, Any]:
     else:
         schedule = {"trained_betas": betas.tolist()}
     return {"num_train_timesteps": steps, "timestep_spacing": "trailing", "clip_sample": False, **schedule}
+
+
+def process_of_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the process, a name with options, of a scheduler of diffusers with this config.
+
+    Raises:
+        ValueError: One that this program has not.
+    """
+    num, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    if config.get("trained_betas"):
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    elif kind == "linear":
+        ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        betas = torch.linspace(*ends, num, dtype=torch.float64)
+    else:
+        betas = BETAS["cosine"](num) if kind == "squaredcos_cap_v2" else torch.zeros(num)
+    name = next((n for n, make in BETAS.items() if torch.allclose(make(num), betas.double(), rtol=1e-3)), None)
+    if name is None or config.get("prediction_type", "epsilon") != "epsilon":
+        raise ValueError(
+            f"the scheduler has betas {kind!r} and predicts {config.get('prediction_type')!r}; known are the betas "
+            f"{sorted(BETAS)} of this program, and the noise (epsilon)."
+        )
+    return {"name": "diffusion", "betas": name, "num_timesteps": num}

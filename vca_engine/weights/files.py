@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vca import before_joint
 from vca_engine.weights import checkpoint
+from vca_engine.weights.diffusers import from_diffusers
 
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older versions of diffusers
 DIFFUSERS_FILE = "diffusion_pytorch_model"
@@ -29,14 +30,15 @@ WRAPPERS = ("ema", "model", "state_dict")  # the averaged weights first: publish
 
 
 class Weights(NamedTuple):
-    """What `read_weights` found.
+    """The content of a path of weights, as `read_weights` gives it.
 
     Attributes:
-        tensors: Key -> tensor on the CPU, of the file's own shapes and dtypes.
-        kind: `ours`, `torch`, `safetensors` or `diffusers`; the keys of the last are those of diffusers.
+        tensors: Published key -> tensor on the CPU, of the file's own shapes and dtypes.
+        kind: `ours`, `torch`, `safetensors` or `diffusers`.
         class_names: Of the labels; known for `ours` only.
-        options: What is written beside the weights of their making, plain values only: the `args` of a published training
-            checkpoint (its `model`, `path_type`, `prediction`, ...), or the keywords of a model saved for the hub.
+        options: What is written beside the weights of their making, plain values only: the `args` of a published
+            training checkpoint (its `model`, `path_type`, `prediction`, ...), or the keywords of a model saved for the
+            hub.
     """
 
     tensors: dict[str, Tensor]
@@ -46,7 +48,7 @@ class Weights(NamedTuple):
 
 
 def locate(path: str | Path) -> Path:
-    """Where `path` is on this machine: a local path as it is; a model of the hub, owner/name, is downloaded first.
+    """Find `path` on this machine: a local path as it is; a model of the hub, owner/name, is downloaded first.
 
     It is on the hub if there is neither such a path nor a folder of the owner's name, so that a mistyped local path is
     not looked for there. A model that has been downloaded is found again without a network.
@@ -71,7 +73,7 @@ def locate(path: str | Path) -> Path:
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The tensors that a path holds; of several sets, the averaged ones.
+    """Read the tensors that a path holds; of several sets, the averaged ones; of diffusers, with the published keys.
 
     Args:
         path: A run's folder or one of its checkpoints; a safetensors file; a file of `torch.save` that holds a state
@@ -80,27 +82,30 @@ def read_weights(path: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: There is no such path, or a folder lacks one of its files.
-        ValueError: A damaged file, one that needs code to be loaded, weights of a run that has diverged, or something else
-            than weights.
+        ValueError: A damaged file, one that needs code to be loaded, weights of a run that has diverged, or something
+            else than weights.
     """
     path = locate(path)
     found = _read_folder(path) if path.is_dir() else _read_file(path)
     tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", key): tensor for key, tensor in found.tensors.items()}
-    if any(key.startswith("transformer_blocks.") for key in tensors):
-        found = found._replace(kind="diffusers")
-    return found._replace(tensors=tensors)
+    if not any(key.startswith("transformer_blocks.") for key in tensors):
+        return found._replace(tensors=tensors)
+    try:
+        return found._replace(tensors=from_diffusers(tensors), kind="diffusers")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
 
 
 def attention_of(path: str | Path) -> dict[str, Any] | None:
-    """The attention that weights of ours were trained with, a spec with its options; None where a path does not say.
+    """Read the attention that weights of ours were trained with, a spec with its options; None where a path says none.
 
     Raises:
         FileNotFoundError: There is no such path.
         ValueError: It holds a damaged record.
     """
     path = locate(path)
-    if path.is_dir() and ((path / checkpoint.RECORD).is_file() or checkpoint.steps(path)):
-        model = checkpoint.read_record(checkpoint.find(path))["config"].get("model")
+    if folder := checkpoint.newest(path):
+        model = checkpoint.read_record(folder)["config"].get("model")
         attention = model.get("attention") if isinstance(model, dict) else None
         return attention if isinstance(attention, dict) else None
     file = path / "config.json"
@@ -111,8 +116,7 @@ def attention_of(path: str | Path) -> dict[str, Any] | None:
 
 
 def _read_folder(path: Path) -> Weights:
-    if (path / checkpoint.RECORD).is_file() or checkpoint.steps(path):
-        folder = checkpoint.find(path)
+    if folder := checkpoint.newest(path):
         class_names = checkpoint.read_record(folder)["shape"].get("class_names")
         return Weights(checkpoint.read(folder, "ema"), "ours", class_names)
     folder = path / "transformer" if (path / "model_index.json").is_file() else path
@@ -142,7 +146,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if it holds something else.
+    """Read the object in a JSON file; {} if it holds something else.
 
     Raises:
         ValueError: It is damaged.
@@ -155,27 +159,26 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_file(file: Path) -> Weights:
-    """The tensors of one file: safetensors start with a length and a brace, torch files as a zip or a pickle."""
+    """Read one file: safetensors start with a length and a brace, torch files as a zip or a pickle."""
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r} is missing.")
     with open(file, "rb") as f:
         head = f.read(9)
     if head[8:] == b"{":
         try:
-            tensors = load_file(file)
+            found = Weights(load_file(file), "safetensors")
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}.") from None
-        return Weights(checkpoint.check_finite(tensors, file), "safetensors")
-    zipped = head.startswith(b"PK\x03\x04")
-    if not zipped and not head.startswith(b"\x80"):
+    elif head.startswith((b"PK\x03\x04", b"\x80")):
+        found = _unwrap(_load_torch(file, memory_mapped=head.startswith(b"PK")), file)
+    else:
         raise ValueError(f"{str(file)!r} is empty, or neither a safetensors nor a torch file.")
-    content = _load_torch(file, memory_mapped=zipped)
-    tensors = checkpoint.check_finite(_state_dict(content, file), file)
-    return Weights(tensors, "torch", options=_options(content))
+    checkpoint.check_finite(found.tensors, file)
+    return found
 
 
 def _load_torch(file: Path, memory_mapped: bool) -> Any:
-    """What `torch.save` wrote, tensors and plain values only; the published files also hold a Namespace of options."""
+    """Load what `torch.save` wrote, tensors and plain values only; published files also hold a Namespace of options."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=memory_mapped)
@@ -192,24 +195,20 @@ def _load_torch(file: Path, memory_mapped: bool) -> Any:
         raise ValueError(f"{str(file)!r} is truncated or not a file of weights: {reason}") from None
 
 
-def _state_dict(content: Any, file: Path) -> dict[str, Tensor]:
-    wrapped = [content.get(name) for name in WRAPPERS] if isinstance(content, Mapping) else []
-    for candidate in (*wrapped, content):
+def _unwrap(content: Any, file: Path) -> Weights:
+    """Find the state dict in what a file holds, and the plain values of its `args`, if it has any."""
+    content = content if isinstance(content, Mapping) else {}
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    options = None
+    if isinstance(args, Mapping):
+        options = {key: value for key, value in args.items() if isinstance(key, str) and _is_plain(value)}
+    for candidate in (*map(content.get, WRAPPERS), content):
         if isinstance(candidate, Mapping):
             tensors = {k: v for k, v in candidate.items() if isinstance(k, str) and isinstance(v, Tensor)}
             if tensors:
-                return tensors
+                return Weights(tensors, "torch", options=options)
     raise ValueError(f"{str(file)!r} holds no state dict, neither itself nor under one of {', '.join(WRAPPERS)}.")
-
-
-def _options(content: Any) -> dict[str, Any] | None:
-    """The plain values of what a training checkpoint holds under `args`; None if there is none."""
-    args = content.get("args") if isinstance(content, Mapping) else None
-    if isinstance(args, argparse.Namespace):
-        args = vars(args)
-    if not isinstance(args, Mapping):
-        return None
-    return {key: value for key, value in args.items() if isinstance(key, str) and _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:
