@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: there is one class only, {images.class_names[0]!r}.", file=sys.stderr)
     options = {"seed": args.seed, "num_workers": args.train.workers(), "state": state}
     writer = CacheWriter(args.latents, images, codec, settings, args.cache, **options)
-    missing, started = sum(len(writer.indices(k)) for k in writer.missing), time.perf_counter()
+    missing, started = writer.num_missing, time.perf_counter()
     manifest = writer.run()
     if state.is_main_process:
         rate = missing / (time.perf_counter() - started)

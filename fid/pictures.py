@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fid.evaluator import Evaluator
-from fid.files import written_aside
 from fid.images import Images
 from fid.scores import nearest
+from vca_engine.files import written_aside
 
 
 def curve(
@@ -77,7 +77,7 @@ def curve(
     axes.legend()
     try:
         with written_aside(path) as temporary:
-            figure.savefig(temporary, dpi=150)
+            figure.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
     except ValueError as error:  # matplotlib's, of a suffix that it does not know
         raise ValueError(f"cannot draw '{path}': {error}.") from error
     finally:

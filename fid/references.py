@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from fid.files import sha256_of, written_aside
 from fid.frechet import check_moments
 from fid.images import Images
 from fid.moments import Statistics
+from vca_engine.files import sha256_of, written_aside
 
 VERSION = 1  # of the file
 KEYS = {"features": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu_s", "sigma_s"),)}

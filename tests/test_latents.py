@@ -24,6 +24,7 @@ import sample
 import train
 from vca_engine import assemble
 from vca_engine.config.cli import parse
+from vca_engine.files import sha256_of
 from vca_engine.images import encode
 from vca_engine.images.codecs import PixelCodec, VAECodec, draw
 from vca_engine.images.labels import DataInfo
@@ -621,7 +622,7 @@ def test_check_reads_everything(tmp_path, images, vae, capsys):
     array[2, 0, 0, 0, 0] = np.nan
     np.save(shard, array)
     manifest = json.loads((where / "manifest.json").read_text())
-    manifest["shards"][1]["sha256"] = encode.sha256_of(shard)
+    manifest["shards"][1]["sha256"] = sha256_of(shard)
     (where / "manifest.json").write_text(json.dumps(manifest))
     assert "numbers that are not finite" in sentence(capsys, cache_latents.main, [*argv, "--check"])
 

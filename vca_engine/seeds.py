@@ -43,11 +43,16 @@ def uniform(seed: int, positions: Tensor, num: int) -> Tensor:
     return ((_stream(seed, positions, num) >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
 
 
-def _stream(seed: int, positions: Tensor, num: int) -> Tensor:
-    """The first `num` 64-bit numbers of the SplitMix64 stream of each position, (B, num) int64.
+def splitmix64(index: Tensor) -> Tensor:
+    """Hash integers (N,) -> (N,) int64: the first output of the SplitMix64 generator that begins at each of them.
 
     Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
     """
+    return _finalise(index.long() + GOLDEN)
+
+
+def _stream(seed: int, positions: Tensor, num: int) -> Tensor:
+    """The first `num` 64-bit numbers of the SplitMix64 stream of each position, (B, num) int64."""
     starts = _finalise(_finalise(positions.long() * GOLDEN) + mix(seed))  # (B,)
     counts = torch.arange(1, num + 1, device=positions.device)  # (num,)
     return _finalise(starts[:, None] + counts * GOLDEN)

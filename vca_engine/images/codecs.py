@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from vca_engine.files import sha256_of
+from vca_engine.files import sha256_of_weights
 from vca_engine.seeds import normal
 
 
@@ -75,7 +75,7 @@ class VAECodec(nn.Module):
         self.register_buffer("shift", shift.reshape(-1, 1, 1), persistent=False)  # (C or 1, 1, 1)
         self.register_buffer("scale", scale.reshape(-1, 1, 1), persistent=False)
         scale, shift = (value.flatten().tolist() for value in (self.scale, self.shift))
-        self.identity = {"name": "vae", "kind": kind, "weights": sha256_of(vae), "scale": scale, "shift": shift}
+        self.identity = {"name": "vae", "kind": kind, "weights": sha256_of_weights(vae), "scale": scale, "shift": shift}
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:

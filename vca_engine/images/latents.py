@@ -10,9 +10,7 @@ A cache is a folder of
 Shard k holds the images from k S to (k + 1) S - 1 of the data, less those that could not be read, whoever encodes it.
 """
 
-import hashlib
 import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from vca_engine.config.schema import differences
+from vca_engine.files import sha256_of
 from vca_engine.images.labels import check_label_range
+from vca_engine.records import differences, listed, read_json
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 VERSION = 1  # of the format
@@ -55,7 +54,7 @@ class LatentDataset(Dataset):
                 f"latents {path!r} is not a folder; make it with: python cache_latents.py --config YOUR.yaml"
             )
         try:
-            self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            self.manifest = read_json(self.folder / MANIFEST)
             if self.manifest["version"] != VERSION:
                 raise ValueError(f"its format is {self.manifest['version']}, this program's {VERSION}")
             settings = self.manifest["settings"]
@@ -72,7 +71,8 @@ class LatentDataset(Dataset):
             self.row_shape = (1 + self.flip, *shape)
             self.labels = check_label_range(np.load(self.folder / LABELS), len(self.class_names))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"latents {path!r} is not a folder made by cache_latents.py: {error}.") from None
+            why = str(error).rstrip(".")
+            raise ValueError(f"latents {path!r} is not a folder made by cache_latents.py: {why}.") from None
         self.starts = np.concatenate([[0], np.cumsum(counts)])  # of the shards
         self.num_classes = len(self.class_names)
         if len(self.labels) != self.starts[-1]:
@@ -179,9 +179,9 @@ class LatentDataset(Dataset):
 def check_settings(path: str, settings: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raises a ValueError that says what differs, if the latents at `path` were not made with what is expected."""
     if found := differences({key: settings.get(key) for key in expected}, expected):
-        text = ", ".join(f"{key} {a!r} (needed: {b!r})" for key, (a, b) in found.items())
         raise ValueError(
-            f"latents {path!r} were made with {text}; choose another folder and run cache_latents.py again."
+            f"latents {path!r} were made with {listed(found, 'needed:')}; choose another folder and run "
+            "cache_latents.py again."
         )
 
 
@@ -191,12 +191,6 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.float16)
     storage = torch.UntypedStorage._new_shared(2 * math.prod(shape), device="cpu")
     return torch.empty(0, dtype=torch.float16).set_(storage, 0, shape)
-
-
-def sha256_of(file: Path) -> str:
-    """Of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def file_size(shape: Sequence[int]) -> int:

@@ -20,10 +20,11 @@ from vca_engine.config.reading import Spec
 from vca_engine.config.schema import Config, ModelConfig
 from vca_engine.images.codecs import VAECodec
 from vca_engine.images.labels import DataInfo
+from vca_engine.records import read_json
 from vca_engine.weights.adapt import adapt
 from vca_engine.weights.architecture import keywords_of, process_of
 from vca_engine.weights.diffusers import from_diffusers
-from vca_engine.weights.files import Weights, read_json, read_weights
+from vca_engine.weights.files import Weights, read_weights
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # of the published DiT and SiT
 VAE = "vae"  # where a folder that holds all it needs has its autoencoder
