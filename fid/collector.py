@@ -13,7 +13,7 @@ from fid.collective import all_gather, fail_together, rank_and_size
 from fid.features import FeatureExtractor
 from fid.metrics import Side
 from fid.moments import Moments
-from fid.pixels import check_uint8
+from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
 from vca_engine.seeds import splitmix64
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fid.features import FeatureExtractor
-from fid.pixels import check_uint8
+from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
 
 SIZE = 224

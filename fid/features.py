@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fid.pixels import check_uint8
 from vca_engine.files import sha256_of_weights, written_aside
+from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
 
 

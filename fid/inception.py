@@ -14,9 +14,9 @@ from torch import Tensor
 from torchvision.models import Inception3
 
 from fid.features import FeatureExtractor, fingerprint
-from fid.pixels import check_uint8
 from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 from vca_engine.files import sha256_of
+from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
 
 WEIGHTS_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")

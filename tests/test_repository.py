@@ -120,7 +120,7 @@ def test_the_evaluator_imports_of_the_engine_its_images_and_the_small_files_only
 
 
 def test_the_reader_of_images_imports_numpy_torch_and_pillow_only():
-    files = [ROOT / "vca_engine" / "images" / name for name in ("__init__.py", "files.py", "pixels.py")]
+    files = [ROOT / "vca_engine" / "images" / name for name in ("__init__.py", "arrays.py", "files.py", "pixels.py")]
     found = {name for file in files for name in modules(file)}
     assert {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) == {
         "numpy",

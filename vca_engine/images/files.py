@@ -73,15 +73,21 @@ class ImageFiles:
             )
 
     def listing(self) -> list[str]:
-        """All that is there now, as paths below the root, in no order; folders end in a /."""
+        """List all that is there now, as paths below the root, in no order; folders end in a /."""
         return list(self._members) if self.zipped else _walk(str(self.root))
 
+    def changes(self) -> tuple[int, int]:
+        """Count the images that have come and those that have gone since the names were read."""
+        before = {self.prefix + name for name in self.names}
+        now = set(filter(is_image, self.listing()))
+        return len(now - before), len(before - now)
+
     def path(self, name: str) -> str:
-        """What a message calls a file."""
+        """Say what a message calls a file."""
         return os.path.join(self.root, self.prefix + name)
 
     def read(self, name: str, check: Callable[[bytes], None] | None = None) -> bytes:
-        """The content of a file.
+        """Read the content of a file.
 
         Args:
             name: One of `names`, or `labels`.
@@ -109,7 +115,7 @@ class ImageFiles:
             raise UnreadableImageError(f"{path!r} cannot be unpacked: {error}.") from None
 
     def decode(self, name: str, how: Callable[[IO[bytes]], T]) -> T:
-        """What `how` makes of an image file.
+        """Read an image file with the function `how`.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
@@ -120,7 +126,7 @@ class ImageFiles:
             return how(content)
 
     def pixels(self, name: str, size: int) -> np.ndarray:
-        """An image as it is trained on and measured against: (size, size, 3) uint8, by `read_image` and `centre_crop`.
+        """Read an image as it is trained on and measured against: (size, size, 3) uint8, by `read_image`, `centre_crop`.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
@@ -129,7 +135,7 @@ class ImageFiles:
         return self.decode(name, lambda file: centre_crop(read_image(file), size))
 
     def stamp(self, name: str) -> str:
-        """What changes with a file's content, as a rule, and is had without reading it: its size, or a .zip's checksum.
+        """Give what changes with a file's content, as a rule, without reading it: its size, or a .zip's checksum.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
@@ -175,7 +181,7 @@ class ImageFiles:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its name; that of a folder ends in a /."""
+    """Tell whether a file is an image by its name; that of a folder ends in a /."""
     return name.lower().endswith(SUFFIXES)
 
 
