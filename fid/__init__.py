@@ -1,7 +1,8 @@
 """An evaluator of generated images: FID, sFID, Inception Score, precision, recall and others, by a stated protocol.
 
 The preset `adm` computes what the tables of ADM, DiT and SiT hold; every result carries the record of how it was made.
-Of the other packages it imports `vca_engine.images` and the small files only, and is usable without the rest, also as `python -m fid`.
+Of the other packages it imports `vca_engine.images` and the small files only. It is usable without the rest, also as
+`python -m fid`.
 """
 
 from fid.dinov2 import DINOv2

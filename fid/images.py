@@ -30,8 +30,8 @@ class Images:
         num: How many; all of them if not given.
         mixed_sizes: Take images of different sizes.
         drop_alpha: Take images with transparency, and leave it out.
-        crop: Side of ADM's centre crop, which makes all sizes one; files are then read as training reads them: turned as
-            their camera says, 16 bits scaled to 8, transparency laid on white. Not given means as they are.
+        crop: Side of ADM's centre crop, which makes all sizes one; files are then read as training reads them: turned
+            as their camera says, 16 bits scaled to 8, transparency laid on white. Not given means as they are.
 
     Attributes:
         kind: `folder`, `zip`, `npz`, `npy` or `tensor`.
@@ -63,7 +63,7 @@ class Images:
 
     @property
     def lossy(self) -> bool:
-        """Whether files of a lossy format are among them."""
+        """True if files of a lossy format are among them."""
         return any(name.lower().endswith(LOSSY) for name in self._reader.names[: self.num])
 
     def batches(

@@ -14,7 +14,7 @@ from sit_vca import PATHS, TIMES, SiT, Transport
 from vca import ATTENTIONS, Transformer, create, defaults_of, lookup, options_of, parse_size
 from vca_engine.config.schema import Config
 from vca_engine.images.codecs import CODECS, draw
-from vca_engine.images.datasets import DATASETS, Images
+from vca_engine.images.datasets import DATASETS, ImageDataset
 from vca_engine.images.labels import DataInfo
 from vca_engine.weights.adapt import Adapted, adapt
 from vca_engine.weights.diffusers import from_diffusers
@@ -81,7 +81,7 @@ def codec(config: Config, channels: int) -> Any:
     return create(CODECS, config.codec, "codec", channels)
 
 
-def images(config: Config) -> Images:
+def images(config: Config) -> ImageDataset:
     """Open the dataset of images."""
     return create(DATASETS, config.data, "data")
 

@@ -1,4 +1,4 @@
-"""Images that are arrays already, in memory, in an .npy or in an .npz: uint8 with three channels, or refused with advice."""
+"""Images in arrays, in memory or in an .npy or .npz file: uint8 with three channels, or refused with advice."""
 
 import math
 import zipfile
@@ -66,7 +66,7 @@ class ArrayInMemory:
 
 
 class ArrayFile:
-    """Images in an .npy, or in the array `arr_0` of an .npz, which cannot be mapped into memory, and may not fit into it.
+    """Images in an .npy or in the array `arr_0` of an .npz, read one by one: all of them may not fit into the memory.
 
     Args:
         path: The file. Its images are uint8 (N, H, W, 3), or (N, H, W, 1), which are repeated.

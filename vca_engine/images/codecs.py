@@ -1,7 +1,7 @@
 """Codecs between images and latents, normalised so that latents have a scale of about 1.
 
-`codec.moments(images)` gives the mean and the standard deviation of each latent, (B, 2C, h, w), from which training draws;
-where `codec.posterior` is false there is nothing to draw, and it gives the latent itself, (B, C, h, w).
+`codec.moments(images)` gives the mean and the standard deviation of each latent, (B, 2C, h, w), from which training
+draws; where `codec.posterior` is false there is nothing to draw, and it gives the latent itself, (B, C, h, w).
 `codec.decode(latents)` -> images.
 """
 
@@ -30,18 +30,18 @@ class PixelCodec(nn.Module):
         self.identity: dict[str, Any] = {"name": "pixels"}
 
     def moments(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) itself."""
+        """Give (B, C, H, W) back as it is."""
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) itself."""
+        """Give (B, C, H, W) back as it is."""
         return latents
 
 
 class VAECodec(nn.Module):
     """A diffusers `AutoencoderKL` or `AutoencoderTiny`. Its config knows the scale: latent = (z - shift) * scale.
 
-    scale is `scaling_factor`, over `latents_std` where that is given; shift is `latents_mean` or `shift_factor`, else 0.
+    scale is `scaling_factor`, over `latents_std` where there is one; shift is `latents_mean` or `shift_factor`, or 0.
 
     Args:
         channels: Channels of the images, which must be those of the autoencoder; not given means whatever it takes.
@@ -79,7 +79,7 @@ class VAECodec(nn.Module):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation of the latents: (B, 1 or 3, H, W) in [-1, 1] -> (B, 2C, H/f, W/f).
+        """Encode (B, 1 or 3, H, W) in [-1, 1] to mean and standard deviation of the latents, (B, 2C, H/f, W/f).
 
         Of an AutoencoderTiny, the latents (B, C, H/f, W/f).
         """
@@ -112,7 +112,7 @@ CODECS = {"pixels": PixelCodec, "vae": VAECodec}
 
 
 def draw(moments: Tensor, channels: int, seed: int, positions: Tensor) -> Tensor:
-    """Latents from their mean and standard deviation, each a function of (seed, position) and its moments alone.
+    """Draw latents, each a function of (seed, position) and of its mean and standard deviation alone.
 
     Args:
         moments: (B, 2C, h, w); or (B, C, h, w), which are latents already.

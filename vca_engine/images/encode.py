@@ -1,7 +1,7 @@
 """Encoding images into a cache of latents: by any number of processes, shard by shard, to be gone on with at any time.
 
-Until it is complete the cache is FOLDER.partial: settings.json, and for each finished shard its .npy and a .json beside it
-that is written last. A shard has its name only when it is whole.
+Until it is complete the cache is FOLDER.partial: settings.json, and for each finished shard its .npy and a .json beside
+it that is written last. A shard has its name only when it is whole.
 """
 
 import fcntl
@@ -23,8 +23,8 @@ from vca_engine.config.schema import CacheConfig
 from vca_engine.files import sha256_of, write_text, written_aside
 from vca_engine.images import UnreadableImageError, from_uint8
 from vca_engine.images.codecs import draw
-from vca_engine.images.datasets import Images
-from vca_engine.images.latents import LABELS, MANIFEST, VERSION, check_settings, file_size
+from vca_engine.images.datasets import ImageDataset
+from vca_engine.images.latents import CACHE_FORMAT, LABELS_FILE, MANIFEST, check_settings, file_size
 from vca_engine.images.loader import load
 from vca_engine.records import differences, listed, read_json
 
@@ -58,7 +58,7 @@ class UnfinishedCache:
     def __init__(
         self,
         path: str,
-        images: Images,
+        images: ImageDataset,
         settings: dict[str, Any],
         shard_size: int,
         row_shape: tuple[int, ...],
@@ -83,7 +83,7 @@ class UnfinishedCache:
             raise
 
     def indices(self, shard: int) -> range:
-        """Images of a shard."""
+        """Give the numbers of the images of a shard."""
         return range(len(self.images))[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def write(self, shard: int, rows: np.ndarray, skipped: list[tuple[int, str]], sums: list[list[float]]) -> None:
@@ -121,7 +121,7 @@ class UnfinishedCache:
         mean, square = (np.sum([record["sums"][i] for record in records], axis=0) / numbers for i in (0, 1))
         names = self.images.class_names
         manifest = {
-            "version": VERSION,
+            "version": CACHE_FORMAT,
             "settings": self.settings,
             "num_images": len(kept),
             "shape": self.row_shape[1:],  # K, h, w
@@ -132,9 +132,9 @@ class UnfinishedCache:
             "skipped": [{"index": i, "why": skipped[i]} for i in sorted(skipped)],
             "shards": [{"file": self._file(k).name, **record} for k, record in enumerate(records)],
         }
-        with written_aside(self.partial / LABELS) as temporary, temporary.open("wb") as content:
+        with written_aside(self.partial / LABELS_FILE) as temporary, temporary.open("wb") as content:
             np.save(content, kept)
-        manifest["labels_sha256"] = sha256_of(self.partial / LABELS)
+        manifest["labels_sha256"] = sha256_of(self.partial / LABELS_FILE)
         write_text(self.partial / MANIFEST, json.dumps(manifest, indent=1))
         self.partial.rename(self.folder)
         for file in [SETTINGS, *(self._record(k).name for k in range(len(records)))]:
@@ -181,8 +181,8 @@ class UnfinishedCache:
             compared = ({k: v for k, v in s.items() if k not in INFORMATIVE} for s in (old, self.settings))
             if found := differences(*compared):
                 raise ValueError(
-                    f"'{self.partial}' holds unfinished latents made with {listed(found)}; remove it, or choose another "
-                    "folder."
+                    f"'{self.partial}' holds unfinished latents made with {listed(found)}; remove it, or choose "
+                    "another folder."
                 )
         write_text(file, json.dumps(self.settings))
 
@@ -225,7 +225,7 @@ class CacheWriter:
     def __init__(
         self,
         path: str,
-        images: Images,
+        images: ImageDataset,
         codec: Any,
         settings: dict[str, Any],
         options: CacheConfig,
@@ -236,7 +236,8 @@ class CacheWriter:
     ) -> None:
         if images.image_size % codec.downsample:
             raise ValueError(
-                f"data.image_size is {images.image_size}; the codec divides it by {codec.downsample}, so choose a multiple."
+                f"data.image_size is {images.image_size}; the codec divides it by {codec.downsample}, so choose a "
+                "multiple."
             )
         self.images, self.codec, self.options = images, codec, options
         self.seed, self.num_workers, self.state = seed, num_workers, state
@@ -287,7 +288,7 @@ class CacheWriter:
         yield from (indices[k : k + self.options.batch_size] for k in range(0, len(indices), self.options.batch_size))
 
     def _read(self, shards: list[int]) -> Iterator[tuple[Tensor, list[str | None]]]:
-        """Batch after batch of all shards: the readable ones, (b, H, W, C) uint8, and for each why it is not, or None."""
+        """Batch after batch of all shards: what could be read, (b, H, W, C) uint8, and for each why not, or None."""
         order = [list(batch) for shard in shards for batch in self._batches(shard)]
         dataset = Pixels(self.images, skip=self.options.on_error == "skip")
         return load(dataset, order, num_workers=self.num_workers, minutes=60, pin=False)
@@ -312,7 +313,7 @@ class CacheWriter:
         return rows.cpu().numpy()
 
     def _sums(self, rows: np.ndarray) -> list[list[float]]:
-        """Of the latents and of their squares, (2, C), over all else."""
+        """Sums of the latents and of their squares, (2, C), over all else."""
         C, total = self.codec.channels, np.zeros((2, self.codec.channels))
         for k in range(0, len(rows), 64):
             part = rows[k : k + 64].astype(np.float64)
@@ -333,7 +334,7 @@ def _flock(file: IO[str], kind: int) -> None:
 class Pixels(Dataset):
     """index -> pixels (H, W, C) uint8, or the sentence why they cannot be read."""
 
-    def __init__(self, images: Images, skip: bool) -> None:
+    def __init__(self, images: ImageDataset, skip: bool) -> None:
         self.images, self.skip = images, skip
 
     def __getitem__(self, index: int) -> Tensor | str:
@@ -347,7 +348,8 @@ class Pixels(Dataset):
         except UnreadableImageError as error:
             if not self.skip:
                 raise UnreadableImageError(
-                    f"{error} Mend it and run the same command again; or give --cache.on_error skip, which leaves it out."
+                    f"{error} Mend it and run the same command again; or give --cache.on_error skip, which leaves it "
+                    "out."
                 ) from None
             return str(error)
 

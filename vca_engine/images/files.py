@@ -32,8 +32,8 @@ class ImageFiles:
     It is read once for all that is there, and can be handed to other processes, each of which opens a .zip for itself.
 
     Args:
-        root: The folder or .zip; where all images lie in one folder of it, in folders of that or beside a file of labels,
-            that one is meant.
+        root: The folder or .zip; where all images lie in one folder of it, in folders of that or beside a file of
+            labels, that one is meant.
 
     Attributes:
         zipped: Whether it is a .zip.
@@ -44,8 +44,8 @@ class ImageFiles:
 
     Raises:
         FileNotFoundError: There is neither.
-        ValueError: No images; a .zip that is none, encrypted, or with names that a folder cannot have; or something that
-            is called as an image and is a FIFO, a device or a socket.
+        ValueError: No images; a .zip that is none, encrypted, or with names that a folder cannot have; or something
+            that is called as an image and is a FIFO, a device or a socket.
         OSError: A folder cannot be listed.
     """
 
@@ -68,8 +68,8 @@ class ImageFiles:
             suffixes = Counter(PurePosixPath(name).suffix.lower() for name in found if not name.endswith("/"))
             files = ", ".join(f"{n} *{suffix}" for suffix, n in suffixes.most_common(5))
             raise ValueError(
-                f"{str(root)!r} holds no images (looked for {', '.join(SUFFIXES)} in any letter case, recursively); found "
-                f"{files or 'no files'}."
+                f"{str(root)!r} holds no images (looked for {', '.join(SUFFIXES)} in any letter case, recursively); "
+                f"found {files or 'no files'}."
             )
 
     def listing(self) -> list[str]:
@@ -126,7 +126,7 @@ class ImageFiles:
             return how(content)
 
     def pixels(self, name: str, size: int) -> np.ndarray:
-        """Read an image as it is trained on and measured against: (size, size, 3) uint8, by `read_image`, `centre_crop`.
+        """Read an image as it is trained on and measured against: RGB, cropped to (size, size, 3) uint8.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
@@ -186,7 +186,7 @@ def is_image(name: str) -> bool:
 
 
 def _is_hidden(part: str) -> bool:
-    """Of a hidden file or folder, or of what macOS puts into archives."""
+    """True for a hidden file or folder, and for what macOS puts into archives."""
     return part.startswith(".") or part == "__MACOSX"
 
 
@@ -225,7 +225,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _is_special(entry: os.DirEntry) -> bool:
-    """Whether it is there and no file: to open it may wait for ever, to read it may never end."""
+    """True if it is there and no file: to open it may wait for ever, to read it may never end."""
     try:
         return not entry.is_file() and os.path.exists(entry.path)
     except OSError:

@@ -13,7 +13,7 @@ MAX_FRAMES = 60  # of the film
 
 
 def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), title: str = "") -> np.ndarray:
-    """A labelled grid, (height, width, 3) uint8.
+    """Draw a labelled grid, (height, width, 3) uint8.
 
     Args:
         images: (R, C, H, W, 3) uint8; small ones are enlarged by a whole factor, pixel by pixel.

@@ -99,7 +99,7 @@ def dtype_name(images: Tensor) -> str:
 
 
 def _in_domain(low: float, high: float) -> bool:
-    """Whether each value has its own place in uint8; NaN has none."""
+    """True if each value has its own place in uint8; NaN has none."""
     return low >= -128 / 127.5 and high < 128 / 127.5
 
 
@@ -157,13 +157,13 @@ def read_image(file: IO[bytes]) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Cut out the centre square, (size, size, 3) uint8: halved by box filter while it can be, then bicubic, then cropped.
+    """Cut out the centre square, (size, size, 3) uint8: halve by box filter while it can be, then bicubic, then crop.
 
     This is how ADM, DiT and SiT prepare ImageNet, so its filters are part of every published FID.
 
     Raises:
-        ValueError: The image is far too small, its shorter side below 2 pixels or a sixteenth of `size`; or so long that
-            it would have to grow beyond `MAX_PIXELS`.
+        ValueError: The image is far too small, its shorter side below 2 pixels or a sixteenth of `size`; or so long
+            that it would have to grow beyond `MAX_PIXELS`.
 
     Source: Dhariwal & Nichol 2021, arXiv:2105.05233, the released data loader.
     """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vca_engine.images.codecs import PixelCodec, draw
-from vca_engine.images.datasets import Images
+from vca_engine.images.datasets import ImageDataset
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.seeds import mix, uniform
 
@@ -21,7 +21,7 @@ def unit(codec: nn.Module) -> str:
 
 @torch.no_grad()
 def bits_of(
-    images: Images, indices: Sequence[int], drawer: ImageSampler, bits_per_dim: BitsPerDim, codec: nn.Module
+    images: ImageDataset, indices: Sequence[int], drawer: ImageSampler, bits_per_dim: BitsPerDim, codec: nn.Module
 ) -> list[float]:
     """Bits per dimension of some images of a dataset, each a function of the seed, its number and its class.
 
