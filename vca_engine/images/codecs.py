@@ -111,7 +111,7 @@ def _load_vae(path: str) -> tuple[str, nn.Module, Tensor, Tensor]:
 CODECS = {"pixels": PixelCodec, "vae": VAECodec}
 
 
-def draw(moments: Tensor, channels: int, seed: int, positions: Tensor) -> Tensor:
+def sample_posterior(moments: Tensor, channels: int, seed: int, positions: Tensor) -> Tensor:
     """Draw latents, each a function of (seed, position) and of its mean and standard deviation alone.
 
     Args:

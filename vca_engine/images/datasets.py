@@ -65,16 +65,16 @@ class ImageDataset(Dataset):
         """Say what a message calls image `index`."""
         return f"image {index}"
 
-    def stamp(self, index: int) -> bytes:
+    def content_key(self, index: int) -> bytes:
         """Give what changes with the content of image `index`."""
         return self.pixels(index).tobytes()
 
     @property
     def fingerprint(self) -> str:
-        """Checksum of the names, labels and stamps of all images, in order."""
+        """Checksum of the names, labels and content keys of all images, in order."""
         digest = hashlib.sha256(self.labels.tobytes())
         for i in range(len(self)):
-            for part in (self.name(i).encode("utf-8", "surrogateescape"), self.stamp(i)):
+            for part in (self.name(i).encode("utf-8", "surrogateescape"), self.content_key(i)):
                 digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()[:16]
 
@@ -159,9 +159,9 @@ class Folder(ImageDataset):
         """Give the path of image `index` below the folder."""
         return self.names[index]
 
-    def stamp(self, index: int) -> bytes:
+    def content_key(self, index: int) -> bytes:
         """Give the size of file `index`, or its checksum in a .zip."""
-        return self.files.stamp(self.names[index]).encode()
+        return self.files.content_key(self.names[index]).encode()
 
     def pixels(self, index: int) -> np.ndarray:
         """Read image `index`, cropped: (image_size, image_size, 3) uint8.

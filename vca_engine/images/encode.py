@@ -22,7 +22,7 @@ from tqdm import tqdm
 from vca_engine.config.schema import CacheConfig
 from vca_engine.files import sha256_of, write_text, written_aside
 from vca_engine.images import UnreadableImageError, from_uint8
-from vca_engine.images.codecs import draw
+from vca_engine.images.codecs import sample_posterior
 from vca_engine.images.datasets import ImageDataset
 from vca_engine.images.latents import CACHE_FORMAT, LABELS_FILE, MANIFEST, check_settings, file_size
 from vca_engine.images.loader import load
@@ -303,7 +303,9 @@ class CacheWriter:
             rows = [self.codec.moments(side)[:num] for side in ([x, x.flip(-1)] if self.images.flip else [x])]
         if not self.options.moments:
             positions = torch.tensor(index) * 2
-            rows = [draw(row, self.codec.channels, self.seed, positions + flip) for flip, row in enumerate(rows)]
+            rows = [
+                sample_posterior(row, self.codec.channels, self.seed, positions + flip) for flip, row in enumerate(rows)
+            ]
         rows = torch.stack(rows, dim=1).half()
         if not (good := rows.isfinite().flatten(1).all(dim=1)).all():
             bad = self.images.name(index[int(good.int().argmin())])

@@ -134,7 +134,7 @@ class ImageFiles:
         """
         return self.decode(name, lambda file: centre_crop(read_image(file), size))
 
-    def stamp(self, name: str) -> str:
+    def content_key(self, name: str) -> str:
         """Give what changes with a file's content, as a rule, without reading it: its size, or a .zip's checksum.
 
         Raises:
@@ -195,7 +195,7 @@ def _walk(root: str) -> list[str]:
 
     A folder's own list says what is a file and what is not, so that no ordinary file is asked for more.
     """
-    found, waiting = [], [("", {_identity(root)})]
+    found, waiting = [], [("", {_inode(root)})]
     while waiting:
         here, above = waiting.pop()
         try:
@@ -205,9 +205,9 @@ def _walk(root: str) -> list[str]:
         for entry in entries:
             name = here + entry.name
             if _is_folder(entry):
-                if (identity := _identity(entry.path)) not in above:
+                if (inode := _inode(entry.path)) not in above:
                     found.append(f"{name}/")
-                    waiting.append((f"{name}/", above | {identity}))
+                    waiting.append((f"{name}/", above | {inode}))
                 continue
             if (is_image(name) or entry.name in LABEL_FILES) and _is_special(entry):
                 raise ValueError(
@@ -232,7 +232,7 @@ def _is_special(entry: os.DirEntry) -> bool:
         return False
 
 
-def _identity(folder: str) -> tuple[int, int]:
+def _inode(folder: str) -> tuple[int, int]:
     """The same for each name of a folder."""
     found = os.stat(folder)
     return found.st_dev, found.st_ino
