@@ -24,7 +24,7 @@ from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
 from vca_engine.images import to_uint8
-from vca_engine.images.datasets import Images
+from vca_engine.images.datasets import ImageDataset
 from vca_engine.images.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen
 from vca_engine.images.latents import DamagedError, LatentDataset
 from vca_engine.images.pictures import grid, save_picture
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: there is one class only, {images.class_names[0]!r}.", file=sys.stderr)
     options = {"seed": args.seed, "num_workers": args.train.workers(), "state": state}
     writer = CacheWriter(args.latents, images, codec, settings, args.cache, **options)
-    missing, started = sum(len(writer.indices(k)) for k in writer.missing), time.perf_counter()
+    missing, started = writer.num_missing, time.perf_counter()
     manifest = writer.run()
     if state.is_main_process:
         rate = missing / (time.perf_counter() - started)
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"warning: no image of {', '.join(empty)} could be read.", file=sys.stderr)
 
 
-def settings_of(args: Arguments, images: Images, codec: Any, device: str) -> dict[str, Any]:
+def settings_of(args: Arguments, images: ImageDataset, codec: Any, device: str) -> dict[str, Any]:
     """What the latents are made of, for the manifest."""
     return {
         **assemble.needed_latents(args, codec),
@@ -135,7 +135,7 @@ def check(args: Arguments) -> None:
     print(f"wrote {file}: {NUM_SHOWN} images beside their decoded latents, {error:.1f} grey levels apart on average")
 
 
-def picture(cache: LatentDataset, images: Images, codec: Any, device: str) -> tuple[Path, float]:
+def picture(cache: LatentDataset, images: ImageDataset, codec: Any, device: str) -> tuple[Path, float]:
     """A grid of images, each with its decoded latent at its right; gives the mean difference, in grey levels."""
     kept = np.delete(np.arange(len(images)), [skip["index"] for skip in cache.manifest["skipped"]])
     chosen = np.linspace(0, len(cache) - 1, NUM_SHOWN).round().astype(int)

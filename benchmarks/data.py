@@ -41,7 +41,7 @@ from vca_engine.config.schema import CacheConfig
 from vca_engine.images.codecs import PixelCodec, VAECodec
 from vca_engine.images.datasets import Folder
 from vca_engine.images.encode import CacheWriter
-from vca_engine.images.latents import VERSION, LatentDataset
+from vca_engine.images.latents import CACHE_FORMAT, LatentDataset
 from vca_engine.images.order import EndlessBatches
 
 BATCH, SIDE = 256, 256
@@ -146,7 +146,7 @@ def write_cache(folder: Path, labels: np.ndarray, shard_size: int = 1024) -> Non
         np.save(folder / f"shard-{k:05d}.npy", rows)
         shards.append({"file": f"shard-{k:05d}.npy", "num_images": len(rows), "sha256": ""})
     settings = {"class_names": [str(c) for c in range(1000)], "image_size": 256, "channels": 3, "flip": True}
-    manifest = {"version": VERSION, "settings": settings, "shape": [8, 32, 32], "shards": shards}
+    manifest = {"version": CACHE_FORMAT, "settings": settings, "shape": [8, 32, 32], "shards": shards}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     np.save(folder / "labels.npy", labels)
 

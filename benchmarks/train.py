@@ -42,7 +42,7 @@ from torch import Tensor
 from vca_engine import assemble
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config
-from vca_engine.images.latents import VERSION
+from vca_engine.images.latents import CACHE_FORMAT
 from vca_engine.training import run
 from vca_engine.weights import checkpoint
 
@@ -98,7 +98,7 @@ def write_caches(folder: Path) -> None:
         made_of = {"data": {"name": "folder", **about}, "codec": {"name": "pixels"}}
         settings = {**about, **made_of, "class_names": [str(c) for c in range(1000)], "channels": 4}
         shards = [{"file": "shard-00000.npy", "num_images": 256, "sha256": ""}]
-        manifest = {"version": VERSION, "settings": settings, "shape": [8, side, side], "shards": shards}
+        manifest = {"version": CACHE_FORMAT, "settings": settings, "shape": [8, side, side], "shards": shards}
         (cache / "manifest.json").write_text(json.dumps(manifest))
 
 

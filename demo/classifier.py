@@ -17,7 +17,7 @@ from fid import Classifier
 from vca import create
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.reading import Spec, Strict
-from vca_engine.images.datasets import DATASETS, Images
+from vca_engine.images.datasets import DATASETS, ImageDataset
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 10, 64, 5e-3
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"wrote {out}: {classifier.accuracy:.1%} of {len(test)} test images right")
 
 
-def pixels(images: Images) -> Tensor:
+def pixels(images: ImageDataset) -> Tensor:
     """All images as (N, 3, H, W) uint8."""
     array = np.stack([images.pixels(i) for i in range(len(images))])  # (N, H, W, C)
     return torch.from_numpy(array).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()

@@ -1,7 +1,8 @@
 """An evaluator of generated images: FID, sFID, Inception Score, precision, recall and others, by a stated protocol.
 
 The preset `adm` computes what the tables of ADM, DiT and SiT hold; every result carries the record of how it was made.
-Of the other packages it imports `vca_engine.images` only, and is usable without the rest, also as `python -m fid`.
+Of the other packages it imports `vca_engine.images` and the small files only. It is usable without the rest, also as
+`python -m fid`.
 """
 
 from fid.dinov2 import DINOv2
@@ -15,9 +16,9 @@ from fid.inception import PRESETS, Inception
 from fid.metrics import METRICS
 from fid.moments import Moments, Statistics
 from fid.pictures import curve, neighbours
-from fid.pixels import quantize
 from fid.references import Reference, load_ref, open_reference, save_reference
 from fid.result import Result
+from vca_engine.images import quantize
 
 __all__ = [
     "EXTRACTORS",

@@ -29,13 +29,13 @@ from fid.collective import rank_and_size
 from fid.evaluate import compare, evaluate, statistics, statistics_in
 from fid.evaluator import Evaluator
 from fid.extractors import EXTRACTORS, LABELS, build_extractor
-from fid.files import written_aside
 from fid.images import Images
 from fid.inception import PRESETS, Inception
 from fid.pictures import curve, neighbours, read_records
 from fid.references import load_ref, open_reference, save_reference
 from fid.resize import tf1_bilinear
 from fid.result import Result, versions
+from vca_engine.files import written_aside
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,8 +102,8 @@ def _eval(args: argparse.Namespace) -> None:
         if made:
             save_reference(args.save_stats, made)
         if args.save_features:
-            with written_aside(args.save_features) as temporary:
-                np.save(temporary, evaluator.collected.rows["features"].numpy())
+            with written_aside(args.save_features) as temporary, temporary.open("wb") as file:
+                np.save(file, evaluator.collected.rows["features"].numpy())
         if args.neighbours:
             picture = args.picture or "neighbours.png"
             neighbours(evaluator, samples, picture, k=args.neighbours)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from fid.collective import all_gather, fail_together, rank_and_size
-from fid.features import FeatureExtractor, ieee_float32
+from fid.features import FeatureExtractor
 from fid.metrics import Side
-from fid.moments import Moments, splitmix64
-from fid.pixels import check_uint8
+from fid.moments import Moments
+from vca_engine.images import check_uint8
+from vca_engine.precision import ieee_float32
+from vca_engine.seeds import splitmix64
 
 CHECKS = {  # a column each of what is kept of every image
     "index": torch.int64,
@@ -259,7 +261,7 @@ _cached: dict[torch.device, Tensor] = {}
 def _weights(num: int, device: torch.device) -> Tensor:
     """The first `num` of an endless row; as many as were asked for at most are kept."""
     if len(_cached.get(device, ())) < num:
-        _cached[device] = torch.from_numpy(splitmix64(np.arange(num)).view(np.int64)).to(device)
+        _cached[device] = splitmix64(torch.arange(num)).to(device)
     return _cached[device][:num]
 
 

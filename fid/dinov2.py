@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fid.features import FeatureExtractor, ieee_float32
-from fid.pixels import check_uint8
+from fid.features import FeatureExtractor
+from vca_engine.images import check_uint8
+from vca_engine.precision import ieee_float32
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's

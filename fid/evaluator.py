@@ -16,9 +16,9 @@ from fid.features import Described, FeatureExtractor
 from fid.images import Images
 from fid.inception import Inception
 from fid.metrics import METRICS, Options, Side, choose_metrics
-from fid.pixels import as_nchw
 from fid.references import Reference, check_protocol, open_reference
 from fid.result import Result, device_name, doubts, versions
+from vca_engine.images import as_nchw
 
 MAX_REFERENCE_ROWS = 10_000  # as many as ADM's reference holds images
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from fid.dinov2 import DINOv2
 from fid.features import Classifier, FeatureExtractor
-from fid.files import sha256_of
 from fid.inception import Inception
+from vca_engine.files import sha256_of
 
 EXTRACTORS = {
     "inception": Inception,

@@ -1,8 +1,5 @@
 """Networks that turn images into the features which a distance compares."""
 
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -12,8 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fid.files import written_aside
-from fid.pixels import check_uint8
+from vca_engine.files import sha256_of_weights, written_aside
+from vca_engine.images import check_uint8
+from vca_engine.precision import ieee_float32
 
 
 class FeatureExtractor(nn.Module):
@@ -28,7 +26,8 @@ class FeatureExtractor(nn.Module):
         fid.evaluate("samples", "real_images", Colours())
 
     To take images of different sizes it has to accept a list of (3, H, W), too. The evaluator runs it in IEEE float32,
-    whatever autocast and TF32 are set; to have that elsewhere, decorate `forward` with `@ieee_float32()`.
+    whatever autocast and TF32 are set; to have that elsewhere, decorate `forward` with
+    `@vca_engine.precision.ieee_float32()`.
     """
 
     dims: dict[str, int]  # width of each output, `features` among them
@@ -88,41 +87,9 @@ class Described(FeatureExtractor):
         return self.module(images)
 
 
-@contextmanager
-def ieee_float32(tf32: bool = False) -> Iterator[None]:
-    """Float32 as IEEE defines it: no TF32, no autocast, no timing of kernels; what was set before comes back after.
-
-    TF32 alone moves Inception's features by some 0.1 % (docs/fid.md); `tf32` lets GPUs use it still. A decorator, too.
-    """
-    cudnn, cuda, cpu = torch.backends.cudnn, torch.backends.cuda, torch.backends.mkldnn
-    if hasattr(cudnn, "conv"):  # torch >= 2.9; mixing the two ways to say it is an error there
-        switches = [(owner, "fp32_precision", "tf32" if tf32 else "ieee") for owner in (cudnn.conv, cuda.matmul)]
-        switches += [(owner, "fp32_precision", "ieee") for owner in (cpu.conv, cpu.matmul)]
-    else:
-        switches = [(owner, "allow_tf32", tf32) for owner in (cudnn, cuda.matmul)]
-    switches.append((cudnn, "benchmark", False))
-    before = [getattr(owner, key) for owner, key, _ in switches]
-    try:
-        for owner, key, value in switches:
-            setattr(owner, key, value)
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for (owner, key, _), value in zip(switches, before, strict=True):
-            if key == "fp32_precision":
-                setattr(owner, key, "none")  # as it is until someone sets it: that of the switch above it
-            if getattr(owner, key) != value:
-                setattr(owner, key, value)
-
-
 def fingerprint(module: nn.Module) -> str:
-    """Eight hexadecimal digits of the SHA-256 of all weights and of the statistics of batch normalisation."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        if not key.endswith("num_batches_tracked"):  # older files lack it, and it changes no output
-            digest.update(key.encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:8]
+    """Shorten the SHA-256 of all weights of a network to eight hexadecimal digits."""
+    return sha256_of_weights(module)[:8]
 
 
 class Classifier(FeatureExtractor):

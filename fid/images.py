@@ -4,16 +4,20 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fid.readers import LOSSY, Array, Memory, open_reader
+from vca_engine.images import ArrayFile, ArrayInMemory, ImageFiles, open_image
 
 AHEAD = 4  # batches whose files are decoded before they are asked for
+LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # a webp may be lossless, which its name does not say
+MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # of Pillow, with 8 bits and no alpha
+ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 
 
 class Images:
@@ -26,8 +30,8 @@ class Images:
         num: How many; all of them if not given.
         mixed_sizes: Take images of different sizes.
         drop_alpha: Take images with transparency, and leave it out.
-        crop: Side of ADM's centre crop, which makes all sizes one; files are then read as training reads them: turned as
-            their camera says, 16 bits scaled to 8, transparency laid on white. Not given means as they are.
+        crop: Side of ADM's centre crop, which makes all sizes one; files are then read as training reads them: turned
+            as their camera says, 16 bits scaled to 8, transparency laid on white. Not given means as they are.
 
     Attributes:
         kind: `folder`, `zip`, `npz`, `npy` or `tensor`.
@@ -50,7 +54,7 @@ class Images:
         if crop is not None and crop < 1:
             raise ValueError(f"crop is {crop}; it must be at least 1 pixel.")
         self.mixed_sizes, self.crop = mixed_sizes and crop is None, crop
-        self._reader = open_reader(source, drop_alpha)
+        self._reader = _open(source, drop_alpha)
         self.kind = self._reader.kind
         self.source = "a tensor" if self.kind == "tensor" else str(source)
         self.num, self.labels = len(self._reader), self._reader.labels
@@ -59,13 +63,13 @@ class Images:
 
     @property
     def lossy(self) -> bool:
-        """Whether files of a lossy format are among them."""
+        """True if files of a lossy format are among them."""
         return any(name.lower().endswith(LOSSY) for name in self._reader.names[: self.num])
 
     def batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[Tensor, Tensor | list[Tensor]]]:
-        """Indices (B,) and images uint8 (B, 3, H, W), or a list of (3, H, W) where sizes are mixed.
+        """Give indices (B,) and images uint8 (B, 3, H, W), or a list of (3, H, W) where sizes are mixed.
 
         Args:
             batch_size: B, but for the last batch, which may be smaller.
@@ -97,7 +101,7 @@ class Images:
                 yield torch.tensor(chosen), torch.stack(batch).permute(0, 3, 1, 2)
 
     def first(self, num: int) -> "Images":
-        """The first `num` of these images."""
+        """Take the first `num` of these images."""
         if not 0 < num <= self.num:
             raise ValueError(f"cannot take {num} images of {self.source}, which holds {self.num}.")
         part = copy.copy(self)
@@ -105,16 +109,21 @@ class Images:
         return part
 
     def take(self, indices: Sequence[int]) -> list[Tensor]:
-        """The images (3, H, W) with these indices, in rising order."""
+        """Read the images (3, H, W) uint8 with these indices, in rising order."""
         return [torch.from_numpy(image).permute(2, 0, 1) for image in self._read(list(indices), AHEAD * 16)]
 
     def warnings(self, changes: bool = True) -> list[str]:
-        """What was seen of the files, a sentence each; complete once all images have been read.
+        """List what was seen of the files, a sentence each; complete once all images have been read.
 
         Args:
             changes: Look, too, whether files have come or gone, for which the folder is listed once more.
         """
-        found = self._reader.warnings() + (self._reader.changes() if changes else [])
+        found = []
+        if self._reader.grey:
+            some = "some images" if self._reader.names else "images"
+            found.append(f"{some} of '{Path(self.source)}' are grey; they were taken as RGB.")
+        if changes and isinstance(self._reader, FilesAsTheyAre) and (text := self._reader.changes()):
+            found.append(text)
         if self.labels is not None and self.num < len(self._reader):
             some, all_of = (len(np.unique(labels)) for labels in (self.labels, self._reader.labels))
             if some < all_of:
@@ -127,11 +136,97 @@ class Images:
         def read(i: int) -> np.ndarray:
             return self._reader.read(i, self.crop)
 
-        if isinstance(self._reader, Memory):
+        if isinstance(self._reader, ArrayInMemory):
             yield from map(read, index)
             return
-        with ThreadPoolExecutor(1 if isinstance(self._reader, Array) else None) as pool:  # an array is read in order
+        with ThreadPoolExecutor(
+            1 if isinstance(self._reader, ArrayFile) else None
+        ) as pool:  # an array is read in order
             yield from _ahead(pool, read, index, ahead)
+
+
+class FilesAsTheyAre:
+    """Image files of a folder and all folders below, or of a .zip, that are taken as they are, or refused.
+
+    Args:
+        path: Where they are.
+        drop_alpha: Leave out what says how transparent a pixel is; else it is refused.
+
+    Attributes:
+        grey: Whether any image that was read had no colours.
+
+    Raises:
+        ValueError: There are no images.
+    """
+
+    def __init__(self, path: Path, drop_alpha: bool) -> None:
+        self.files, self.drop_alpha, self.grey = ImageFiles(path), drop_alpha, False
+        self.kind, self.names = "zip" if self.files.zipped else "folder", self.files.names
+
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """Labels (N,) int64 of sub-folders one level deep, numbered in order; None without them."""
+        folders = [name.split("/")[:-1] for name in self.names]
+        if all(len(parts) == 1 for parts in folders) and len({parts[0] for parts in folders}) > 1:
+            return np.unique([parts[0] for parts in folders], return_inverse=True)[1].astype(np.int64)
+        return None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, i: int) -> str:
+        """Say what a message calls image `i`."""
+        return repr(self.files.path(self.names[i]))
+
+    def read(self, i: int, crop: int | None = None) -> np.ndarray:
+        """Read image `i`, (H, W, 3) uint8; with a crop, its centre square as training takes it, (crop, crop, 3).
+
+        Raises:
+            ValueError: It cannot be read, or is not of 8 bits, or transparent; names it.
+            OSError: The disk does not give it.
+        """
+        if crop is not None:
+            return self.files.pixels(self.names[i], crop)
+        mode, pixels, transparent = self.files.decode(self.names[i], _as_it_is)
+        if transparent and not self.drop_alpha:
+            raise ValueError(f"{self.name(i)} has mode {mode}; convert to RGB first or pass --drop-alpha.")
+        if mode not in (*MODES, *ALPHA):
+            raise ValueError(f"{self.name(i)} has mode {mode}; convert it to 8-bit RGB or grey first.")
+        if mode in ("1", "L", "LA"):
+            self.grey = True
+        return pixels
+
+    def changes(self) -> str | None:
+        """Say what has come and gone since the images were counted; None if nothing has."""
+        came, went = self.files.changes()
+        if not came and not went:
+            return None
+        return f"'{self.files.root}' changed while it was read: {came} images came and {went} went."
+
+
+def _open(source: Any, drop_alpha: bool) -> ArrayInMemory | ArrayFile | FilesAsTheyAre:
+    if isinstance(source, Tensor | np.ndarray):
+        return ArrayInMemory(source)
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"'{path}' does not exist.")
+    if path.is_file() and path.suffix.lower() in (".npz", ".npy"):
+        return ArrayFile(path)
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() == ".zip"):
+        raise ValueError(f"'{path}' is neither a folder or .zip of images nor an .npz or .npy file.")
+    try:
+        return FilesAsTheyAre(path, drop_alpha)
+    except ValueError as error:
+        arrays = path.is_dir() and any(file.suffix in (".npz", ".npy") for file in path.iterdir())
+        raise ValueError(f"{error}{' Did you mean an .npz with arr_0?' if arrays else ''}") from None
+
+
+def _as_it_is(file: IO[bytes]) -> tuple[str, np.ndarray, bool]:
+    """Mode of Pillow, pixels (H, W, 3) uint8, and whether any of them is transparent."""
+    with open_image(file) as image:
+        mode, pixels = image.mode, np.array(image.convert("RGB"))
+        alpha = mode in ALPHA or "transparency" in image.info
+        return mode, pixels, alpha and image.convert("RGBA").getextrema()[3][0] < 255
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int], ahead: int) -> Iterator[Any]:

@@ -13,10 +13,11 @@ from pytorch_fid import inception as blocks
 from torch import Tensor
 from torchvision.models import Inception3
 
-from fid.features import FeatureExtractor, fingerprint, ieee_float32
-from fid.files import sha256_of
-from fid.pixels import check_uint8
+from fid.features import FeatureExtractor, fingerprint
 from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+from vca_engine.files import sha256_of
+from vca_engine.images import check_uint8
+from vca_engine.precision import ieee_float32
 
 WEIGHTS_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
 PUBLISHED = "6726825d"  # how the SHA-256 of the file begins

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fid.collective import all_gather, all_reduce, rank_and_size
-from fid.files import written_aside
 from fid.frechet import factor
+from vca_engine.files import written_aside
+from vca_engine.seeds import splitmix64
 
 ROWS = 512  # one product of 512 rows costs less than half of eight products of 64
 
@@ -81,7 +82,7 @@ class Moments:
         finite = rows.isfinite().all(dim=1)
         if not finite.all():
             raise ValueError(f"non-finite features for sample index {int(index[int(finite.int().argmin())])}.")
-        group = torch.from_numpy(splitmix64(index.numpy()) % np.uint64(self.groups)).long()
+        group = torch.from_numpy(splitmix64(index).numpy().view(np.uint64) % np.uint64(self.groups)).long()
         for k in group.unique().tolist():
             self._buffers[k].append(rows[group == k])
             if sum(map(len, self._buffers[k])) >= ROWS:
@@ -195,15 +196,3 @@ class Moments:
                 self._outer[k] += cross + cross.T + num * torch.outer(d, d)
                 self._sum[k] += num * d
         self._shift = shift
-
-
-def splitmix64(index: np.ndarray) -> np.ndarray:
-    """A hash of integers (N,) -> (N,) uint64: the output function of the SplitMix64 generator at state `index`.
-
-    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
-    """
-    with np.errstate(over="ignore"):
-        z = np.asarray(index).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))

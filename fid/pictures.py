@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from fid.evaluator import Evaluator
-from fid.files import written_aside
 from fid.images import Images
 from fid.scores import nearest
+from vca_engine.files import written_aside
+from vca_engine.images.pictures import save_picture, sheet
 
 
 def curve(
@@ -77,7 +76,7 @@ def curve(
     axes.legend()
     try:
         with written_aside(path) as temporary:
-            figure.savefig(temporary, dpi=150)
+            figure.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
     except ValueError as error:  # matplotlib's, of a suffix that it does not know
         raise ValueError(f"cannot draw '{path}': {error}.") from error
     finally:
@@ -170,39 +169,19 @@ def neighbours(
     chosen = distances[:, 0].argsort()[:num]
     distances, index = distances[chosen], index[chosen]
     order = torch.from_numpy(evaluator.collected.columns["index"])[chosen]
-    rows = samples.take(sorted(order.tolist()))
-    shown = dict(zip(sorted(order.tolist()), rows, strict=True))
-    wanted = sorted(set(index.flatten().tolist()))
-    pictures = dict(zip(wanted, reference.take(wanted), strict=True))
+    shown, pictures = _arrays(samples, order.tolist()), _arrays(reference, index.flatten().tolist())
     lines = []
     for i, row in enumerate(order.tolist()):
         cells = [(shown[row], f"sample {row}")]
         cells += [(pictures[j], f"{j}: {d:.3g}") for j, d in zip(index[i].tolist(), distances[i].tolist(), strict=True)]
         lines.append(cells)
     k = index.shape[1]
-    _sheet(lines, Path(path), f"Samples nearest to {first:,} real images, and their {k} nearest (index: distance)")
+    title = f"Samples nearest to {first:,} real images, and their {k} nearest (index: distance)"
+    save_picture([sheet(lines, title)], Path(path))
     return distances.numpy(), index.numpy()
 
 
-def _sheet(lines: list[list[tuple[Tensor, str]]], path: Path, title: str) -> None:
-    """A labelled sheet; the first column is set apart."""
-    height, width = lines[0][0][0].shape[1:]
-    zoom = max(1, -(-128 // height))  # room for the labels
-    cell, gap, text = (width * zoom, height * zoom), 6, 13
-    font = ImageFont.load_default(text)
-    columns = max(map(len, lines))
-    size = (columns * (cell[0] + gap) + 3 * gap, 2 * gap + text + len(lines) * (cell[1] + text + 2 * gap))
-    canvas = Image.new("RGB", (max(size[0], int(font.getlength(title)) + 2 * gap), size[1] + gap), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((gap, gap // 2), title, fill="black", font=font)
-    for i, line in enumerate(lines):
-        for j, (image, label) in enumerate(line):
-            left, top = (
-                gap + j * (cell[0] + gap) + (2 * gap if j else 0),
-                2 * gap + text + i * (cell[1] + text + 2 * gap),
-            )
-            tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(cell, Image.Resampling.NEAREST)
-            canvas.paste(tile, (left, top))
-            draw.text((left, top + cell[1] + 1), label, fill="black", font=font)
-    with written_aside(path) as temporary:
-        canvas.save(temporary, format="PNG")
+def _arrays(images: Images, wanted: list[int]) -> dict[int, np.ndarray]:
+    """Index -> the image (H, W, 3) uint8 with that index."""
+    indices = sorted(set(wanted))
+    return {i: image.permute(1, 2, 0).numpy() for i, image in zip(indices, images.take(indices), strict=True)}

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from fid.files import sha256_of, written_aside
 from fid.frechet import check_moments
 from fid.images import Images
 from fid.moments import Statistics
+from vca_engine.files import sha256_of, written_aside
 
-VERSION = 1  # of the file
+REFERENCE_FORMAT = 1  # of the file
 KEYS = {"features": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu_s", "sigma_s"),)}
 
 
@@ -186,7 +186,7 @@ def save_reference(path: str | Path, reference: Reference, images: np.ndarray | 
         OSError: It cannot be written.
     """
     record = {"num_images": reference.num_images, "extractor": reference.extractor, "protocol": reference.preset}
-    record |= {"crop": reference.crop, "version": VERSION, "arr_0": images}
+    record |= {"crop": reference.crop, "version": REFERENCE_FORMAT, "arr_0": images}
     for output, ((mean, cov), *_) in KEYS.items():
         if output in reference.statistics:
             record |= {mean: reference.statistics[output].mean, cov: reference.statistics[output].cov}

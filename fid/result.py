@@ -11,7 +11,7 @@ import torch
 
 from fid.collector import Collected
 from fid.features import FeatureExtractor
-from fid.files import written_aside
+from vca_engine.files import written_aside
 
 VERSION = 1  # of the numbers: it changes when any of them can
 FEW_IMAGES = 10_000  # in a reference

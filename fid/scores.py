@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.features import ieee_float32
+from vca_engine.precision import ieee_float32
 
 BLOCK = 4096  # rows on each side of a block of distances: at D = 2048 about 250 MB of temporaries
 ARITHMETICS = {"adm-fp16": torch.float16, "fp32": torch.float32}

@@ -33,11 +33,11 @@ from vca_engine.config.schema import (
     ModelConfig,
     SampleConfig,
     TrainConfig,
-    differences,
     save_yaml,
     to_dict,
 )
 from vca_engine.config.yamlfile import Plain, parse_yaml, write_yaml
+from vca_engine.records import differences
 
 REQUIRED = {
     "run_dir": "runs/x",

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vca_engine.images import NonFiniteError, UnreadableImageError, centre_crop, from_uint8, read_image, to_uint8
-from vca_engine.images.datasets import DATASETS, Folder, Images
+from vca_engine.images.datasets import DATASETS, Folder, ImageDataset
 from vca_engine.images.order import EndlessBatches
 from vca_engine.seeds import mix, normal, uniform
 
@@ -644,6 +644,6 @@ def test_a_batch_that_the_processes_cannot_share_is_named():
 @pytest.mark.parametrize("label", [3, -1])
 def test_a_label_out_of_range_is_named(label):
     with pytest.raises(ValueError, match=rf"image 1 has label {label}, but there are 3 classes, 0 \.\.\. 2"):
-        Images(np.array([0, label, 2]), ["a", "b", "c"], image_size=8, channels=1, flip=False)
+        ImageDataset(np.array([0, label, 2]), ["a", "b", "c"], image_size=8, channels=1, flip=False)
     with pytest.raises(ValueError, match="holds no images"):
-        Images(np.array([]), ["a"], image_size=8, channels=1, flip=False)
+        ImageDataset(np.array([]), ["a"], image_size=8, channels=1, flip=False)

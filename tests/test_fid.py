@@ -17,8 +17,8 @@ import fid
 from fid.__main__ import _parser, main
 from fid.collector import Collector, digests
 from fid.frechet import TOLERANCE, factor, frechet_terms, jackknife, noise_floor
-from fid.moments import splitmix64
 from fid.pictures import read_records
+from vca_engine.seeds import splitmix64
 
 torch.set_num_threads(1)
 
@@ -357,7 +357,7 @@ def test_groups_states_and_order_change_nothing(groups, offset):
     cov = np.cov(x, rowvar=False)
     assert np.abs(whole.mean - x.mean(0)).max() <= 1e-12 * np.abs(x).max()
     assert np.abs(whole.cov - cov).max() <= 1e-12 * np.abs(cov).max()
-    group = splitmix64(np.arange(1500)) % np.uint64(groups)
+    group = hashes(1500) % np.uint64(groups)
     for k, left in enumerate(whole.leave_one_out()):
         rest = x[group != k]
         assert left.num == len(rest)
@@ -365,13 +365,16 @@ def test_groups_states_and_order_change_nothing(groups, offset):
     assert groups == 1 or k == 9
 
 
+def hashes(num):
+    """Of 0 ... num - 1, as unsigned numbers of 64 bits."""
+    return splitmix64(torch.arange(num)).numpy().view(np.uint64)
+
+
 def test_splitmix64_is_the_published_generator():
-    assert int(splitmix64(np.array([0]))[0]) == 0xE220A8397B1DCDAF  # its first output from seed 0
-    counts = np.bincount((splitmix64(np.arange(50_000)) % np.uint64(10)).astype(int))
+    assert int(hashes(1)[0]) == 0xE220A8397B1DCDAF  # its first output from seed 0
+    counts = np.bincount((hashes(50_000) % np.uint64(10)).astype(int))
     assert np.abs(counts - 5000).max() < 4 * np.sqrt(4500)
-    classes = [
-        len(set((np.arange(50_000) % 1000)[splitmix64(np.arange(50_000)) % np.uint64(10) == k])) for k in range(10)
-    ]
+    classes = [len(set((np.arange(50_000) % 1000)[hashes(50_000) % np.uint64(10) == k])) for k in range(10)]
     assert min(classes) > 950  # a group holds almost all of 1000 classes in turn
 
 
@@ -487,7 +490,7 @@ def test_evaluator_against_numpy(tmp_path):
 
 def test_the_digest_of_an_image_is_a_sum_modulo_2_to_the_64():
     image = torch.from_numpy(random_images(1)[0]).permute(2, 0, 1)
-    weights = [int(w) for w in splitmix64(np.arange(image.numel()))]
+    weights = [int(w) for w in hashes(image.numel())]
     slow = sum(p * w for p, w in zip(image.flatten().tolist(), weights, strict=True)) % 2**64
     others = [image, image.flip(0), image.flip(1), image.flip(2), image // 2]
     assert int(digests(image[None])[0]) % 2**64 == slow

@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 
 import fid
-from fid.pixels import as_nchw, check_uint8
 from fid.references import holds_statistics
-from vca_engine.images import SUFFIXES, centre_crop
+from vca_engine.images import SUFFIXES, as_nchw, centre_crop, check_uint8
 from vca_engine.images import datasets as data
 
 

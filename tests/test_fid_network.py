@@ -16,9 +16,10 @@ from torch import nn
 
 import fid
 from fid import inception
-from fid.features import fingerprint, ieee_float32
+from fid.features import fingerprint
 from fid.inception import WEIGHTS_FILES
 from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+from vca_engine.precision import ieee_float32
 
 torch.set_num_threads(1)
 

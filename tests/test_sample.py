@@ -22,7 +22,7 @@ import sample
 import train
 from sit_vca import SiT
 from vca_engine import signals as stop
-from vca_engine.files import sha256_of
+from vca_engine.files import sha256_of_weights
 from vca_engine.sampling import writers as sinks
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.writers import same_as_before
@@ -164,7 +164,7 @@ def test_the_record_says_how_images_were_made(draw, trained, tmp_path):
     network = read_weights(trained).tensors
     model = SiT(input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=10)
     model.load_state_dict(network)
-    assert record["weights"] == {"sha256": sha256_of(model), "part": "ema", "step": 30}
+    assert record["weights"] == {"sha256": sha256_of_weights(model), "part": "ema", "step": 30}
     assert record["checkpoint"]["path"].endswith("step-00000030")
     assert record["sampler"] == {
         **{"name": "sde", "method": "euler", "num_steps": 3, "time_shift": 1.0, "diffusion": "sigma"},

@@ -8,10 +8,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """`" did you mean 'linear'?"` if one of `choices` is close to `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word), list(choices), n=1)
-    return f" did you mean {close[0]!r}?" if close else ""
+def nearest(word: str, choices: Iterable[str], most: int = 1) -> str:
+    """Write `" did you mean 'linear'?"` with the `most` of `choices` that are close to `word`; "" if none is."""
+    close = difflib.get_close_matches(str(word), list(choices), n=most)
+    return f" did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def lookup(registry: Mapping[str, Any], name: str, where: str) -> Any:

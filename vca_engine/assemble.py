@@ -13,8 +13,8 @@ from dit_vca import Diffusion, DiT
 from sit_vca import PATHS, TIMES, SiT, Transport
 from vca import ATTENTIONS, Transformer, create, defaults_of, lookup, options_of, parse_size
 from vca_engine.config.schema import Config
-from vca_engine.images.codecs import CODECS, draw
-from vca_engine.images.datasets import DATASETS, Images
+from vca_engine.images.codecs import CODECS, sample_posterior
+from vca_engine.images.datasets import DATASETS, ImageDataset
 from vca_engine.images.labels import DataInfo
 
 Process = Diffusion | Transport
@@ -82,7 +82,7 @@ def codec(config: Config, channels: int | None) -> Any:
     return create(CODECS, config.codec, "codec", channels)
 
 
-def images(config: Config) -> Images:
+def images(config: Config) -> ImageDataset:
     """Open the dataset of images."""
     return create(DATASETS, config.data, "data")
 
@@ -148,7 +148,7 @@ def to_latents(config: Config, codec: Any) -> Callable[[Tensor, Tensor], Tensor]
     """Make the function (batch of the data, its positions in the run) -> latents (B, C, h, w); it encodes images first."""
 
     def latents(x: Tensor, positions: Tensor) -> Tensor:
-        return draw(x if config.latents else codec.moments(x), codec.channels, config.seed, positions)
+        return sample_posterior(x if config.latents else codec.moments(x), codec.channels, config.seed, positions)
 
     return latents
 

@@ -5,18 +5,20 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @contextmanager
-def written_aside(file: Path) -> Iterator[Path]:
-    """A temporary name beside `file`, which gets its own name when the block has written it; folders are made.
+def written_aside(file: str | Path) -> Iterator[Path]:
+    """Give a temporary name beside `file`, which gets its own name when the block has written it; make the folders.
 
     Raises:
         OSError: It could not be written, say because the disk is full; `file` is as it was, nothing else is left.
     """
+    file = Path(file)
     temporary = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def require_free(folder: Path) -> None:
 
 @contextmanager
 def folder_written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder`, which gets its own name when the block has written it.
+    """Make a temporary folder beside `folder`, which gets its own name when the block has written it.
 
     Raises:
         ValueError: `folder` is there already, see `require_free`.
@@ -67,10 +69,22 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sha256_of(module: nn.Module) -> str:
-    """Of all weights, in the order of their names."""
+def sha256_of(file: str | Path) -> str:
+    """Compute the SHA-256 of a file's content, in hexadecimal digits."""
+    with Path(file).open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def sha256_of_weights(module: "nn.Module") -> str:
+    """Compute the SHA-256 of all weights and statistics of a network, in the order of their names.
+
+    The counters of batch normalisation are left out: older files lack them, and they change no output.
+    """
+    import torch  # only here, so that what merely writes a file need not wait for it
+
     digest = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if not key.endswith("num_batches_tracked"):
+            digest.update(key.encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

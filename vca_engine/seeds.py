@@ -12,12 +12,12 @@ FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 def mix(*parts: int) -> int:
-    """A 63-bit seed that is a function of non-negative integers, e.g. (seed, step, rank), without visible pattern."""
+    """Make a 63-bit seed, a function of non-negative integers, e.g. (seed, step, rank), without visible pattern."""
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def normal(seed: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers, those of each position a function of (seed, position) alone, on any device.
+    """Draw standard normal numbers, those of each position a function of (seed, position) alone, on any device.
 
     Box and Muller's transform: of the two halves u, v of a 64-bit number in units of 2^32, (-2 log u)^(1/2) cos(2 pi v)
     and the same with sin. Devices differ by the rounding of log and cos.
@@ -39,15 +39,20 @@ def normal(seed: int, positions: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def uniform(seed: int, positions: Tensor, num: int) -> Tensor:
-    """Numbers in (0, 1), those of each position (B,) a function of (seed, position) alone: (B, num) float64."""
+    """Draw numbers in (0, 1), (B, num) float64, those of each position (B,) a function of (seed, position) alone."""
     return ((_stream(seed, positions, num) >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
 
 
-def _stream(seed: int, positions: Tensor, num: int) -> Tensor:
-    """The first `num` 64-bit numbers of the SplitMix64 stream of each position, (B, num) int64.
+def splitmix64(index: Tensor) -> Tensor:
+    """Hash integers (N,) -> (N,) int64: the first output of the SplitMix64 generator that begins at each of them.
 
     Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014.
     """
+    return _finalise(index.long() + GOLDEN)
+
+
+def _stream(seed: int, positions: Tensor, num: int) -> Tensor:
+    """The first `num` 64-bit numbers of the SplitMix64 stream of each position, (B, num) int64."""
     starts = _finalise(_finalise(positions.long() * GOLDEN) + mix(seed))  # (B,)
     counts = torch.arange(1, num + 1, device=positions.device)  # (num,)
     return _finalise(starts[:, None] + counts * GOLDEN)

@@ -314,17 +314,5 @@ def save_yaml(config: Any, path: Path) -> None:
     write_text(path, write_yaml(to_dict(config)))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old value, new value), for the keys whose values differ."""
-    found = {}
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found[prefix + key] = (a, b)
-    return found
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value

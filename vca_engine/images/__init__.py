@@ -4,6 +4,7 @@ Training, the cache of latents and the evaluator read the same files to the same
 Uses the standard library, numpy, torch and Pillow, and no other package of this repository.
 """
 
+from vca_engine.images.arrays import ArrayFile, ArrayInMemory, as_nchw, check_uint8
 from vca_engine.images.files import LABEL_FILES, SUFFIXES, ImageFiles, UnreadableImageError, is_image
 from vca_engine.images.pixels import (
     FORMATS,
@@ -20,10 +21,14 @@ __all__ = [
     "FORMATS",
     "LABEL_FILES",
     "SUFFIXES",
+    "ArrayFile",
+    "ArrayInMemory",
     "ImageFiles",
     "NonFiniteError",
     "UnreadableImageError",
+    "as_nchw",
     "centre_crop",
+    "check_uint8",
     "from_uint8",
     "is_image",
     "open_image",

@@ -1,7 +1,7 @@
 """Codecs between images and latents, normalised so that latents have a scale of about 1.
 
-`codec.moments(images)` gives the mean and the standard deviation of each latent, (B, 2C, h, w), from which training draws;
-where `codec.posterior` is false there is nothing to draw, and it gives the latent itself, (B, C, h, w).
+`codec.moments(images)` gives the mean and the standard deviation of each latent, (B, 2C, h, w), from which training
+draws; where `codec.posterior` is false there is nothing to draw, and it gives the latent itself, (B, C, h, w).
 `codec.decode(latents)` -> images.
 """
 
@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
-from vca_engine.files import sha256_of
+from vca_engine.files import sha256_of_weights
 from vca_engine.seeds import normal
 
 
@@ -30,18 +30,18 @@ class PixelCodec(nn.Module):
         self.identity: dict[str, Any] = {"name": "pixels"}
 
     def moments(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) itself."""
+        """Give (B, C, H, W) back as it is."""
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) itself."""
+        """Give (B, C, H, W) back as it is."""
         return latents
 
 
 class VAECodec(nn.Module):
     """A diffusers `AutoencoderKL` or `AutoencoderTiny`. Its config knows the scale: latent = (z - shift) * scale.
 
-    scale is `scaling_factor`, over `latents_std` where that is given; shift is `latents_mean` or `shift_factor`, else 0.
+    scale is `scaling_factor`, over `latents_std` where there is one; shift is `latents_mean` or `shift_factor`, or 0.
 
     Args:
         channels: Channels of the images, which must be those of the autoencoder; not given means whatever it takes.
@@ -75,11 +75,11 @@ class VAECodec(nn.Module):
         self.register_buffer("shift", shift.reshape(-1, 1, 1), persistent=False)  # (C or 1, 1, 1)
         self.register_buffer("scale", scale.reshape(-1, 1, 1), persistent=False)
         scale, shift = (value.flatten().tolist() for value in (self.scale, self.shift))
-        self.identity = {"name": "vae", "kind": kind, "weights": sha256_of(vae), "scale": scale, "shift": shift}
+        self.identity = {"name": "vae", "kind": kind, "weights": sha256_of_weights(vae), "scale": scale, "shift": shift}
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation of the latents: (B, 1 or 3, H, W) in [-1, 1] -> (B, 2C, H/f, W/f).
+        """Encode (B, 1 or 3, H, W) in [-1, 1] to mean and standard deviation of the latents, (B, 2C, H/f, W/f).
 
         Of an AutoencoderTiny, the latents (B, C, H/f, W/f).
         """
@@ -111,8 +111,8 @@ def _load_vae(path: str) -> tuple[str, nn.Module, Tensor, Tensor]:
 CODECS = {"pixels": PixelCodec, "vae": VAECodec}
 
 
-def draw(moments: Tensor, channels: int, seed: int, positions: Tensor) -> Tensor:
-    """Latents from their mean and standard deviation, each a function of (seed, position) and its moments alone.
+def sample_posterior(moments: Tensor, channels: int, seed: int, positions: Tensor) -> Tensor:
+    """Draw latents, each a function of (seed, position) and of its mean and standard deviation alone.
 
     Args:
         moments: (B, 2C, h, w); or (B, C, h, w), which are latents already.

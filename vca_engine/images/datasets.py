@@ -17,7 +17,7 @@ from vca_engine.images import ImageFiles, UnreadableImageError, from_uint8
 from vca_engine.images.labels import check_label_range, classes_of
 
 
-class Images(Dataset):
+class ImageDataset(Dataset):
     """Base of the datasets.
 
     Args:
@@ -42,7 +42,7 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int]:
-        """(index, flip) -> image (C, H, W) in [-1, 1], label.
+        """Read (index, flip): the image (C, H, W) in [-1, 1] and its label.
 
         Raises:
             UnreadableImageError: The image is none; says what to do.
@@ -58,28 +58,28 @@ class Images(Dataset):
         return image.flip(-1) if flip else image, int(self.labels[index])
 
     def pixels(self, index: int) -> np.ndarray:
-        """Image `index` as uint8 (H, W, C)."""
+        """Read image `index`, (H, W, C) uint8."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What a message calls image `index`."""
+        """Say what a message calls image `index`."""
         return f"image {index}"
 
-    def stamp(self, index: int) -> bytes:
-        """What changes with the content of image `index`."""
+    def content_key(self, index: int) -> bytes:
+        """Give what changes with the content of image `index`."""
         return self.pixels(index).tobytes()
 
     @property
     def fingerprint(self) -> str:
-        """Of the names, labels and stamps of all images, in order."""
+        """Checksum of the names, labels and content keys of all images, in order."""
         digest = hashlib.sha256(self.labels.tobytes())
         for i in range(len(self)):
-            for part in (self.name(i).encode("utf-8", "surrogateescape"), self.stamp(i)):
+            for part in (self.name(i).encode("utf-8", "surrogateescape"), self.content_key(i)):
                 digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()[:16]
 
 
-class PackedImages(Images):
+class PackedImages(ImageDataset):
     """Small grey images in memory, (N, H, W) uint8, shuffled once and split into train and test."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, split: str, num_test: int) -> None:
@@ -92,7 +92,7 @@ class PackedImages(Images):
         super().__init__(labels[order], names, image_size=images.shape[1], channels=1, flip=False)
 
     def pixels(self, index: int) -> np.ndarray:
-        """See `Images`."""
+        """Give image `index`, (H, W, 1) uint8."""
         return self.images[index]
 
 
@@ -129,7 +129,7 @@ class MNIST(PackedImages):
         super().__init__(np.pad(images, ((0, 0), (2, 2), (2, 2))), table[:, -1], split, num_test=1000)
 
 
-class Folder(Images):
+class Folder(ImageDataset):
     """Your own images, in a folder or in a .zip of one.
 
     Their classes are the sub-folders, as ImageNet is unpacked, in alphabetical order; or what a file labels.json or
@@ -156,15 +156,15 @@ class Folder(Images):
         super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
 
     def name(self, index: int) -> str:
-        """See `Images`."""
+        """Give the path of image `index` below the folder."""
         return self.names[index]
 
-    def stamp(self, index: int) -> bytes:
-        """See `Images`."""
-        return self.files.stamp(self.names[index]).encode()
+    def content_key(self, index: int) -> bytes:
+        """Give the size of file `index`, or its checksum in a .zip."""
+        return self.files.content_key(self.names[index]).encode()
 
     def pixels(self, index: int) -> np.ndarray:
-        """See `Images`.
+        """Read image `index`, cropped: (image_size, image_size, 3) uint8.
 
         Raises:
             UnreadableImageError: No image, a damaged or an animated one, or one far too small.

@@ -1,12 +1,10 @@
 """Encoding images into a cache of latents: by any number of processes, shard by shard, to be gone on with at any time.
 
-Until it is complete the cache is FOLDER.partial: settings.json, and for each finished shard its .npy and a .json beside it
-that is written last. A shard has its name only when it is whole.
+Until it is complete the cache is FOLDER.partial: settings.json, and for each finished shard its .npy and a .json beside
+it that is written last. A shard has its name only when it is whole.
 """
 
 import fcntl
-import hashlib
-import io
 import json
 import os
 import shutil
@@ -21,115 +19,135 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from vca_engine.config.schema import CacheConfig, differences
-from vca_engine.files import write_text, written_aside
+from vca_engine.config.schema import CacheConfig
+from vca_engine.files import sha256_of, write_text, written_aside
 from vca_engine.images import UnreadableImageError, from_uint8
-from vca_engine.images.codecs import draw
-from vca_engine.images.datasets import Images
-from vca_engine.images.latents import LABELS, MANIFEST, VERSION, check_settings, file_size, sha256_of
+from vca_engine.images.codecs import sample_posterior
+from vca_engine.images.datasets import ImageDataset
+from vca_engine.images.latents import CACHE_FORMAT, LABELS_FILE, MANIFEST, check_settings, file_size
 from vca_engine.images.loader import load
+from vca_engine.records import differences, listed, read_json
 
 SETTINGS = "settings.json"
 INFORMATIVE = ("source", "codec_path", "on_error")  # where things were, which may move; and what changes no latent
 ROUNDING = ("batch_size", "device")  # what one cache has to have been made with, and a run need not care about
 
 
-class CacheWriter:
-    """Makes a cache of latents; see `vca_engine.images.latents` for what is in it.
+class UnfinishedCache:
+    """A cache that is being made: its lock, its settings, the shards that are there, and in the end the manifest.
 
-    Every process makes one, and calls `run`. Shards are shared out; each is encoded by one process in batches of one
-    size, so that its bytes do not depend on the number of processes.
+    All processes of one command make one, and share the lock until they end; no other command gets it.
 
     Args:
         path: Folder to make.
         images: The data.
-        codec: On its device.
         settings: What the latents are made of, JSON values; an unfinished cache is gone on with if they are the same.
-        options: How.
-        seed: Of the latents that are drawn if moments are not kept.
-        num_workers: Processes that read images, for each encoding process.
+        shard_size: Images in a shard, but for the last.
+        row_shape: Shape of the latents of one image, (1 or 2, K, h, w).
         state: The processes.
 
+    Attributes:
+        folder: The folder, once it is complete.
+        missing: Numbers of the shards that are not there yet.
+
     Raises:
-        ValueError: Images that the codec cannot encode, or an unfinished cache of something else.
+        ValueError: Another command is at work there, or has left an unfinished cache of something else.
         OSError: The folder cannot be made, or the disk is too small.
     """
 
     def __init__(
         self,
         path: str,
-        images: Images,
-        codec: Any,
+        images: ImageDataset,
         settings: dict[str, Any],
-        options: CacheConfig,
-        *,
-        seed: int,
-        num_workers: int,
+        shard_size: int,
+        row_shape: tuple[int, ...],
         state: PartialState,
     ) -> None:
-        if images.image_size % codec.downsample:
-            raise ValueError(
-                f"data.image_size is {images.image_size}; the codec divides it by {codec.downsample}, so choose a multiple."
-            )
-        self.folder, self.images, self.codec, self.settings = Path(path), images, codec, settings
-        self.options, self.seed, self.num_workers, self.state = options, seed, num_workers, state
+        self.folder, self.images, self.settings = Path(path), images, settings
+        self.shard_size, self.row_shape, self.state = shard_size, row_shape, state
         self.partial = self.folder.with_name(self.folder.name + ".partial")
-        self.starts = range(0, len(images), options.shard_size)
-        blank = torch.zeros(1, images.channels, images.image_size, images.image_size, device=state.device)
-        _, K, h, w = codec.moments(blank).shape
-        self.shape = (1 + images.flip, K if options.moments else codec.channels, h, w)
+        self.num_shards = -(-len(images) // shard_size)
         self._lock = self._open_lock()
         try:
             if state.is_main_process:
                 self._begin()
             state.wait_for_everyone()
             _flock(self._lock, fcntl.LOCK_SH)
-            self.missing = [k for k in range(len(self.starts)) if not self._record(k).is_file()]
+            self.missing = [k for k in range(self.num_shards) if not self._record(k).is_file()]
             if state.is_main_process:
                 self._check_disk()
             state.wait_for_everyone()
         except BaseException:
-            self._unlock()
+            self.unlock()
             raise
 
-    def run(self) -> dict[str, Any]:
-        """Encodes what is missing, and makes the cache complete; gives its manifest. Collective."""
-        try:
-            return self._run()
-        finally:
-            self._unlock()
+    def indices(self, shard: int) -> range:
+        """Give the numbers of the images of a shard."""
+        return range(len(self.images))[shard * self.shard_size : (shard + 1) * self.shard_size]
 
-    def _run(self) -> dict[str, Any]:
-        if self.state.device.type == "cpu":
-            torch.set_num_threads(1)  # more round otherwise; take more processes
-        mine = self.missing[self.state.process_index :: self.state.num_processes]
-        done = len(self.images) - sum(len(self.indices(k)) for k in self.missing)
-        bar = tqdm(
-            desc="encode", unit="image", total=len(self.images), initial=done, disable=not self.state.is_main_process
-        )
-        read = self._read(mine)
-        for shard in mine:
-            rows, num, skipped = np.empty((len(self.indices(shard)), *self.shape), np.float16), 0, []
-            for batch in self._batches(shard):
-                pixels, why = next(read)
-                skipped += [(i, text) for i, text in zip(batch, why, strict=True) if text]
-                if len(pixels):
-                    encoded = self._encode(pixels, [i for i, text in zip(batch, why, strict=True) if not text])
-                    rows[num : num + len(encoded)], num = encoded, num + len(encoded)
-                bar.update(min(len(batch) * self.state.num_processes, len(self.images) - bar.n))
-            self._write(shard, rows[:num], skipped)
-        bar.close()
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            self._finish()
-        self.state.wait_for_everyone()
-        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+    def write(self, shard: int, rows: np.ndarray, skipped: list[tuple[int, str]], sums: list[list[float]]) -> None:
+        """Write a shard, and then its record.
+
+        Args:
+            shard: Its number.
+            rows: Latents (n, 1 or 2, K, h, w), float16.
+            skipped: Index of each image that could not be read, and why.
+            sums: Of the latents and of their squares, (2, C).
+        """
+        file = self._file(shard)
+        with written_aside(file) as temporary:
+            with temporary.open("wb") as content:
+                np.save(content, rows)
+                content.flush()
+                os.fsync(content.fileno())  # before its record
+            record = {"num_images": len(rows), "sha256": sha256_of(temporary), "skipped": skipped, "sums": sums}
+        write_text(self._record(shard), json.dumps(record))
+
+    def finish(self) -> None:
+        """Write the labels and the manifest; then the folder gets its name.
+
+        Raises:
+            ValueError: No image could be read.
+        """
+        records = [read_json(self._record(k)) for k in range(self.num_shards)]
+        skipped = dict(pair for record in records for pair in record["skipped"])
+        kept = np.delete(self.images.labels, sorted(skipped))
+        if len(kept) == 0:
+            raise ValueError(
+                f"none of the {len(self.images)} images could be read; the first: {next(iter(skipped.values()))}"
+            )
+        numbers = len(kept) * self.row_shape[0] * self.row_shape[2] * self.row_shape[3]
+        mean, square = (np.sum([record["sums"][i] for record in records], axis=0) / numbers for i in (0, 1))
+        names = self.images.class_names
+        manifest = {
+            "version": CACHE_FORMAT,
+            "settings": self.settings,
+            "num_images": len(kept),
+            "shape": self.row_shape[1:],  # K, h, w
+            "dtype": "float16",
+            "class_counts": dict(zip(names, np.bincount(kept, minlength=len(names)).tolist(), strict=True)),
+            "mean": mean.tolist(),
+            "std": np.sqrt(square - mean**2).tolist(),
+            "skipped": [{"index": i, "why": skipped[i]} for i in sorted(skipped)],
+            "shards": [{"file": self._file(k).name, **record} for k, record in enumerate(records)],
+        }
+        with written_aside(self.partial / LABELS_FILE) as temporary, temporary.open("wb") as content:
+            np.save(content, kept)
+        manifest["labels_sha256"] = sha256_of(self.partial / LABELS_FILE)
+        write_text(self.partial / MANIFEST, json.dumps(manifest, indent=1))
+        self.partial.rename(self.folder)
+        for file in [SETTINGS, *(self._record(k).name for k in range(len(records)))]:
+            (self.folder / file).unlink()
+        Path(self._lock.name).unlink()
+
+    def unlock(self) -> None:
+        """Let other commands have the folder."""
+        _flock(self._lock, fcntl.LOCK_UN)  # for its data workers, too
+        self._lock.close()
 
     def _open_lock(self) -> IO[str]:
-        """The cache's lock, which all processes of one command share until they end, and no other command gets.
-
-        Not even one that a killed launcher left behind is joined by another.
-        """
+        """The cache's lock; not even one that a killed launcher left behind is joined by another command."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             lock = self.folder.with_name(f".{self.folder.name}.lock").open("w")
@@ -145,12 +163,8 @@ class CacheWriter:
                 ) from None
         return lock
 
-    def _unlock(self) -> None:
-        _flock(self._lock, fcntl.LOCK_UN)  # for its data workers, too
-        self._lock.close()
-
     def _begin(self) -> None:
-        """Makes the folder, or checks that the unfinished one is of the same latents."""
+        """Make the folder, or check that the unfinished one is of the same latents."""
         file = self.partial / SETTINGS
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -161,38 +175,120 @@ class CacheWriter:
             raise ValueError(f"'{self.partial}' is there already and was not made by cache_latents.py; remove it.")
         if len(there) > 1:
             try:
-                old = dict(json.loads(file.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
+                old = read_json(file)
+            except ValueError as error:
+                raise ValueError(f"{error} So what is beside it is unknown; remove '{self.partial}'.") from None
+            compared = ({k: v for k, v in s.items() if k not in INFORMATIVE} for s in (old, self.settings))
+            if found := differences(*compared):
                 raise ValueError(
-                    f"'{file}' is damaged, so what is beside it is unknown; remove '{self.partial}'."
-                ) from None
-            if found := differences(
-                *({k: v for k, v in s.items() if k not in INFORMATIVE} for s in (old, self.settings))
-            ):
-                text = ", ".join(f"{key} {a!r} (now {b!r})" for key, (a, b) in found.items())
-                raise ValueError(
-                    f"'{self.partial}' holds unfinished latents made with {text}; remove it, or choose another folder."
+                    f"'{self.partial}' holds unfinished latents made with {listed(found)}; remove it, or choose "
+                    "another folder."
                 )
         write_text(file, json.dumps(self.settings))
 
     def _check_disk(self) -> None:
-        needed = sum(file_size((len(self.indices(k)), *self.shape)) for k in self.missing)
+        needed = sum(file_size((len(self.indices(k)), *self.row_shape)) for k in self.missing)
         free = shutil.disk_usage(self.partial).free
         if needed > free:
             raise OSError(
                 f"the latents need {needed / 1e9:.1f} GB in '{self.partial}', where {free / 1e9:.1f} GB are free."
             )
 
-    def indices(self, shard: int) -> range:
-        """Images of a shard."""
-        return range(len(self.images))[self.starts[shard] : self.starts[shard] + self.options.shard_size]
+    def _file(self, shard: int) -> Path:
+        return self.partial / f"shard-{shard:05d}.npy"
+
+    def _record(self, shard: int) -> Path:
+        return self._file(shard).with_suffix(".json")
+
+
+class CacheWriter:
+    """Encodes images into a cache of latents; see `vca_engine.images.latents` for what is in it.
+
+    Every process makes one, and calls `run`. Shards are shared out; each is encoded by one process in batches of one
+    size, so that its bytes do not depend on the number of processes.
+
+    Args:
+        path: Folder to make.
+        images: The data.
+        codec: On its device.
+        settings: What the latents are made of, JSON values; an unfinished cache is gone on with if they are the same.
+        options: How.
+        seed: Of the latents that are drawn if moments are not kept.
+        num_workers: Processes that read images, for each encoding process.
+        state: The processes.
+
+    Raises:
+        ValueError: Images that the codec cannot encode, or see `UnfinishedCache`.
+        OSError: The folder cannot be made, or the disk is too small.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        images: ImageDataset,
+        codec: Any,
+        settings: dict[str, Any],
+        options: CacheConfig,
+        *,
+        seed: int,
+        num_workers: int,
+        state: PartialState,
+    ) -> None:
+        if images.image_size % codec.downsample:
+            raise ValueError(
+                f"data.image_size is {images.image_size}; the codec divides it by {codec.downsample}, so choose a "
+                "multiple."
+            )
+        self.images, self.codec, self.options = images, codec, options
+        self.seed, self.num_workers, self.state = seed, num_workers, state
+        blank = torch.zeros(1, images.channels, images.image_size, images.image_size, device=state.device)
+        _, K, h, w = codec.moments(blank).shape
+        row_shape = (1 + images.flip, K if options.moments else codec.channels, h, w)
+        self.cache = UnfinishedCache(path, images, settings, options.shard_size, row_shape, state)
+
+    @property
+    def num_missing(self) -> int:
+        """Number of images that are not encoded yet."""
+        return sum(len(self.cache.indices(shard)) for shard in self.cache.missing)
+
+    def run(self) -> dict[str, Any]:
+        """Encode what is missing, make the cache complete, and give its manifest. All processes call this."""
+        try:
+            if self.state.device.type == "cpu":
+                torch.set_num_threads(1)  # more round otherwise; take more processes
+            self._encode_shards(self.cache.missing[self.state.process_index :: self.state.num_processes])
+            self.state.wait_for_everyone()
+            if self.state.is_main_process:
+                self.cache.finish()
+            self.state.wait_for_everyone()
+            return read_json(self.cache.folder / MANIFEST)
+        finally:
+            self.cache.unlock()
+
+    def _encode_shards(self, shards: list[int]) -> None:
+        num, main = len(self.images), self.state.is_main_process
+        bar = tqdm(desc="encode", unit="image", total=num, initial=num - self.num_missing, disable=not main)
+        read = self._read(shards)
+        for shard in shards:
+            rows, skipped = np.empty((len(self.cache.indices(shard)), *self.cache.row_shape), np.float16), []
+            end = 0  # of the rows that are encoded
+            for batch in self._batches(shard):
+                pixels, why = next(read)
+                skipped += [(i, text) for i, text in zip(batch, why, strict=True) if text]
+                if len(pixels):
+                    encoded = self._encode(pixels, [i for i, text in zip(batch, why, strict=True) if not text])
+                    rows[end : end + len(encoded)] = encoded
+                    end += len(encoded)
+                bar.update(min(len(batch) * self.state.num_processes, num - bar.n))
+            self.cache.write(shard, rows[:end], skipped, self._sums(rows[:end]))
+        bar.close()
 
     def _batches(self, shard: int) -> Iterator[range]:
-        indices = self.indices(shard)
+        indices = self.cache.indices(shard)
         yield from (indices[k : k + self.options.batch_size] for k in range(0, len(indices), self.options.batch_size))
 
     def _read(self, shards: list[int]) -> Iterator[tuple[Tensor, list[str | None]]]:
-        """Batch after batch of all shards: the readable ones, (b, H, W, C) uint8, and for each why it is not, or None."""
+        """Batch after batch of all shards: what could be read, (b, H, W, C) uint8, and for each why not, or None."""
         order = [list(batch) for shard in shards for batch in self._batches(shard)]
         dataset = Pixels(self.images, skip=self.options.on_error == "skip")
         return load(dataset, order, num_workers=self.num_workers, minutes=60, pin=False)
@@ -207,7 +303,9 @@ class CacheWriter:
             rows = [self.codec.moments(side)[:num] for side in ([x, x.flip(-1)] if self.images.flip else [x])]
         if not self.options.moments:
             positions = torch.tensor(index) * 2
-            rows = [draw(row, self.codec.channels, self.seed, positions + flip) for flip, row in enumerate(rows)]
+            rows = [
+                sample_posterior(row, self.codec.channels, self.seed, positions + flip) for flip, row in enumerate(rows)
+            ]
         rows = torch.stack(rows, dim=1).half()
         if not (good := rows.isfinite().flatten(1).all(dim=1)).all():
             bad = self.images.name(index[int(good.int().argmin())])
@@ -216,67 +314,14 @@ class CacheWriter:
             )
         return rows.cpu().numpy()
 
-    def _write(self, shard: int, rows: np.ndarray, skipped: list[tuple[int, str]]) -> None:
-        file, header = self._file(shard), io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
-        parts = [header.getbuffer(), memoryview(rows).cast("B")] if len(rows) else [header.getbuffer()]
-        digest = hashlib.sha256()
-        with written_aside(file) as temporary, temporary.open("wb") as content:
-            for part in parts:
-                digest.update(part)
-                content.write(part)
-            content.flush()
-            os.fsync(content.fileno())  # before its record
-        record = {"num_images": len(rows), "sha256": digest.hexdigest(), "skipped": skipped, "sums": self._sums(rows)}
-        write_text(self._record(shard), json.dumps(record))
-
     def _sums(self, rows: np.ndarray) -> list[list[float]]:
-        """Of the latents and of their squares, (2, C), over all else."""
+        """Sums of the latents and of their squares, (2, C), over all else."""
         C, total = self.codec.channels, np.zeros((2, self.codec.channels))
         for k in range(0, len(rows), 64):
             part = rows[k : k + 64].astype(np.float64)
             squares = part[:, :, :C] ** 2 + (part[:, :, C:] ** 2 if part.shape[2] > C else 0)
             total += np.stack([z.sum(axis=(0, 1, 3, 4)) for z in (part[:, :, :C], squares)])
         return total.tolist()
-
-    def _finish(self) -> None:
-        """The manifest and the labels; then the folder gets its name."""
-        records = [json.loads(self._record(k).read_text(encoding="utf-8")) for k in range(len(self.starts))]
-        skipped = dict(pair for record in records for pair in record["skipped"])
-        kept = np.delete(self.images.labels, sorted(skipped))
-        if len(kept) == 0:
-            raise ValueError(
-                f"none of the {len(self.images)} images could be read; the first: {next(iter(skipped.values()))}"
-            )
-        numbers = len(kept) * self.shape[0] * self.shape[2] * self.shape[3]
-        mean, square = (np.sum([record["sums"][i] for record in records], axis=0) / numbers for i in (0, 1))
-        names = self.images.class_names
-        manifest = {
-            "version": VERSION,
-            "settings": self.settings,
-            "num_images": len(kept),
-            "shape": self.shape[1:],  # K, h, w
-            "dtype": "float16",
-            "class_counts": dict(zip(names, np.bincount(kept, minlength=len(names)).tolist(), strict=True)),
-            "mean": mean.tolist(),
-            "std": np.sqrt(square - mean**2).tolist(),
-            "skipped": [{"index": i, "why": skipped[i]} for i in sorted(skipped)],
-            "shards": [{"file": self._file(k).name, **record} for k, record in enumerate(records)],
-        }
-        with written_aside(self.partial / LABELS) as temporary, temporary.open("wb") as content:
-            np.save(content, kept)
-        manifest["labels_sha256"] = sha256_of(self.partial / LABELS)
-        write_text(self.partial / MANIFEST, json.dumps(manifest, indent=1))
-        self.partial.rename(self.folder)
-        for file in [SETTINGS, *(self._record(k).name for k in range(len(records)))]:
-            (self.folder / file).unlink()
-        Path(self._lock.name).unlink()
-
-    def _file(self, shard: int) -> Path:
-        return self.partial / f"shard-{shard:05d}.npy"
-
-    def _record(self, shard: int) -> Path:
-        return self._file(shard).with_suffix(".json")
 
 
 def _flock(file: IO[str], kind: int) -> None:
@@ -291,11 +336,11 @@ def _flock(file: IO[str], kind: int) -> None:
 class Pixels(Dataset):
     """index -> pixels (H, W, C) uint8, or the sentence why they cannot be read."""
 
-    def __init__(self, images: Images, skip: bool) -> None:
+    def __init__(self, images: ImageDataset, skip: bool) -> None:
         self.images, self.skip = images, skip
 
     def __getitem__(self, index: int) -> Tensor | str:
-        """See the class.
+        """Read the pixels (H, W, C) uint8 of an image, or say why they cannot be read.
 
         Raises:
             UnreadableImageError: It cannot be read, and is not to be skipped.
@@ -305,26 +350,27 @@ class Pixels(Dataset):
         except UnreadableImageError as error:
             if not self.skip:
                 raise UnreadableImageError(
-                    f"{error} Mend it and run the same command again; or give --cache.on_error skip, which leaves it out."
+                    f"{error} Mend it and run the same command again; or give --cache.on_error skip, which leaves it "
+                    "out."
                 ) from None
             return str(error)
 
     @staticmethod
     def collate(items: list[Tensor | str]) -> tuple[Tensor, list[str | None]]:
-        """The tensors among them, stacked, and for each item its text, or None."""
+        """Stack the tensors (H, W, C) among the items to (b, H, W, C), and list for each item its text, or None."""
         pixels = [item for item in items if not isinstance(item, str)]
         why = [item if isinstance(item, str) else None for item in items]
         return torch.stack(pixels) if pixels else torch.empty(0), why
 
 
 def reopen(path: str, expected: dict[str, Any]) -> None:
-    """Makes a finished cache unfinished, without the shards that are missing or have another size: they are made anew.
+    """Make a finished cache unfinished, without the shards that are missing or have another size: they are made anew.
 
     Raises:
         ValueError: It was made with other settings than expected; it stays as it is.
     """
     folder = Path(path)
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(folder / MANIFEST)
     check_settings(path, manifest["settings"], expected)
     for shard in manifest["shards"]:
         file = folder / shard.pop("file")

@@ -32,8 +32,8 @@ class ImageFiles:
     It is read once for all that is there, and can be handed to other processes, each of which opens a .zip for itself.
 
     Args:
-        root: The folder or .zip; where all images lie in one folder of it, in folders of that or beside a file of labels,
-            that one is meant.
+        root: The folder or .zip; where all images lie in one folder of it, in folders of that or beside a file of
+            labels, that one is meant.
 
     Attributes:
         zipped: Whether it is a .zip.
@@ -44,8 +44,8 @@ class ImageFiles:
 
     Raises:
         FileNotFoundError: There is neither.
-        ValueError: No images; a .zip that is none, encrypted, or with names that a folder cannot have; or something that
-            is called as an image and is a FIFO, a device or a socket.
+        ValueError: No images; a .zip that is none, encrypted, or with names that a folder cannot have; or something
+            that is called as an image and is a FIFO, a device or a socket.
         OSError: A folder cannot be listed.
     """
 
@@ -68,20 +68,26 @@ class ImageFiles:
             suffixes = Counter(PurePosixPath(name).suffix.lower() for name in found if not name.endswith("/"))
             files = ", ".join(f"{n} *{suffix}" for suffix, n in suffixes.most_common(5))
             raise ValueError(
-                f"{str(root)!r} holds no images (looked for {', '.join(SUFFIXES)} in any letter case, recursively); found "
-                f"{files or 'no files'}."
+                f"{str(root)!r} holds no images (looked for {', '.join(SUFFIXES)} in any letter case, recursively); "
+                f"found {files or 'no files'}."
             )
 
     def listing(self) -> list[str]:
-        """All that is there now, as paths below the root, in no order; folders end in a /."""
+        """List all that is there now, as paths below the root, in no order; folders end in a /."""
         return list(self._members) if self.zipped else _walk(str(self.root))
 
+    def changes(self) -> tuple[int, int]:
+        """Count the images that have come and those that have gone since the names were read."""
+        before = {self.prefix + name for name in self.names}
+        now = set(filter(is_image, self.listing()))
+        return len(now - before), len(before - now)
+
     def path(self, name: str) -> str:
-        """What a message calls a file."""
+        """Say what a message calls a file."""
         return os.path.join(self.root, self.prefix + name)
 
     def read(self, name: str, check: Callable[[bytes], None] | None = None) -> bytes:
-        """The content of a file.
+        """Read the content of a file.
 
         Args:
             name: One of `names`, or `labels`.
@@ -109,7 +115,7 @@ class ImageFiles:
             raise UnreadableImageError(f"{path!r} cannot be unpacked: {error}.") from None
 
     def decode(self, name: str, how: Callable[[IO[bytes]], T]) -> T:
-        """What `how` makes of an image file.
+        """Read an image file with the function `how`.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
@@ -120,7 +126,7 @@ class ImageFiles:
             return how(content)
 
     def pixels(self, name: str, size: int) -> np.ndarray:
-        """An image as it is trained on and measured against: (size, size, 3) uint8, by `read_image` and `centre_crop`.
+        """Read an image as it is trained on and measured against: RGB, cropped to (size, size, 3) uint8.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
@@ -128,8 +134,8 @@ class ImageFiles:
         """
         return self.decode(name, lambda file: centre_crop(read_image(file), size))
 
-    def stamp(self, name: str) -> str:
-        """What changes with a file's content, as a rule, and is had without reading it: its size, or a .zip's checksum.
+    def content_key(self, name: str) -> str:
+        """Give what changes with a file's content, as a rule, without reading it: its size, or a .zip's checksum.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
@@ -175,12 +181,12 @@ class ImageFiles:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its name; that of a folder ends in a /."""
+    """Tell whether a file is an image by its name; that of a folder ends in a /."""
     return name.lower().endswith(SUFFIXES)
 
 
 def _is_hidden(part: str) -> bool:
-    """Of a hidden file or folder, or of what macOS puts into archives."""
+    """True for a hidden file or folder, and for what macOS puts into archives."""
     return part.startswith(".") or part == "__MACOSX"
 
 
@@ -189,7 +195,7 @@ def _walk(root: str) -> list[str]:
 
     A folder's own list says what is a file and what is not, so that no ordinary file is asked for more.
     """
-    found, waiting = [], [("", {_identity(root)})]
+    found, waiting = [], [("", {_inode(root)})]
     while waiting:
         here, above = waiting.pop()
         try:
@@ -199,9 +205,9 @@ def _walk(root: str) -> list[str]:
         for entry in entries:
             name = here + entry.name
             if _is_folder(entry):
-                if (identity := _identity(entry.path)) not in above:
+                if (inode := _inode(entry.path)) not in above:
                     found.append(f"{name}/")
-                    waiting.append((f"{name}/", above | {identity}))
+                    waiting.append((f"{name}/", above | {inode}))
                 continue
             if (is_image(name) or entry.name in LABEL_FILES) and _is_special(entry):
                 raise ValueError(
@@ -219,14 +225,14 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _is_special(entry: os.DirEntry) -> bool:
-    """Whether it is there and no file: to open it may wait for ever, to read it may never end."""
+    """True if it is there and no file: to open it may wait for ever, to read it may never end."""
     try:
         return not entry.is_file() and os.path.exists(entry.path)
     except OSError:
         return False
 
 
-def _identity(folder: str) -> tuple[int, int]:
+def _inode(folder: str) -> tuple[int, int]:
     """The same for each name of a folder."""
     found = os.stat(folder)
     return found.st_dev, found.st_ino

@@ -15,7 +15,7 @@ from vca_engine.images import SUFFIXES, ImageFiles
 
 
 def classes_of(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
-    """Names of the images, their classes (N,) and the names of these.
+    """Find the names of the images, their classes (N,) int64 and the names of these.
 
     A class is what the file of labels says, or else a folder, in alphabetical order; images below it belong to it.
 
@@ -27,8 +27,8 @@ def classes_of(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
     loose = [name for name in files.names if "/" not in name]
     if loose:
         raise ValueError(
-            f"data.images '{files.root}' holds images without a class, {loose[0]!r} and {len(loose) - 1} more: put each "
-            f"into a folder with the name of its class, or write a labels.csv of lines FILE,CLASS."
+            f"data.images '{files.root}' holds images without a class, {loose[0]!r} and {len(loose) - 1} more: put "
+            "each into a folder with the name of its class, or write a labels.csv of lines FILE,CLASS."
         )
     owners = [name.split("/", 1)[0] for name in files.names]
     if empty := sorted({*files.folders} - {*owners}):
@@ -40,9 +40,9 @@ def classes_of(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
 def _read_labels(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
     """Classes of labels.json or labels.csv, which are numbers from 0, or names.
 
-    labels.json: `{"FILE": CLASS, ...}`, or `{"labels": [["FILE", CLASS], ...], "class_names": [...]}`, which is StyleGAN's
-    and EDM's, with names. labels.csv: lines `FILE,CLASS`, perhaps with a header. Names are numbered in the order of
-    `class_names`, or else in that of the alphabet.
+    labels.json: `{"FILE": CLASS, ...}`, or `{"labels": [["FILE", CLASS], ...], "class_names": [...]}`, which is
+    StyleGAN's and EDM's, with names. labels.csv: lines `FILE,CLASS`, perhaps with a header. Names are numbered in the
+    order of `class_names`, or else in that of the alphabet.
     """
     where = files.path(files.labels)
     pairs, class_names = (_pairs_of_json if files.labels.endswith("json") else _pairs_of_csv)(files, where)
@@ -122,7 +122,7 @@ def _pairs_of_csv(files: ImageFiles, where: str) -> tuple[list[tuple[str, Any]],
 
 
 def check_label_range(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The labels (N,) themselves.
+    """Give the labels (N,) back, if they are those of the classes.
 
     Raises:
         ValueError: There are none, or one is not in 0 ... num_classes - 1; says which.
@@ -132,14 +132,15 @@ def check_label_range(labels: np.ndarray, num_classes: int) -> np.ndarray:
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         raise ValueError(
-            f"image {wrong[0]} has label {labels[wrong[0]]}, but there are {num_classes} classes, 0 ... {num_classes - 1}."
+            f"image {wrong[0]} has label {labels[wrong[0]]}, but there are {num_classes} classes, 0 ... "
+            f"{num_classes - 1}."
         )
     return labels
 
 
 @dataclass(frozen=True)
 class DataInfo(Strict):
-    """What a model has to know of its data, kept in each checkpoint so that sampling needs no data.
+    """The facts of the data that a model depends on, kept in each checkpoint so that sampling needs no data.
 
     Args:
         image_size: Side of the square images.

@@ -2,17 +2,15 @@
 
 A cache is a folder of
 
-    shard-00000.npy ...   (n, 1 or 2, K, h, w) float16: n images; the image, and its mirror image if training flips; K = 2C
-                          channels of mean and standard deviation, or C of latents
+    shard-00000.npy ...   (n, 1 or 2, K, h, w) float16: n images; the image, and its mirror image if training flips;
+                          K = 2C channels of mean and standard deviation, or C of latents
     labels.npy            (N,) int64
     manifest.json         what they were made of, and with what; a checksum of each shard
 
 Shard k holds the images from k S to (k + 1) S - 1 of the data, less those that could not be read, whoever encodes it.
 """
 
-import hashlib
 import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from vca_engine.config.schema import differences
+from vca_engine.files import sha256_of
 from vca_engine.images.labels import check_label_range
+from vca_engine.records import differences, listed, read_json
 
-MANIFEST, LABELS = "manifest.json", "labels.npy"
-VERSION = 1  # of the format
+MANIFEST, LABELS_FILE = "manifest.json", "labels.npy"
+CACHE_FORMAT = 1  # of the format
 
 
 class DamagedError(ValueError):
@@ -55,9 +54,9 @@ class LatentDataset(Dataset):
                 f"latents {path!r} is not a folder; make it with: python cache_latents.py --config YOUR.yaml"
             )
         try:
-            self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-            if self.manifest["version"] != VERSION:
-                raise ValueError(f"its format is {self.manifest['version']}, this program's {VERSION}")
+            self.manifest = read_json(self.folder / MANIFEST)
+            if self.manifest["version"] != CACHE_FORMAT:
+                raise ValueError(f"its format is {self.manifest['version']}, this program's {CACHE_FORMAT}")
             settings = self.manifest["settings"]
             self.class_names: list[str] = settings["class_names"]
             self.image_size, self.channels, self.flip = (settings[k] for k in ("image_size", "channels", "flip"))
@@ -70,9 +69,10 @@ class LatentDataset(Dataset):
             if sum(counts) != self.manifest["num_images"] or len(shape) != 3:
                 raise ValueError(f"its {self.manifest['num_images']} latents {shape} are not those of its shards")
             self.row_shape = (1 + self.flip, *shape)
-            self.labels = check_label_range(np.load(self.folder / LABELS), len(self.class_names))
+            self.labels = check_label_range(np.load(self.folder / LABELS_FILE), len(self.class_names))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"latents {path!r} is not a folder made by cache_latents.py: {error}.") from None
+            why = str(error).rstrip(".")
+            raise ValueError(f"latents {path!r} is not a folder made by cache_latents.py: {why}.") from None
         self.starts = np.concatenate([[0], np.cumsum(counts)])  # of the shards
         self.num_classes = len(self.class_names)
         if len(self.labels) != self.starts[-1]:
@@ -92,12 +92,12 @@ class LatentDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, int]:
-        """(index, flip) -> (K, h, w) float16, label."""
+        """Read (index, flip): moments (K, h, w) float16, and the label."""
         moments, labels = self.__getitems__([key])
         return moments[0], int(labels[0])
 
     def __getitems__(self, keys: Sequence[tuple[int, bool]]) -> tuple[Tensor, Tensor]:
-        """A batch of (index, flip) at once -> (B, K, h, w) float16, labels (B,)."""
+        """Read a batch of (index, flip) at once: moments (B, K, h, w) float16, and labels (B,)."""
         if self._loaded:
             moments, labels = self._loaded
             index, flip = torch.tensor([(i, int(f)) for i, f in keys]).to(labels.device, non_blocking=True).unbind(1)
@@ -113,7 +113,7 @@ class LatentDataset(Dataset):
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """A batch is whole as it comes."""
+        """Give a batch back, moments (B, K, h, w) and labels (B,): it is whole as it comes."""
         return batch
 
     def preload(self, device: torch.device) -> None:
@@ -139,7 +139,7 @@ class LatentDataset(Dataset):
         return {**self.__dict__, "_maps": {}}  # else another process would get the latents themselves
 
     def check(self, expected: dict[str, Any]) -> None:
-        """Whether these are the latents that a run needs.
+        """Check that these are the latents that a run needs.
 
         Args:
             expected: Some of the settings, with the values that they have to have.
@@ -150,15 +150,15 @@ class LatentDataset(Dataset):
         check_settings(self.path, self.manifest["settings"], expected)
 
     def verify(self) -> Iterator[int]:
-        """Reads all of it, and gives the number of images of shard after shard.
+        """Read all of it, and give the number of images of shard after shard.
 
         Raises:
             ValueError: A shard whose checksum is another, or with numbers that are not finite; says which.
         """
         counts = np.bincount(self.labels, minlength=self.num_classes).tolist()
-        right = sha256_of(self.folder / LABELS) == self.manifest["labels_sha256"]
+        right = sha256_of(self.folder / LABELS_FILE) == self.manifest["labels_sha256"]
         if not right or counts != list(self.manifest["class_counts"].values()):
-            raise ValueError(f"latents {self.path!r} are damaged: {LABELS} has another checksum.")
+            raise ValueError(f"latents {self.path!r} are damaged: {LABELS_FILE} has another checksum.")
         for k, shard in enumerate(self.shards):
             if sha256_of(self.folder / shard["file"]) != shard["sha256"]:
                 raise ValueError(
@@ -177,11 +177,11 @@ class LatentDataset(Dataset):
 
 
 def check_settings(path: str, settings: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raises a ValueError that says what differs, if the latents at `path` were not made with what is expected."""
+    """Raise ValueError, which says what differs, unless the latents at `path` were made with what is expected."""
     if found := differences({key: settings.get(key) for key in expected}, expected):
-        text = ", ".join(f"{key} {a!r} (needed: {b!r})" for key, (a, b) in found.items())
         raise ValueError(
-            f"latents {path!r} were made with {text}; choose another folder and run cache_latents.py again."
+            f"latents {path!r} were made with {listed(found, 'needed:')}; choose another folder and run "
+            "cache_latents.py again."
         )
 
 
@@ -193,14 +193,8 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.float16).set_(storage, 0, shape)
 
 
-def sha256_of(file: Path) -> str:
-    """Of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def file_size(shape: Sequence[int]) -> int:
-    """Bytes of an .npy file of float16 numbers."""
+    """Count the bytes of an .npy file of float16 numbers of a shape."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)})
     return header.tell() + 2 * math.prod(shape)

@@ -16,7 +16,7 @@ class DeadWorkerError(OSError):
 
 
 def load(dataset: Dataset, order: Sampler, *, num_workers: int, minutes: float, pin: bool) -> Iterator[Any]:
-    """The batches of `order`, read by `num_workers` processes, or by this one.
+    """Give the batches of `order`, read by `num_workers` processes, or by this one.
 
     Raises:
         DeadWorkerError: One of them died, or gave nothing for so many minutes.

@@ -37,7 +37,7 @@ class EndlessBatches(Sampler):
         self.start, self.rank, self.num_processes = start, rank, num_processes
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        """Batch after batch, without end."""
+        """Give batch after batch, without end."""
         epoch = -1
         for number in itertools.count(self.start):
             batch = []
@@ -49,7 +49,7 @@ class EndlessBatches(Sampler):
             yield batch
 
     def positions(self, number: int) -> range:
-        """Where the images of batch `number` of this process stand in the order of the whole run."""
+        """Give the positions of the images of batch `number` of this process in the order of the whole run."""
         share = self.batch_size // self.num_processes
         first = number * self.batch_size + self.rank * share
         return range(first, first + share)

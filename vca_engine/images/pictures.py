@@ -13,7 +13,7 @@ MAX_FRAMES = 60  # of the film
 
 
 def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), title: str = "") -> np.ndarray:
-    """A labelled grid, (height, width, 3) uint8.
+    """Draw a labelled grid, (height, width, 3) uint8.
 
     Args:
         images: (R, C, H, W, 3) uint8; small ones are enlarged by a whole factor, pixel by pixel.
@@ -46,6 +46,32 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), t
     for j, name in enumerate(columns):
         middle = left + j * (cell_width + gap) + cell_width // 2
         draw.text((middle, header - 8), _fit(name, font, cell_width), "black", font, anchor="ms")
+    return np.array(canvas)
+
+
+def sheet(lines: Sequence[Sequence[tuple[np.ndarray, str]]], title: str) -> np.ndarray:
+    """Draw lines of images, each with its label below it, (height, width, 3) uint8; the first column is set apart.
+
+    Args:
+        lines: Images (H, W, 3) uint8, and their labels. Small ones are enlarged by a whole factor, pixel by pixel, and
+            all are brought to the size of the first.
+        title: A line above all.
+    """
+    height, width, _ = lines[0][0][0].shape
+    zoom = max(1, -(-128 // height))  # room for the labels
+    cell, gap, text = (width * zoom, height * zoom), 6, 13
+    font = ImageFont.load_default(text)
+    columns, line_height = max(map(len, lines)), cell[1] + text + 2 * gap
+    size = (columns * (cell[0] + gap) + 3 * gap, 3 * gap + text + len(lines) * line_height)
+    canvas = Image.new("RGB", (max(size[0], int(font.getlength(title)) + 2 * gap), size[1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, gap // 2), title, fill="black", font=font)
+    for i, line in enumerate(lines):
+        top = 2 * gap + text + i * line_height
+        for j, (image, label) in enumerate(line):
+            left = gap + j * (cell[0] + gap) + (2 * gap if j else 0)
+            canvas.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, top))
+            draw.text((left, top + cell[1] + 1), label, fill="black", font=font)
     return np.array(canvas)
 
 

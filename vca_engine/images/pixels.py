@@ -1,5 +1,6 @@
 """Pixels: between [-1, 1] and uint8, from a file to RGB, and ADM's centre crop."""
 
+import math
 from typing import IO
 
 import numpy as np
@@ -17,23 +18,37 @@ class NonFiniteError(ValueError, FloatingPointError):
 
 
 def from_uint8(pixels: np.ndarray | Tensor) -> Tensor:
-    """(..., H, W, C) uint8 -> (..., C, H, W) float32 in [-1, 1]: x = pixel / 127.5 - 1."""
+    """Turn (..., H, W, C) uint8 into (..., C, H, W) float32 in [-1, 1]: x = pixel / 127.5 - 1."""
     return torch.as_tensor(pixels).movedim(-1, -3).float() / 127.5 - 1
 
 
-def quantize(x: Tensor) -> Tensor:
-    """Floating-point pixels in [-1, 1] -> uint8 of the same shape: floor(127.5 x + 128), clamped to [0, 255].
+def quantize(x: Tensor | np.ndarray) -> Tensor:
+    """Round images in [-1, 1] to uint8 of the same shape: floor(127.5 x + 128).
 
-    NaN has no value in uint8, so the caller makes sure that there is none.
+    Args:
+        x: Floating-point, of any shape. Every value has to have its own place in uint8, 0 <= 127.5 x + 128 < 256; what
+            a decoder overshoots beyond is for the caller to clamp: `quantize(x.clamp(-1, 1))`.
+
+    Raises:
+        ValueError: Another type, NaN or infinite values, or values out of the range; says which it is.
 
     Source: Peebles & Xie 2023 and Ma et al. 2024, the released programs that draw the samples of their FIDs.
     """
+    numpy, x = isinstance(x, np.ndarray), torch.as_tensor(x)
+    if not x.is_floating_point():
+        raise ValueError(f"fid.quantize takes floating-point images in [-1, 1]; got {dtype_name(x)}.")
+    low, high = range_of(x)
+    if not _in_domain(low, high):
+        raise ValueError(
+            f"fid.quantize takes images in [-1, 1]; got {dtype_name(x)} in [{low:.4g}, {high:.4g}]. "
+            f"{advice(low, high, numpy)}"
+        )
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)  # none is below 0, so that to cut off is to floor
+    return (127.5 * x + 128).to(torch.uint8)  # none is below 0, so that to cut off is to floor
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(B, C, H, W) in about [-1, 1], C 1 or 3 -> (B, H, W, 3) uint8 by `quantize`; grey is repeated.
+    """Turn (B, C, H, W) in about [-1, 1], C 1 or 3, into (B, H, W, 3) uint8: clamped and quantised, grey repeated.
 
     Raises:
         NonFiniteError: NaN or infinite values; says in how many of the images.
@@ -41,7 +56,51 @@ def to_uint8(images: Tensor) -> np.ndarray:
     finite = images.isfinite().flatten(1).all(dim=1)  # (B,)
     if not finite.all():
         raise NonFiniteError(f"{int((~finite).sum())} of {len(images)} images hold NaN or infinite values")
-    return quantize(images).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
+    return quantize(images.clamp(-1, 1)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).cpu().numpy()
+
+
+def advice(low: float, high: float, numpy: bool = False) -> str:
+    """Say in a sentence how floating-point images `x` of this range become uint8.
+
+    Args:
+        low: Their least value.
+        high: Their greatest value.
+        numpy: They are an array, and no tensor.
+    """
+    if not math.isfinite(low + high):
+        return "They hold NaN or infinite values, which are no pixels: look where these come from."
+    if low < 0 and _in_domain(low, high):
+        return "Convert with fid.quantize(x), which rounds as DiT does."
+    if low >= 0 and high <= 1:
+        return "Convert with fid.quantize(2 * x - 1), if they are in [0, 1]."
+    if low >= 0 and 2 < high <= 255:  # up to 2 they may be in [0, 1] and overshoot
+        form = "x.round().astype(np.uint8)" if numpy else "x.round().to(torch.uint8)"
+        return f"Convert with {form}, if they are in [0, 255]."
+    if high > 255:
+        return "No convention of images with this range is known; divide by 257 first if they are of 16 bits."
+    clamp = "clip" if numpy else "clamp"
+    return (
+        "No convention of images with this range is known. What a decoder overshoots is for you to clamp: "
+        f"fid.quantize(x.{clamp}(-1, 1)) if [-1, 1] is meant, fid.quantize(2 * x.{clamp}(0, 1) - 1) if [0, 1] is."
+    )
+
+
+def range_of(images: Tensor) -> tuple[float, float]:
+    """Find the least and the greatest value of images of any shape; of NaN and infinite values one of these."""
+    if not images.numel():
+        return 0.0, 0.0
+    low, high = (images if images.is_floating_point() else images.double()).aminmax()
+    return float(low), float(high)
+
+
+def dtype_name(images: Tensor) -> str:
+    """Name the type of the numbers, e.g. float32."""
+    return str(images.dtype).removeprefix("torch.")
+
+
+def _in_domain(low: float, high: float) -> bool:
+    """True if each value has its own place in uint8; NaN has none."""
+    return low >= -128 / 127.5 and high < 128 / 127.5
 
 
 def check_beginning(head: bytes) -> None:
@@ -52,7 +111,7 @@ def check_beginning(head: bytes) -> None:
 
 
 def open_image(file: IO[bytes]) -> Image.Image:
-    """An image file, opened and not yet decoded.
+    """Open an image file, without decoding it yet.
 
     Raises:
         ValueError: It is in none of `FORMATS`, or animated, or has several pages.
@@ -68,7 +127,7 @@ def open_image(file: IO[bytes]) -> Image.Image:
 
 
 def read_image(file: IO[bytes]) -> Image.Image:
-    """An image file as RGB with 8 bits, turned as its camera says.
+    """Read an image file as RGB with 8 bits, turned as its camera says.
 
     Grey, palette and CMYK are converted; 16 bits are scaled to 8; what is transparent is laid on white.
 
@@ -98,13 +157,13 @@ def read_image(file: IO[bytes]) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square as uint8 (size, size, 3): halved by box filter while it can be, then bicubic, then cropped.
+    """Cut out the centre square, (size, size, 3) uint8: halve by box filter while it can be, then bicubic, then crop.
 
     This is how ADM, DiT and SiT prepare ImageNet, so its filters are part of every published FID.
 
     Raises:
-        ValueError: The image is far too small, its shorter side below 2 pixels or a sixteenth of `size`; or so long that
-            it would have to grow beyond `MAX_PIXELS`.
+        ValueError: The image is far too small, its shorter side below 2 pixels or a sixteenth of `size`; or so long
+            that it would have to grow beyond `MAX_PIXELS`.
 
     Source: Dhariwal & Nichol 2021, arXiv:2105.05233, the released data loader.
     """

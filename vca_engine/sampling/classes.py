@@ -1,11 +1,12 @@
 """Classes to draw: by number or name, a few of many, at random."""
 
-import difflib
 import operator
 import re
 from collections.abc import Sequence
 
 import numpy as np
+
+from vca.registry import nearest
 
 
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
@@ -41,15 +42,10 @@ def find_class(word: int | str, names: Sequence[str]) -> int:
         raise ValueError(f"class {word!r} is the name of several: {text}; choose one by its number.")
     if re.fullmatch(r"0|-?[1-9][0-9]*", wanted):
         return find_class(int(wanted), names)
-    known = {part.strip().lower(): name for name in names for part in (name, *name.split(","))}
-    close = difflib.get_close_matches(wanted, known, n=3)
-    hint = (
-        f"did you mean {' or '.join(repr(known[c]) for c in close)}?"
-        if close
-        else f"it has {len(names)} classes, "
-        + (f"{', '.join(names[:3])}, ..., {names[-1]}." if len(names) > 4 else f"{', '.join(names)}.")
-    )
-    raise ValueError(f"class {word!r} is no class of this model; {hint}")
+    known = {part.strip().lower() for name in names for part in (name, *name.split(","))}
+    shown = names if len(names) <= 4 else [*names[:3], "...", names[-1]]
+    hint = nearest(wanted, sorted(known), most=3) or f" it has {len(names)} classes, {', '.join(shown)}."
+    raise ValueError(f"class {word!r} is no class of this model;{hint}")
 
 
 def spread(classes: Sequence[int], most: int = 10) -> list[int]:

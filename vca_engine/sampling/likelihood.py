@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from vca_engine.images.codecs import PixelCodec, draw
-from vca_engine.images.datasets import Images
+from vca_engine.images.codecs import PixelCodec, sample_posterior
+from vca_engine.images.datasets import ImageDataset
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.seeds import mix, uniform
 
@@ -21,7 +21,7 @@ def unit(codec: nn.Module) -> str:
 
 @torch.no_grad()
 def bits_of(
-    images: Images, indices: Sequence[int], drawer: ImageSampler, bits_per_dim: BitsPerDim, codec: nn.Module
+    images: ImageDataset, indices: Sequence[int], drawer: ImageSampler, bits_per_dim: BitsPerDim, codec: nn.Module
 ) -> list[float]:
     """Bits per dimension of some images of a dataset, each a function of the seed, its number and its class.
 
@@ -47,7 +47,7 @@ def bits_of(
     if isinstance(codec, PixelCodec):
         u = uniform(mix(drawer.seed, 1), positions, x[0].numel()).view(x.shape)  # in (0, 1)
         moments, extra = x + ((u - 0.5) / 127.5).to(x.dtype), math.log2(127.5)
-    latents = draw(moments, codec.channels, drawer.seed, positions)  # (B, C, h, w)
+    latents = sample_posterior(moments, codec.channels, drawer.seed, positions)  # (B, C, h, w)
     generators = [torch.Generator().manual_seed(mix(drawer.seed, i)) for i in indices]
     with drawer.advising():
         bits = bits_per_dim(drawer.predict([label for _, label in pairs]), latents, generators)

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 
 from vca_engine import assemble
 from vca_engine.config.reading import Spec, from_dict
-from vca_engine.config.schema import Config, SampleConfig, differences, to_dict
-from vca_engine.files import folder_written_aside, sha256_of
+from vca_engine.config.schema import Config, SampleConfig, to_dict
+from vca_engine.files import folder_written_aside, sha256_of_weights
 from vca_engine.images.labels import DataInfo
 from vca_engine.precision import set_tf32
+from vca_engine.records import differences, listed
 from vca_engine.sampling.classes import find_class
 from vca_engine.sampling.guidance import guidance_of
 from vca_engine.sampling.image_sampler import ImageSampler
@@ -159,7 +160,7 @@ class Pipeline:
     @functools.cached_property
     def sha256(self) -> str:
         """The hash of the network's weights, whatever file they were in."""
-        return sha256_of(self.network)
+        return sha256_of_weights(self.network)
 
     def label_ids(self, classes: Sequence[int | str]) -> list[int]:
         """The numbers of classes given by number (int) or name (str); see `find_class`."""
@@ -183,8 +184,8 @@ class Pipeline:
             raise ValueError("cfg_scale is 1.0, which is no guidance; with a guide or a negative class choose another.")
         if guide:
             mine, other = ({**assemble.drawing_options(p.config), "codec": p.codec.identity} for p in (self, guide))
-            if different := differences(mine, other):
-                text = ", ".join(f"{key} {b!r} (the model {a!r})" for key, (a, b) in different.items())
+            if different := differences(other, mine):
+                text = listed(different, "the model")
                 raise ValueError(f"the guide has {text}; it has to predict the same thing as the model.")
         if self.source.get("no_variance") and assemble.describe_sampling(config)["sampler"]["name"] == "ddpm":
             raise ValueError(

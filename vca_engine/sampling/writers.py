@@ -22,8 +22,8 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from vca_engine.config.schema import differences
 from vca_engine.files import write_text, written_aside
+from vca_engine.records import differences, listed
 
 RECORD = "samples.json"
 CHUNK = 2**24  # bytes read at once
@@ -388,9 +388,10 @@ def same_as_before(record: Path, settings: dict[str, Any], out: Path) -> None:
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
         raise ValueError(f"{str(record)!r} is damaged, so what is there is unknown; choose another --out.") from None
     if different := differences({key: old.get(key) for key in settings}, settings):
-        text = ", ".join(f"{k} {_short(a)} (now {_short(b)})" for k, (a, b) in different.items())
         what = "a measurement" if out.suffix == ".json" else "images"
-        raise ValueError(f"{str(out)!r} holds {what} made with {text}; choose another --out, or remove it.")
+        raise ValueError(
+            f"{str(out)!r} holds {what} made with {listed(different, most=40)}; choose another --out, or remove it."
+        )
 
 
 def _as_said_now(record: dict[str, Any]) -> dict[str, Any]:
@@ -407,8 +408,3 @@ def _as_said_now(record: dict[str, Any]) -> dict[str, Any]:
         if all(round(i * stride) == round(place) for i, place in enumerate(places)):
             record["sampler"] = {**sampler, "spacing": "even"}
     return record
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:16]}...{text[-8:]}"

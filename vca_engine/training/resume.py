@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from vca_engine.config.reading import from_dict
-from vca_engine.config.schema import Config, differences, to_dict
+from vca_engine.config.schema import Config, to_dict
 from vca_engine.files import write_text
+from vca_engine.records import differences, listed, read_json
 from vca_engine.weights import checkpoint
 
 CONFIG_FILE = "config.yaml"
@@ -68,7 +69,7 @@ def starting_point(config: Config, resume: str) -> Path | None:
 def read_origin(run_dir: Path) -> dict[str, Any] | None:
     """What `write_origin` wrote, if it did."""
     file = run_dir / ORIGIN_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def write_origin(run_dir: Path, resume: str, start: Path) -> None:
@@ -99,11 +100,10 @@ def check_same_run(config: Config, start: Path, say: Callable[[str], None]) -> N
         say(f"note: {key} was {changed[key][0]!r} in this run, now {changed[key][1]!r}; it must hold the same.")
     changed = {k: v for k, v in changed.items() if k not in may_change and k.split(".")[0] not in may_change}
     if changed:
-        text = ", ".join(f"{key} {a!r} (you gave {b!r})" for key, (a, b) in changed.items())
         why = " Under the cosine schedule every step depends on num_steps." if "train.num_steps" in changed else ""
         raise ValueError(
-            f"{str(start)!r} holds another run, with {text}; give its settings to go on with it, or --init {start} and "
-            f"another --run_dir to start anew from its weights.{why}"
+            f"{str(start)!r} holds another run, with {listed(changed, 'you gave')}; give its settings to go on with it, "
+            f"or --init {start} and another --run_dir to start anew from its weights.{why}"
         )
 
 

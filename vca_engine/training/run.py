@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import fid
 from vca_engine import assemble
-from vca_engine.config.schema import Config, differences, save_yaml, to_dict
+from vca_engine.config.schema import Config, save_yaml, to_dict
 from vca_engine.distributed import gather, whole
 from vca_engine.files import write_text
 from vca_engine.images import NonFiniteError
@@ -34,6 +34,7 @@ from vca_engine.images.loader import load
 from vca_engine.images.order import EndlessBatches
 from vca_engine.images.pictures import grid, save_picture
 from vca_engine.precision import mixed_precision, set_tf32
+from vca_engine.records import differences, listed, read_json
 from vca_engine.sampling.classes import find_class, random_label, spread
 from vca_engine.sampling.guidance import guidance_of
 from vca_engine.sampling.image_sampler import ImageSampler
@@ -466,8 +467,9 @@ class Run:
         keys = ("shape", "num_images", "codec")
         now = {"shape": to_dict(self.shape), "num_images": len(self.data), "codec": self.codec.identity}
         if different := differences({k: record[k] for k in keys}, now):
-            text = ", ".join(f"{k} {a!r} (now {b!r})" for k, (a, b) in different.items())
-            raise ValueError(f"{str(self.start)!r} was trained on other data, or through another autoencoder: {text}.")
+            raise ValueError(
+                f"{str(self.start)!r} was trained on other data, or through another autoencoder: {listed(different)}."
+            )
 
     def _lock(self) -> None:
         """Two programs in one folder would take turns to ruin it."""
@@ -494,7 +496,7 @@ def preview_file(folder: Path, step: int) -> Path:
 def read_best(folder: Path) -> dict[str, dict[str, Any]]:
     """best.json of a run: name of a distance -> its best value and the step of that."""
     file = folder / BEST_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def peak_memory(device: torch.device) -> int:

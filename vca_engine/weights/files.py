@@ -4,7 +4,6 @@ What a path holds is told by its content, not its name, and reading it never run
 """
 
 import argparse
-import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vca import before_joint
+from vca_engine.records import read_json
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import from_diffusers
 
@@ -143,19 +143,6 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
         if file.is_file():
             return _read_file(file).tensors
     raise FileNotFoundError(f"{str(folder)!r} lacks its weights, {DIFFUSERS_FILE}.safetensors or .bin.")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; {} if it holds something else.
-
-    Raises:
-        ValueError: It is damaged.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is damaged: {error}.") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _read_file(file: Path) -> Weights:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from vca import SIZES, Transformer, before_joint, check_type, defaults_of, lookup, sincos_2d
 from vca_engine.config.reading import Spec
+from vca_engine.records import read_json
 from vca_engine.weights.adapt import fit_channels
 from vca_engine.weights.architecture import OUTPUT, keywords_of, process_of
 from vca_engine.weights.diffusers import process_of_scheduler
-from vca_engine.weights.files import Weights, read_json, read_weights
+from vca_engine.weights.files import Weights, read_weights
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # of the published DiT and SiT
 PROCESSES = {"diffusion": 2, "flow": 1}  # name -> outputs of its network for each channel: of DiT with the variance
