@@ -22,7 +22,7 @@ from vca.layer import Attention
 from vca.transformer import ATTENTIONS
 from vca_engine.assemble import PROCESSES, ProcessKind
 from vca_engine.images.codecs import CODECS, PixelCodec
-from vca_engine.images.datasets import DATASETS, Images
+from vca_engine.images.datasets import DATASETS, ImageDataset
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
 LINES = [line for line in PAGE.splitlines() if line.startswith("| ")]
@@ -107,7 +107,7 @@ class Mirrored(Transport):
     """The published flow under another name."""
 
 
-class Stripes(Images):
+class Stripes(ImageDataset):
     """Eight images of two classes, upright and level stripes."""
 
     def __init__(self, *, period: int = 2):
