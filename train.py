@@ -5,9 +5,9 @@
     accelerate launch train.py --config configs/sit_b2_vca.yaml --data.images DIR              (all GPUs)
     torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml --data.images DIR    (the same)
 
-Order of the data, times, noise and dropped labels are functions of the seed and of the image's position in the run. So a
-run that was stopped and resumed is the run that was not, also on another number of processes: with the same number on a
-CPU bit for bit, else to rounding. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint and end it with exit code 75.
+Order of the data, times, noise and dropped labels are functions of the seed and of the image's position in the run. So
+a run that was stopped and resumed is the run that was not, also on another number of processes: with the same number on
+a CPU bit for bit, else to rounding. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint and end it with exit code 75.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ from vca_engine.weights.files import attention_of
 
 @dataclass(frozen=True)
 class Arguments(Config):
-    """What to train.
+    """Options of a training.
 
     Args:
-        resume: auto goes on from the newest checkpoint in run_dir, if there is one; none wants none to be there; a run or
-            checkpoint is what a new run_dir goes on from.
+        resume: auto goes on from the newest checkpoint in run_dir, if there is one; none wants none to be there; a run
+            or checkpoint is what a new run_dir goes on from.
         dry_run: Say what the run takes, try two steps of everything in a temporary folder, and keep nothing.
     """
 
@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config = assemble.with_attention_of(config, known)
         check_same_run(config, start, accelerator.print)
     if args.dry_run:
-        begin, two_steps = functools.partial(prepare, accelerator=accelerator), functools.partial(train, stop=stop)
-        dry_run(config, accelerator.num_processes, begin, two_steps, add_gradients)
+        dry_run(config, accelerator, prepare, functools.partial(train, stop=stop), add_gradients)
         return
     done = record["step"]
     if done >= config.train.num_steps and not unfinished(config, done, outputs_due(config, done), accelerator):
@@ -167,15 +166,15 @@ def add_gradients(run: Run, x: Tensor, y: Tensor, positions: Tensor) -> None:
     accelerator, process, seed = run.accelerator, run.process, run.config.seed
     moments = x if run.config.latents else run.codec.moments(x)  # (B, 2C, h, w)
     latents = draw(moments, run.codec.channels, seed, positions)  # (B, C, h, w)
-    random = draws(seed, positions, latents.shape[1:])
-    t, y = process.times(random.time), run.network.y_embedder.drop(y, random.drop)  # (B,), (B,)
+    noise, u = draws(seed, positions, latents.shape[1:])  # (B, C, h, w), (B, 2)
+    t, y = process.times(u[:, 0]), run.network.y_embedder.drop(y, u[:, 1])  # (B,), (B,)
 
     def forward(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         with accelerator.autocast():
             return run.model(x_t, t, y).float()
 
     with accelerator.accumulate(run.model):
-        losses = process.loss(forward, latents, y, t=t, noise=random.noise)  # (B,)
+        losses = process.loss(forward, latents, y, t=t, noise=noise)  # (B,)
         accelerator.backward(nan_if_not_finite(losses.mean()))
     run.meter.add(losses.detach(), t / process.end_time)
 

@@ -1,4 +1,4 @@
-"""Several processes: tensors that FSDP2 has cut into a shard a process, put together and cut again; and agreement."""
+"""Several processes: tensors that FSDP2 has cut into shards, put together and cut again, and a check that all agree."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Put a sharded tensor together, of any shape (...), on every process; pass others on. All processes call this."""
+    """Put a sharded tensor (...) together on every process; pass another one on. All processes call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -33,7 +33,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def same_on_all_processes(accelerator: Accelerator, value: Any, what: str) -> None:
-    """Raise ValueError on all processes unless each has the same `value`, say because `what` is not on a shared disk."""
+    """Raise ValueError on all processes unless each has the same `value`; `what` may not be on a shared disk."""
     if len({str(v) for v in gather_object([value])}) > 1:
         raise ValueError(
             f"the processes find different things in {what}; it has to be on a disk that all machines share."

@@ -1,4 +1,4 @@
-"""The dry run: two steps of everything in a temporary folder, and what a whole run takes in time, memory and disk."""
+"""Dry run: two steps of everything in a temporary folder, and what a whole run takes in time, memory and disk."""
 
 import contextlib
 import dataclasses
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,17 +30,17 @@ from vca_engine.weights.checkpoint import SNAPSHOTS
 
 def dry_run(
     config: Config,
-    num_processes: int,
-    prepare: Callable[[Config], tuple[Run, Outputs]],
+    accelerator: Accelerator,
+    prepare: Callable[[Config, Accelerator], tuple[Run, Outputs]],
     train: Callable[[Run, Outputs], bool],
     add_gradients: Callable[..., None],
 ) -> None:
     """Print what a run takes, after two steps of everything in a temporary folder. All processes call this.
 
     Args:
-        config: Of the run.
-        num_processes: How many there are.
-        prepare: config -> a run and its outputs.
+        config: Settings of the run.
+        accelerator: Its processes.
+        prepare: Builds a run and its outputs.
         train: Takes all steps of a run; returns whether a signal stopped it.
         add_gradients: (run, *batch) -> None; adds the gradients of a batch.
 
@@ -52,26 +53,26 @@ def dry_run(
     if not os.access(parent, os.W_OK):
         raise ValueError(f"run_dir {config.run_dir!r} cannot be made: {str(parent)!r} is not yours to write.")
     with tempfile.TemporaryDirectory(dir=parent, prefix=".dry-run-") as temporary:
-        run, outputs = prepare(_two_steps(config, f"{temporary}/run", num_processes))
+        run, outputs = prepare(_two_steps(config, f"{temporary}/run", accelerator.num_processes), accelerator)
         with contextlib.redirect_stdout(io.StringIO()) as said, outputs:
             if train(run, outputs):
                 raise SystemExit(STOPPED)
             peak = peak_memory(run.device)
             with count_saved(run.network) as saved:
                 add_gradients(run, *next(run.batches()))
-        if not run.accelerator.is_main_process:
+        if not accelerator.is_main_process:
             return
         checkpoints, snapshots = checkpoint.steps(run.folder), checkpoint.steps(run.folder, SNAPSHOTS)
         if not checkpoints or (config.train.ema_stds and not snapshots):
             raise ValueError(f"a step in {str(parent)!r} failed: {said.getvalue().strip()}")
         size, snapshot_size = size_of(*checkpoints), size_of(*snapshots)
         rate = read_metrics(run.folder / "metrics.jsonl")[-1]["images_per_second"]
-    disk, files = _disk(config, size, snapshot_size)
-    rows = {
-        **_network_and_data(config, run),
-        "time": f"{rate:,.1f} images/s in the second step: {_num_images(config) / rate / 3600:,.1f} hours, and previews",
+    num, num_snapshots = _files_kept(config)
+    disk = num * size + num_snapshots * snapshot_size
+    rows = _describe(config, run, rate) | {
         "memory": f"{_memory(config, run, saved.num_bytes)} of each process, whose measured peak is {gib(peak)}",
-        "disk": f"{files}: {gib(disk)}; {gib(free)} are free",
+        "disk": f"{num} checkpoints of {gib(size)}, {num_snapshots} snapshots of {gib(snapshot_size)}: {gib(disk)}; "
+        f"{gib(free)} are free",
     }
     print(f"{config.run_dir}: every step works; nothing was kept.")
     print("\n".join(f"  {name:<9} {text}" for name, text in rows.items()))
@@ -85,29 +86,24 @@ def dry_run(
 def _two_steps(config: Config, run_dir: str, num_processes: int) -> Config:
     """Shorten a config to two steps, in which everything happens once."""
     periods = {"num_steps": 2, "log_every": 1, "checkpoint_every": 2, "snapshot_every": 2, "sample_every": 2}
-    return dataclasses.replace(
-        config,
-        run_dir=run_dir,
-        train=dataclasses.replace(config.train, **periods, tracker="none"),
-        fid=dataclasses.replace(config.fid, num=min(config.fid.num, 64 * num_processes)),
-    )
+    train = dataclasses.replace(config.train, **periods, tracker="none")
+    measured = dataclasses.replace(config.fid, num=min(config.fid.num, 64 * num_processes))
+    return dataclasses.replace(config, run_dir=run_dir, train=train, fid=measured)
 
 
-def _num_images(config: Config) -> int:
-    return config.train.num_steps * config.train.batch_size
-
-
-def _network_and_data(config: Config, run: Run) -> dict[str, str]:
-    """Describe the network, the data and the steps."""
-    cfg, world, num_images = config.train, run.accelerator.num_processes, _num_images(config)
+def _describe(config: Config, run: Run, rate: float) -> dict[str, str]:
+    """Describe the network, the data, the steps and their time at so many images a second."""
+    cfg, world = config.train, run.accelerator.num_processes
+    images = cfg.num_steps * cfg.batch_size
     with torch.device("meta"):
         products = multiply_adds(assemble.network(config, run.info, run.codec))
     return {
-        "network": f"{type(run.network).__name__}, {run.num_parameters:,} parameters, {products / 1e9:.2f} GFLOPs a sample "
-        "(multiply-adds of a forward pass, as papers count)",
+        "network": f"{type(run.network).__name__}, {run.num_parameters:,} parameters, {products / 1e9:.2f} GFLOPs a "
+        "sample (multiply-adds of a forward pass, as papers count)",
         "data": f"{len(run.data):,} images of {run.num_classes:,} classes, {run.info.image_size}x{run.info.image_size}",
         "run": f"{cfg.num_steps:,} steps of {cfg.batch_size} images ({world} processes x {cfg.accumulate} x "
-        f"{cfg.batch_size // world // cfg.accumulate}): {num_images:,} images, {num_images / len(run.data):,.1f} epochs",
+        f"{cfg.batch_size // world // cfg.accumulate}): {images:,} images, {images / len(run.data):,.1f} epochs",
+        "time": f"{rate:,.1f} images/s in the second step: {images / rate / 3600:,.1f} hours, and previews",
     }
 
 
@@ -126,14 +122,12 @@ def _memory(config: Config, run: Run, activations: int) -> str:
     return ", ".join(f"{name} {gib(num)}" for name, num in parts.items())
 
 
-def _disk(config: Config, size: int, snapshot_size: int) -> tuple[int, str]:
-    """Count the bytes of all checkpoints and snapshots that are there at once, and describe them."""
+def _files_kept(config: Config) -> tuple[int, int]:
+    """Count the checkpoints and the snapshots that are there at most."""
     cfg = config.train
     # One more is written before an old one goes, and the best FID's is spared.
     num = len(cfg.kept()) + bool(cfg.keep_checkpoints) + bool(cfg.keep_checkpoints and config.fid.every)
-    num_snapshots = math.ceil(cfg.num_steps / cfg.snapshot_every) * bool(cfg.ema_stds)
-    text = f"{num} checkpoints of {gib(size)}, {num_snapshots} snapshots of {gib(snapshot_size)}"
-    return num * size + num_snapshots * snapshot_size, text
+    return num, math.ceil(cfg.num_steps / cfg.snapshot_every) if cfg.ema_stds else 0
 
 
 def multiply_adds(network: nn.Module) -> int:

@@ -33,9 +33,9 @@ BEST_FILE = "best.json"
 
 
 class Outputs:
-    """Files of a run. The main process writes them; all processes call each method, since each has a part of the tensors.
+    """Files of a run. The main process writes them; all processes call each method, for each has parts of the tensors.
 
-    Within its `with` block the run's folder is locked. A full disk stops nothing but the last checkpoint; it is said.
+    In the `with` block the run's folder is locked. A full disk is said, and stops training only at the last checkpoint.
 
     Args:
         run: The run.
@@ -108,14 +108,7 @@ class Outputs:
                     "gradient was not finite"
                 )
         if most >= self.cfg.max_skipped:
-            kept = checkpoint.steps(self.folder)
-            where = f"the last checkpoint, {kept[-1]}, is good" if kept else "there is no checkpoint yet"
-            raise ValueError(
-                f"the loss or its gradient was not finite in {most} steps in a row, up to step {step} "
-                f"(train.max_skipped {self.cfg.max_skipped}); {where}. A new run with a lower train.lr, "
-                "train.max_grad_norm 1.0 or train.precision no may help"
-                f"{f'; it can start from --init {kept[-1]}' if kept else ''}."
-            )
+            raise ValueError(_too_many_skipped(most, step, self.cfg.max_skipped, checkpoint.steps(self.folder)))
         return values
 
     def save(self, last: bool = False) -> None:
@@ -258,6 +251,19 @@ def lock_folder(folder: Path) -> FileLock | None:
     except (OSError, NotImplementedError):
         return None
     return lock
+
+
+def _too_many_skipped(num: int, step: int, max_skipped: int, checkpoints: list[Path]) -> str:
+    """Say that so many steps in a row were not finite, and how to go on."""
+    where, init = "there is no checkpoint yet", ""
+    if checkpoints:
+        where = f"the last checkpoint, {checkpoints[-1]}, is good"
+        init = f"; it can start from --init {checkpoints[-1]}"
+    return (
+        f"the loss or its gradient was not finite in {num} steps in a row, up to step {step} (train.max_skipped "
+        f"{max_skipped}); {where}. A new run with a lower train.lr, train.max_grad_norm 1.0 or train.precision no may "
+        f"help{init}."
+    )
 
 
 def unfinished(config: Config, step: int, due: list[str], accelerator: Accelerator) -> list[str]:

@@ -31,8 +31,8 @@ def starting_point(config: Config, resume: str) -> Path | None:
 
     Args:
         config: Of the run.
-        resume: `auto` takes the newest checkpoint in the run's folder, if there is one; `none` wants none to be there; a
-            run or checkpoint is taken the first time, and afterwards the newest of the run that went on from it.
+        resume: `auto` takes the newest checkpoint in the run's folder, if there is one; `none` wants none to be there;
+            a run or checkpoint is taken the first time, and afterwards the newest of the run that went on from it.
 
     Raises:
         FileNotFoundError: `resume` is a path where nothing is.

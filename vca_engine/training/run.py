@@ -123,7 +123,7 @@ class Run:
         )
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Read the batches of this process from here on: images (B, C, H, W) or moments, labels (B,), positions (B,)."""
+        """Read batches from this step on: images (B, C, H, W) or moments, labels (B,), and positions (B,)."""
         workers = self.cfg.workers(cached=self.config.latents is not None)
         pin = self.device.type == "cuda" and not self.cfg.preload
         loaded = load(self.data, self.order, num_workers=workers, minutes=self.cfg.timeout, pin=pin)
@@ -131,7 +131,7 @@ class Run:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Give the image sampler the averaged weights, whole, on every process, in the block. All processes call this."""
+        """Give the image sampler the averaged weights, on every process, in the block. All processes call this."""
         self.image_sampler.weights = f"ema of step {self.step}"
         for name, p in self.image_sampler.network.named_parameters():
             p.data = full_tensor(self.ema.weights[name])

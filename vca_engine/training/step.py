@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +13,13 @@ from vca_engine.config.schema import TrainConfig
 from vca_engine.seeds import mix, normal, uniform
 
 
-class Draws(NamedTuple):
-    """Random numbers of a batch.
+def draws(seed: int, positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Draw what a step needs as a function of the seed and the positions (B,) of the images in the run.
 
-    Attributes:
-        noise: (B, C, h, w), standard normal.
-        time: (B,) in (0, 1), of which the process makes t.
-        drop: (B,) in (0, 1), by which labels are dropped.
+    Returns:
+        Noise (B, *shape), standard normal, and u (B, 2) in (0, 1): one for the time, one for dropping the label.
     """
-
-    noise: Tensor
-    time: Tensor
-    drop: Tensor
-
-
-def draws(seed: int, positions: Tensor, shape: Sequence[int]) -> Draws:
-    """Draw what a step needs for latents (B, *shape), as a function of the seed and the positions (B,) in the run."""
-    noise = normal(mix(seed, 1), positions, shape)
-    time, drop = uniform(mix(seed, 2), positions, 2).unbind(1)
-    return Draws(noise, time, drop)
+    return normal(mix(seed, 1), positions, shape), uniform(mix(seed, 2), positions, 2)
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
@@ -45,7 +32,7 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
 
 
 def nan_if_not_finite(loss: Tensor) -> Tensor:
-    """Pass `loss` () on; where it is not finite, all gradients get NaN, and so those of all processes when exchanged."""
+    """Pass `loss` () on; where it is not finite, all gradients get NaN, and so do those of the other processes."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
