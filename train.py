@@ -107,8 +107,7 @@ def train(run: Run, outputs: Outputs, stop: StopSignal) -> bool:
     stop.begin(run.accelerator, cfg.timeout)
     # First of all, what was due at this step when the run was killed.
     stopped = run.step > 0 and not outputs.finish(outputs_due(config, run.step), stop)
-    silent = not run.accelerator.is_main_process
-    bar = tqdm(total=cfg.num_steps, initial=run.step, desc="train", unit="step", disable=silent)
+    bar = tqdm(total=cfg.num_steps, initial=run.step, desc="train", unit="step", disable=not outputs.main)
     with bar, contextlib.closing(run.batches()) as batches:
         since, steps = time.perf_counter(), 0
         while run.step < cfg.num_steps and not stopped:
@@ -139,7 +138,12 @@ def train(run: Run, outputs: Outputs, stop: StopSignal) -> bool:
 
 
 def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Take one step of the optimizer, unless the gradient is not finite, and let the averages follow."""
+    """Take one step of the optimizer, unless the gradient is not finite, and let the averages follow.
+
+    Args:
+        run: The run.
+        batches: Those of the run: images (B, C, H, W) or moments, labels (B,), positions (B,).
+    """
     for _ in range(run.cfg.accumulate):
         add_gradients(run, *next(batches))
     for group in run.optimizer.param_groups:

@@ -226,7 +226,7 @@ def test_any_width_is_rebuilt_as_if_it_had_been_kept(followed, tmp_path, step, s
 
 def test_the_command_writes_a_folder_that_can_be_sampled_from(followed, capsys):
     run, *_ = followed
-    ema.main(["reconstruct", str(run), "--std", "0.07"])
+    ema.main([str(run), "--std", "0.07"])
     folder = run / "reconstructed" / "step-00000400-std-0.07"
     said = capsys.readouterr()
     assert f"python sample.py --checkpoint {folder}" in said.out
@@ -238,7 +238,7 @@ def test_the_command_writes_a_folder_that_can_be_sampled_from(followed, capsys):
 
 
 def test_a_width_that_the_snapshots_cannot_express_is_warned_of_and_recorded(followed, tmp_path, capsys):
-    ema.main(["reconstruct", str(followed[0]), "--std", "0.288", "--out", str(tmp_path / "wide")])
+    ema.main([str(followed[0]), "--std", "0.288", "--out", str(tmp_path / "wide")])
     _, error, std = solve([(at, s) for at in range(EVERY, STEPS + 1, EVERY) for s in STDS], STEPS, 0.288)
     said = capsys.readouterr().err
     assert f"cannot express width 0.288: what comes nearest has width {std:.3g}, and its shares" in said
@@ -256,7 +256,7 @@ MISTAKES = [
 @pytest.mark.parametrize("arguments, said", MISTAKES)
 def test_mistakes_are_sentences(followed, capsys, arguments, said):
     with pytest.raises(SystemExit) as stop:
-        ema.main(["reconstruct", str(followed[0]), *arguments])
+        ema.main([str(followed[0]), *arguments])
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
 

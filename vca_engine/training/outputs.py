@@ -42,6 +42,9 @@ class Outputs:
         resume: What --resume said.
         evaluator: A `fid.Evaluator`, where the config measures a distance; a broken reference of it is found here.
         plot_distance: (lines of fid.jsonl, file, title) -> None; draws their curve.
+
+    Attributes:
+        main: True in the main process, which alone has a `log`.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Outputs:
         self.classes = [find_class(k, run.info.class_names) for k in rows]
         if evaluator:
             evaluator.prepare()
-        self.log: Log | None = None  # of the main process, within the block
+        self.log: Log | None = None  # there within the block
         self.lock: FileLock | None = None
 
     def __enter__(self) -> Self:
@@ -79,7 +82,7 @@ class Outputs:
 
     def __exit__(self, *error: object) -> None:
         """Close the log, and leave the folder to others."""
-        if self.log:
+        if self.main:
             self.log.close()
         self.run.accelerator.trackers = []  # they are closed
         self.run.accelerator.end_training()
@@ -100,7 +103,7 @@ class Outputs:
         values |= {"partial": True} if partial else {}
         values |= {"lr": self.run.optimizer.param_groups[0]["lr"], "images": step * self.cfg.batch_size}
         values |= {"images_per_second": rate, "memory_gib": round(peak_memory(self.run.device) / 2**30, 3)}
-        if self.log:
+        if self.main:
             self.log.add(step, values)
             if values["skipped"] > before:
                 tqdm.write(
@@ -119,7 +122,7 @@ class Outputs:
         """
         record = self.run.record() | {"skipped": [self.run.meter.skipped, self.run.meter.in_a_row]}
         parts = {name: gather(tensors, self.main) for name, tensors in self.run.tensors().items()}
-        if self.log:
+        if self.main:
             try:
                 checkpoint.save(folder_of(self.folder, self.run.step), self.run.step, parts, record)
             except OSError as error:
@@ -127,7 +130,7 @@ class Outputs:
                     raise
                 self.log.warn("the checkpoint", error)
             else:
-                self._prune()
+                self.log.attempt("what the removal of old checkpoints changes", self._prune)
             self.log.plot()
         self.run.accelerator.wait_for_everyone()
 
@@ -135,7 +138,7 @@ class Outputs:
         """Write the power-function averages of this step."""
         averages = self.run.averaged_tensors()
         averages = {name: gather(tensors, self.main) for name, tensors in averages.items() if name != "ema"}
-        if self.log and averages:
+        if self.main and averages:
             record = self.run.record() | {"ema_stds": self.cfg.ema_stds}
             folder = folder_of(self.folder, self.run.step, SNAPSHOTS)
             self.log.attempt("the snapshot", checkpoint.save, folder, self.run.step, averages, record)
@@ -150,7 +153,7 @@ class Outputs:
     def preview(self) -> None:
         """Draw a grid with the averaged weights, a row a class."""
         with self.run.averaged_weights():
-            if self.log:
+            if self.main:
                 self.log.attempt(preview_file(self.folder, self.run.step).name, self._draw_preview)
         self.run.accelerator.wait_for_everyone()
 
@@ -181,7 +184,7 @@ class Outputs:
                         continue
                     self.evaluator.update(torch.from_numpy(images), index, [label(i) for i in index])
         if failures := [text for text in gather_object([failed]) if text]:
-            if self.log:
+            if self.main:
                 self.log.warn(f"the FID of step {run.step}", failures[0])
             return True
         sample = {
@@ -192,9 +195,9 @@ class Outputs:
             **{"precision": "no", "tf32": self.cfg.tf32 and run.device.type == "cuda"},
         }
         result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=run.step, sample=sample)
-        if self.log:
+        if self.main:
             self.log.attempt("fid.jsonl", self._write_result, result)
-            self._prune()  # of what was the best
+            self.log.attempt("what the removal of old checkpoints changes", self._prune)  # of what was the best
             tqdm.write(f"step {run.step}, {num} images: {result}")
         run.accelerator.wait_for_everyone()
         return True
@@ -212,8 +215,7 @@ class Outputs:
         """Remove old checkpoints, but for those of the best distances."""
         if self.cfg.keep_checkpoints:
             spare = {entry["step"] for entry in read_best(self.folder).values()}
-            what, kept = "what the removal of old checkpoints changes", (self.cfg.keep_checkpoints, self.cfg.keep_every)
-            self.log.attempt(what, checkpoint.prune, self.folder, *kept, spare)
+            checkpoint.prune(self.folder, self.cfg.keep_checkpoints, self.cfg.keep_every, spare)
 
     def _write_result(self, result: Any) -> None:
         """Add a `fid.Result` to fid.jsonl, fid.png, the tracker and best.json."""
