@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Put a sharded tensor (...) together on every process; pass another one on. All processes call this."""
+    """Put a sharded tensor (N, ...) together on every process; pass another on. All processes call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -25,7 +25,7 @@ def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Bring a tensor (...), the same on all processes, to the device of `parameter` (...), sharded as that is."""
+    """Bring a tensor (N, ...), the same on all processes, to the device of `parameter`, sharded as that is."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return tensor

@@ -191,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"warning: the snapshots up to step {made.step} cannot express width {args.std:g}: what comes nearest "
             f"{width}, and its shares of the steps are off by {made.error:.0%}. Choose a width nearer to the stored "
-            f"ones ({', '.join(f'{std:g}' for std in made.stored)}), or train with a smaller train.snapshot_every for more.",
+            f"ones ({', '.join(f'{std:g}' for std in made.stored)}), or train with a smaller train.snapshot_every for "
+            "more.",
             file=sys.stderr,
         )
 
