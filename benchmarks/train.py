@@ -4,11 +4,11 @@
     python benchmarks/train.py --device cuda --parts overhead,saving --out benchmarks/results/train_gpu.json
     python benchmarks/train.py --device cuda --parts speed --out benchmarks/results/train_speed_gpu.json
 
-- overhead: a step of `Run` over forward, loss, backward and torch's AdamW of the same network on one batch; the same
+- overhead: a step of train.py over forward, loss, backward and torch's AdamW of the same network on one batch; the same
   without averages; and, within one step, each thing that the bare one does not do.
 - speed: [images/s, MiB at the peak] of the default settings and with each switch, of a process of its own each.
-- saving: a checkpoint and a snapshot beside `torch.save` of the same tensors, and as shares of training. The files lie in
-  TMPDIR, which should be on the disk that matters; XL/2 takes 80 GB.
+- saving: a checkpoint and a snapshot beside `torch.save` of the same tensors, and as shares of training. The files lie
+  in TMPDIR, which should be on the disk that matters; XL/2 takes 80 GB.
 
 Contenders take turns, after a warm-up; numbers are medians. Latents and weights are random. A CPU has one thread, two
 blocks and small batches, where what costs time for each weight (averages, norm, AdamW) weighs more than in a run of 256
@@ -39,11 +39,13 @@ from accelerate.utils import convert_outputs_to_fp32
 from report import aim, peak_kib, run_parts, take_turns, wall
 from torch import Tensor
 
+import train as program
 from vca_engine import assemble
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config
 from vca_engine.images.latents import CACHE_FORMAT
-from vca_engine.training import run
+from vca_engine.training.outputs import Outputs
+from vca_engine.training.run import Run, make_accelerator
 from vca_engine.weights import checkpoint
 
 SIDES = (32, 64)  # of the latents
@@ -75,16 +77,17 @@ def main() -> None:
 
 
 @contextmanager
-def begun(folder: Path, model: dict[str, Any], side: int, **train: Any) -> Iterator[run.Run]:
-    """A run of a DiT on random cached latents, of `write_caches`."""
+def begun(folder: Path, model: dict[str, Any], side: int, **train: Any) -> Iterator[tuple[Run, Outputs]]:
+    """Begin a run of a DiT on random cached latents, of `write_caches`."""
     values = {"run_dir": f"{folder}/run", "process": {"name": "diffusion"}, "codec": {"name": "pixels"}, "model": model}
     values |= {"data": {"name": "folder", "images": "none", "image_size": side}, "latents": f"{folder}/latents{side}"}
     values["train"] = {"tracker": "none", **train}
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     config = from_dict(Config, values, "benchmarks/train.py")
-    with run.Run(config, run.accelerator_of(config)) as training:
-        yield training
+    run, outputs = program.prepare(config, make_accelerator(config))
+    with outputs:
+        yield run, outputs
 
 
 def write_caches(folder: Path) -> None:
@@ -98,15 +101,8 @@ def write_caches(folder: Path) -> None:
         made_of = {"data": {"name": "folder", **about}, "codec": {"name": "pixels"}}
         settings = {**about, **made_of, "class_names": [str(c) for c in range(1000)], "channels": 4}
         shards = [{"file": "shard-00000.npy", "num_images": 256, "sha256": ""}]
-        manifest = {"version": CACHE_FORMAT, "settings": settings, "shape": [8, side, side], "shards": shards}
-        (cache / "manifest.json").write_text(json.dumps(manifest))
-
-
-def step(training: run.Run, batches: Iterator) -> None:
-    """What the loop of train.py does in a step."""
-    for _ in range(training.cfg.accumulate):
-        training.backward(*next(batches))
-    training.update()
+        manifest = {"version": CACHE_FORMAT, "settings": settings, "num_images": 256, "shape": [8, side, side]}
+        (cache / "manifest.json").write_text(json.dumps({**manifest, "shards": shards}))
 
 
 def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -114,21 +110,21 @@ def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     write_caches(folder)
     cpu, model, repeats = args.device == "cpu", {"size": args.models[0], "depth": args.depth}, args.repeats or 15
     batch, now = args.batch or (16 if cpu else 256), time.process_time if cpu else wall
-    with begun(folder, model, 32, batch_size=batch) as training:
-        ours = partial(step, training, batches := training.batches())
-        jobs = {"bare": bare_step(training), "bare, another": bare_step(training), "a step": ours}
-        jobs["without power averages"] = patch.object(training, "averages", {"ema": training.ema})(ours)
-        jobs["without averages"] = patch.object(training, "averages", {})(ours)
+    with begun(folder, model, 32, batch_size=batch) as (run, _):
+        ours = partial(program.take_step, run, batches := run.batches())
+        jobs = {"bare": bare_step(run), "bare, another": bare_step(run), "a step": ours}
+        jobs["without power averages"] = patch.object(run, "averages", {"ema": run.ema})(ours)
+        jobs["without averages"] = patch.object(run, "averages", {})(ours)
         seconds, median = take_turns(jobs, repeats, 1 if cpu else 10, now)
-        parts = parts_of(training, batches, repeats, now)
+        parts = parts_of(run, batches, repeats, now)
     over = {name: [*np.quantile(np.divide(one, seconds["bare"]), [0.25, 0.5, 0.75])] for name, one in seconds.items()}
     core = np.sum([parts.pop(name) for name in ("loss", "backward", "AdamW")], axis=0)  # (repeats,)
     parts["all but loss, backward and AdamW"] = np.subtract(parts.pop("step"), core)
     shares = {name: [*np.quantile(np.divide(one, core), [0.25, 0.5, 0.75])] for name, one in parts.items()}
     ratio = 1 + shares["all but loss, backward and AdamW"][1] if cpu else over["a step"][1]  # a CPU's turns are noisy
     return {
-        "sizes": {**model, "parameters": training.num_parameters, "batch": batch, "latents": [4, 32, 32]},
-        "precision": training.accelerator.mixed_precision,
+        "sizes": {**model, "parameters": run.num_parameters, "batch": batch, "latents": [4, 32, 32]},
+        "precision": run.accelerator.mixed_precision,
         "median seconds": median,
         "over bare, quartiles": over,
         "in one step, over its loss, backward and AdamW, quartiles": shares,
@@ -137,33 +133,33 @@ def overhead(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def bare_step(training: run.Run) -> Callable:
+def bare_step(run: Run) -> Callable:
     """Forward, loss, backward and AdamW of a network like the run's, always of the same batch and random draws."""
-    device, bf16 = training.device, training.accelerator.mixed_precision == "bf16"
-    network = assemble.network(training.config, training.shape, training.codec).to(device)
+    device, bf16 = run.device, run.accelerator.mixed_precision == "bf16"
+    network = assemble.network(run.config, run.info, run.codec).to(device)
     network.y_embedder.eval()  # the labels are as they are
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=training.cfg.fused)
-    x, noise = torch.randn(2, training.cfg.batch_size, 4, 32, 32, device=device)
-    y, t = torch.randint(1000, (2, training.cfg.batch_size), device=device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=run.cfg.fused)
+    x, noise = torch.randn(2, run.cfg.batch_size, 4, 32, 32, device=device)
+    y, t = torch.randint(1000, (2, run.cfg.batch_size), device=device)
     model = convert_outputs_to_fp32(torch.autocast(device.type, torch.bfloat16, enabled=bf16)(network.forward))
 
     def job() -> None:
-        training.process.loss(model, x, y, t=t, noise=noise).mean().backward()
+        run.process.loss(model, x, y, t=t, noise=noise).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return job
 
 
-def parts_of(training: run.Run, batches: Iterator, repeats: int, now: Callable) -> dict[str, list[float]]:
+def parts_of(run: Run, batches: Iterator, repeats: int, now: Callable) -> dict[str, list[float]]:
     """Seconds of each part of a step, in each of `repeats` steps; a GPU finishes each before the next begins."""
-    optimizer, meter = training.optimizer, training.meter
-    places = [("loss", training.process, "loss"), ("backward", training.accelerator, "backward")]
-    places += [("AdamW", optimizer, "step"), ("AdamW", optimizer, "zero_grad"), ("norm of the gradient", run, "clip")]
-    places += [("random draws", run, "normal"), ("random draws", run, "uniform")]
-    places += [("random draws", training, "to_latents"), ("finite check of the loss", run, "poison")]
+    optimizer, meter = run.optimizer, run.meter
+    places = [("loss", run.process, "loss"), ("backward", run.accelerator, "backward")]
+    places += [("AdamW", optimizer, "step"), ("AdamW", optimizer, "zero_grad")]
+    places += [("norm of the gradient", program, "clip"), ("finite check of the loss", program, "nan_if_not_finite")]
+    places += [("random draws", program, "draws"), ("random draws", program, "draw")]
     places += [("meter", meter, "add"), ("meter", meter, "end_step")]
-    places += [(name, ema, "update") for name, ema in training.averages.items()]
+    places += [(name, ema, "update") for name, ema in run.averages.items()]
     found: dict[str, list[float]] = {name: [] for name in (*dict(p[:2] for p in places), "loader", "step")}
 
     def timed(name: str, function: Callable, *given: Any, **named: Any) -> Any:
@@ -179,7 +175,7 @@ def parts_of(training: run.Run, batches: Iterator, repeats: int, now: Callable) 
         for _ in range(repeats):
             for values in found.values():
                 values.append(0.0)
-            timed("step", step, training, loader)
+            timed("step", program.take_step, run, loader)
     return found
 
 
@@ -212,12 +208,12 @@ def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def measured(folder: str, model: dict[str, Any], side: int, **options: Any) -> list[float]:
     """Images per second, and MiB at the peak: of the GPU's memory, or of this process."""
-    with begun(Path(folder), model, side, **options) as training:
-        cuda, one = training.device.type == "cuda", partial(step, training, training.batches())
+    with begun(Path(folder), model, side, **options) as (run, _):
+        cuda, one = run.device.type == "cuda", partial(program.take_step, run, run.batches())
         one()  # compiled, and the optimizer's state is there
         _, median = take_turns({"step": one}, 5, 5 if cuda else 1, wall if cuda else time.process_time)
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_kib() / 2**10
-        return [training.cfg.batch_size / median["step"], peak]
+        return [run.cfg.batch_size / median["step"], peak]
 
 
 def saving(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -225,14 +221,14 @@ def saving(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     write_caches(folder)
     batch, found = args.batch or (4 if args.device == "cpu" else 32), {}
     for size in args.models:
-        with begun(folder, {"size": size}, 32, batch_size=batch) as training:
-            _, of_step = take_turns({"step": partial(step, training, training.batches())}, 3, 1, wall)
-            training.report(1.0, 4)  # a line to draw
-            cfg, parts = training.cfg, {}
+        with begun(folder, {"size": size}, 32, batch_size=batch) as (run, outputs):
+            _, of_step = take_turns({"step": partial(program.take_step, run, run.batches())}, 3, 1, wall)
+            outputs.report(1.0, 4)  # a line to draw
+            cfg, parts = run.cfg, {}
             with patch.object(checkpoint, "save", lambda *given, parts=parts: parts.update(given[2])):
-                training.save()
-            plain = partial(plainly_saved, parts, training.folder / "plain.pt")
-            jobs = {"save": partial(training.save, last=True), "snapshot": training.snapshot, "torch.save": plain}
+                outputs.save()
+            plain = partial(plainly_saved, parts, run.folder / "plain.pt")
+            jobs = {"save": partial(outputs.save, last=True), "snapshot": outputs.snapshot, "torch.save": plain}
             seconds, median = take_turns(jobs, args.repeats or 3, 1, wall)  # each in the place of the one before
         num_bytes = sum(z.nbytes for tensors in parts.values() for z in tensors.values())
         found[size] = {

@@ -67,7 +67,6 @@ MAY_IMPORT = {  # room -> rooms; all may import themselves and, but for the netw
     "fid": {"vca_engine.images"},
 }
 PROGRAMS_MAY = {*MAY_IMPORT, "demo"}
-NOT_YET = {("vca_engine.training", "fid")}
 
 
 def room_of(name):
@@ -86,7 +85,6 @@ def module_of(file):
 def test_the_arrows(file):
     own = room_of(module_of(file))
     found = {room_of(name) for name in modules(file) if name.split(".")[0] in OURS} - {own}
-    found -= {to for room, to in NOT_YET if room == own}
     if own in NETWORKS:
         assert found <= MAY_IMPORT[own]
     else:

@@ -583,17 +583,17 @@ def test_a_signal_while_the_distance_is_measured_leaves_a_checkpoint_and_is_made
     tmp_path, capsys, monkeypatch, steps
 ):
     """At a step without one, and at the last step."""
-    options, measure = judged(tmp_path), train.Run.measure
+    options, measure = judged(tmp_path), train.Outputs.measure
     whole = run(tmp_path / "whole", 4, options)
     said = [(r["step"], r["fd"]) for r in read_metrics(whole / "fid.jsonl")]
 
     def interrupted(self, stop):
-        if self.step == steps:
+        if self.run.step == steps:
             os.kill(os.getpid(), signal.SIGTERM)
         return measure(self, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "measure", interrupted)
+        patch.setattr(train.Outputs, "measure", interrupted)
         folder = stopped(tmp_path / "run", 4, options)
     assert f"stopped at step {steps}, with a checkpoint" in capsys.readouterr().out
     assert checkpoint.read_record(checkpoint.find(folder))["step"] == steps
@@ -643,11 +643,11 @@ def test_other_data_or_another_autoencoder_is_refused(tmp_path, capsys):
 
 
 def test_settings_may_change_before_the_first_checkpoint(tmp_path, monkeypatch):
-    def killed(self):
+    def killed(run, batches):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "update", killed)
+        patch.setattr(train, "take_step", killed)
         with pytest.raises(SystemExit):
             run(tmp_path / "run", 4)
     assert (tmp_path / "run" / "config.yaml").is_file()
@@ -671,7 +671,7 @@ def test_what_a_killed_run_owed_is_made_by_the_next(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "preview", killed)
+        patch.setattr(train.Outputs, "preview", killed)
         with pytest.raises(SystemExit) as stop:
             run(tmp_path / "run", 4, options)
     assert stop.value.code == 130
@@ -683,7 +683,7 @@ def test_what_a_killed_run_owed_is_made_by_the_next(tmp_path, monkeypatch):
 
 def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
     """Reading a number off a tensor is what makes the program wait for a GPU: none is read between two lines."""
-    reads, plain = [], train.Run.update
+    reads, plain = [], train.take_step
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -692,7 +692,7 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
             return func(*args, **(kwargs or {}))
 
     steps = []
-    monkeypatch.setattr(train.Run, "update", lambda self: (plain(self), steps.append(self.step)))
+    monkeypatch.setattr(train, "take_step", lambda run, batches: (plain(run, batches), steps.append(run.step)))
     options = "--train.max_grad_norm 0.5 --train.accumulate 2 --train.log_every 4 --model.class_dropout_prob 0.5"
     with Watch():
         run(tmp_path / "run", 6, options, DIFFUSION)
@@ -794,7 +794,7 @@ def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing(tmp_path, capsys):
 
 
 def test_a_dry_run_finds_what_would_stop_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     text = sentence(capsys, settings(tmp_path / "run", 100, "--dry-run --train.checkpoint_every 1"))
     assert "the checkpoints do not fit on the disk of" in text
     assert "give train.keep_checkpoints" in text

@@ -13,7 +13,7 @@ from dit_vca import Diffusion, DiT
 from sit_vca import PATHS, TIMES, SiT, Transport
 from vca import ATTENTIONS, Transformer, create, defaults_of, lookup, options_of, parse_size
 from vca_engine.config.schema import Config
-from vca_engine.images.codecs import CODECS, sample_posterior
+from vca_engine.images.codecs import CODECS
 from vca_engine.images.datasets import DATASETS, ImageDataset
 from vca_engine.images.labels import DataInfo
 
@@ -142,15 +142,6 @@ def needed_latents(config: Config, codec: Any) -> dict[str, Any]:
     options = {key: value for key, value in config.data.items() if key != "images"}
     defaults = defaults_of(lookup(DATASETS, config.data["name"], "data.name"))
     return {"data": {**defaults, **options}, "codec": codec.identity}
-
-
-def to_latents(config: Config, codec: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Make the function (batch of the data, its positions in the run) -> latents (B, C, h, w); it encodes images first."""
-
-    def latents(x: Tensor, positions: Tensor) -> Tensor:
-        return sample_posterior(x if config.latents else codec.moments(x), codec.channels, config.seed, positions)
-
-    return latents
 
 
 def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> Config:

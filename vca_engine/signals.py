@@ -12,41 +12,41 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-STOPPED = (
-    75  # exit code of a program that was stopped by a signal and goes on if started again; EX_TEMPFAIL of sysexits.h
-)
+STOPPED = 75  # exit code after a signal, where the same command goes on; EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SAME = 5.0  # seconds within which a second Ctrl-C is the first one, passed on by a launcher
 
 
 class StopSignal:
-    """Turns Ctrl-C, SIGTERM or SIGUSR1 into a stop after the current step, agreed on by all processes.
+    """A stop after the current step, on Ctrl-C, SIGTERM or SIGUSR1, agreed on by all processes.
 
     Before `begin` there is nothing to save, and the program ends at once. Ctrl-C once more, after some seconds, kills.
+
+    Attributes:
+        requested: True if all processes are to stop; of several ones, as `share` has found.
     """
 
     def __init__(self) -> None:
-        self.received: float | None = None
+        self.requested = False
+        self.received: float | None = None  # when this process has got a signal
         self.group: Any = None
         self.num_processes = 0
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
     def begin(self, accelerator: Accelerator, minutes: int) -> None:
-        """From now on a step is finished first; processes wait for each other so many minutes. All of them call this."""
+        """From now on finish a step first; processes wait for each other so many minutes. All of them call this."""
         self.num_processes = accelerator.num_processes
         if self.num_processes > 1:  # on the CPU, where asking does not wait for a GPU
             self.group = distributed.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
 
-    def requested(self, step: int | None = None) -> bool:
-        """Whether to stop. All processes call this; of numbered steps only every 10th asks, for asking takes time."""
-        if self.num_processes == 1:
-            return self.received is not None
-        if step is not None and step % 10:
-            return False
-        flag = torch.tensor(self.received is not None, dtype=torch.uint8)
-        distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+    def share(self) -> bool:
+        """Let each process know whether any has got a signal, and return it. All of them call this; it takes time."""
+        if self.num_processes > 1:
+            flag = torch.tensor(self.received is not None, dtype=torch.uint8)  # ()
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=self.group)
+            self.requested = bool(flag)
+        return self.requested
 
     def _receive(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -55,7 +55,7 @@ class StopSignal:
                 raise KeyboardInterrupt
             raise SystemExit(STOPPED)
         if self.received is None:
-            self.received = now
+            self.received, self.requested = now, self.num_processes == 1
         elif number == signal.SIGINT and now - self.received > SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from multiprocessing import active_children
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vca_engine.images.order import EndlessBatches
 from vca_engine.signals import leave_process_group
 
 
@@ -54,3 +57,20 @@ def load(dataset: Dataset, order: Sampler, *, num_workers: int, minutes: float, 
     finally:
         for worker in workers:  # they take no other signal, and one that hangs would not listen
             worker.kill()
+
+
+def to_device(
+    batches: Iterator[Any], order: EndlessBatches, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Bring the batches of `order` to a device, each on its way while the one before is used.
+
+    Yields:
+        Images (B, C, H, W) or moments, labels (B,), and the positions (B,) of the images in the run.
+    """
+    ahead = None
+    for number, batch in enumerate(batches, order.start):
+        x, y = (z.to(device, non_blocking=True) for z in batch)
+        positions = order.positions(number)
+        if ahead:
+            yield ahead
+        ahead = x, y, torch.arange(positions.start, positions.stop, device=device)

@@ -1,18 +1,137 @@
-"""What a run will take: multiply-adds, memory, disk."""
+"""Dry run: two steps of everything in a temporary folder, and what a whole run takes in time, memory and disk."""
 
-from collections.abc import Iterator
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vca_engine import assemble
+from vca_engine.config.schema import Config
+from vca_engine.signals import STOPPED
+from vca_engine.training.log import read_metrics
+from vca_engine.training.outputs import Outputs, peak_memory
+from vca_engine.training.run import Run
+from vca_engine.weights import checkpoint
+from vca_engine.weights.checkpoint import SNAPSHOTS
+
+
+def dry_run(
+    config: Config,
+    accelerator: Accelerator,
+    prepare: Callable[[Config, Accelerator], tuple[Run, Outputs]],
+    train: Callable[[Run, Outputs], bool],
+    add_gradients: Callable[..., None],
+) -> None:
+    """Print what a run takes, after two steps of everything in a temporary folder. All processes call this.
+
+    Args:
+        config: Settings of the run.
+        accelerator: Its processes.
+        prepare: Builds a run and its outputs.
+        train: Takes all steps of a run; returns whether a signal stopped it.
+        add_gradients: (run, *batch) -> None; adds the gradients of a batch.
+
+    Raises:
+        ValueError: Something does not work, or the disk is too small for the checkpoints.
+    """
+    folder = Path(config.run_dir).absolute()
+    parent = next(p for p in (folder, *folder.parents) if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"run_dir {config.run_dir!r} cannot be made: {str(parent)!r} is not yours to write.")
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".dry-run-") as temporary:
+        run, outputs = prepare(_two_steps(config, f"{temporary}/run", accelerator.num_processes), accelerator)
+        with contextlib.redirect_stdout(io.StringIO()) as said, outputs:
+            if train(run, outputs):
+                raise SystemExit(STOPPED)
+            peak = peak_memory(run.device)
+            with count_saved(run.network) as saved:
+                add_gradients(run, *next(run.batches()))
+        if not accelerator.is_main_process:
+            return
+        checkpoints, snapshots = checkpoint.steps(run.folder), checkpoint.steps(run.folder, SNAPSHOTS)
+        if not checkpoints or (config.train.ema_stds and not snapshots):
+            raise ValueError(f"a step in {str(parent)!r} failed: {said.getvalue().strip()}")
+        size, snapshot_size = size_of(*checkpoints), size_of(*snapshots)
+        rate = read_metrics(run.folder / "metrics.jsonl")[-1]["images_per_second"]
+    num, num_snapshots = _files_kept(config)
+    disk = num * size + num_snapshots * snapshot_size
+    rows = _describe(config, run, rate) | {
+        "memory": f"{_memory(config, run, saved.num_bytes)} of each process, whose measured peak is {gib(peak)}",
+        "disk": f"{num} checkpoints of {gib(size)}, {num_snapshots} snapshots of {gib(snapshot_size)}: {gib(disk)}; "
+        f"{gib(free)} are free",
+    }
+    print(f"{config.run_dir}: every step works; nothing was kept.")
+    print("\n".join(f"  {name:<9} {text}" for name, text in rows.items()))
+    if disk > free:
+        raise ValueError(
+            f"the checkpoints do not fit on the disk of {str(parent)!r}: they take {gib(disk)}, {gib(free)} are free; "
+            "give train.keep_checkpoints, or larger periods of train.checkpoint_every and train.snapshot_every."
+        )
+
+
+def _two_steps(config: Config, run_dir: str, num_processes: int) -> Config:
+    """Shorten a config to two steps, in which everything happens once."""
+    periods = {"num_steps": 2, "log_every": 1, "checkpoint_every": 2, "snapshot_every": 2, "sample_every": 2}
+    train = dataclasses.replace(config.train, **periods, tracker="none")
+    measured = dataclasses.replace(config.fid, num=min(config.fid.num, 64 * num_processes))
+    return dataclasses.replace(config, run_dir=run_dir, train=train, fid=measured)
+
+
+def _describe(config: Config, run: Run, rate: float) -> dict[str, str]:
+    """Describe the network, the data, the steps and their time at so many images a second."""
+    cfg, world = config.train, run.accelerator.num_processes
+    images = cfg.num_steps * cfg.batch_size
+    with torch.device("meta"):
+        products = multiply_adds(assemble.network(config, run.info, run.codec))
+    return {
+        "network": f"{type(run.network).__name__}, {run.num_parameters:,} parameters, {products / 1e9:.2f} GFLOPs a "
+        "sample (multiply-adds of a forward pass, as papers count)",
+        "data": f"{len(run.data):,} images of {run.num_classes:,} classes, {run.info.image_size}x{run.info.image_size}",
+        "run": f"{cfg.num_steps:,} steps of {cfg.batch_size} images ({world} processes x {cfg.accumulate} x "
+        f"{cfg.batch_size // world // cfg.accumulate}): {images:,} images, {images / len(run.data):,.1f} epochs",
+        "time": f"{rate:,.1f} images/s in the second step: {images / rate / 3600:,.1f} hours, and previews",
+    }
+
+
+def _memory(config: Config, run: Run, activations: int) -> str:
+    """Describe the memory of each process, part by part."""
+    about = "at least" if config.train.grad_checkpointing or config.train.compile else "about"
+    shards = run.accelerator.num_processes if run.accelerator.is_fsdp2 else 1
+    weights = 4 * sum(p.numel() for p in run.network.parameters()) // shards
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        f"{len(run.averages)} averages": len(run.averages) * weights,
+        f"activations {about}": activations,
+    }
+    return ", ".join(f"{name} {gib(num)}" for name, num in parts.items())
+
+
+def _files_kept(config: Config) -> tuple[int, int]:
+    """Count the checkpoints and the snapshots that are there at most."""
+    cfg = config.train
+    # One more is written before an old one goes, and the best FID's is spared.
+    num = len(cfg.kept()) + bool(cfg.keep_checkpoints) + bool(cfg.keep_checkpoints and config.fid.every)
+    return num, math.ceil(cfg.num_steps / cfg.snapshot_every) if cfg.ema_stds else 0
+
 
 def multiply_adds(network: nn.Module) -> int:
-    """Multiply-adds of the matrix products of one forward pass of one sample: what papers call the FLOPs of a DiT.
+    """Count the multiply-adds of the products of a forward pass of one sample: what papers call the FLOPs of a DiT.
 
     Args:
         network: On the meta device.
@@ -36,14 +155,14 @@ class Saved:
 
 @contextmanager
 def count_saved(network: nn.Module) -> Iterator[Saved]:
-    """Counts the bytes that autograd keeps in the block, one forward pass, each piece of memory once, parameters not.
+    """Count the bytes that autograd keeps in the block, one forward pass; each piece of memory once, parameters not.
 
     What gradient checkpointing keeps is not seen; nor what a compiled block does.
     """
     found = Saved()
     seen = {p.untyped_storage().data_ptr() for p in network.parameters() if not isinstance(p, DTensor)}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()  # alive as long as the graph, so no other has its address
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
@@ -55,10 +174,10 @@ def count_saved(network: nn.Module) -> Iterator[Saved]:
 
 
 def gib(num_bytes: float) -> str:
-    """`12.3 GiB`, or MiB below 1 GiB."""
+    """Write `12.3 GiB`, or MiB below 1 GiB."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def size_of(*folders: Path) -> int:
-    """Bytes of the files in folders."""
+    """Count the bytes of the files in folders."""
     return sum(file.stat().st_size for folder in folders for file in folder.iterdir())

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, a tracker, pictures of the loss, and previews with their film."""
+"""Log of a run: metrics.jsonl, a tracker, pictures of the loss, and the film of its previews."""
 
 import json
 import os
@@ -28,7 +28,7 @@ PROJECT = "vca-diffusion"  # of W&B and trackio, unless WANDB_PROJECT or TRACKIO
 class Log:
     """Metrics of a run, one JSON object a line, and in a tracker.
 
-    What a resumed run repeats goes: lines after `step`, and the `partial` one that ended a run which now goes on.
+    Lines that a resumed run repeats go: those after `step`, and the `partial` one that ended a run which now goes on.
 
     A disk that is full stops nothing: what could not be written is said, and written later.
 
@@ -36,7 +36,7 @@ class Log:
         run_dir: The run's folder.
         step: Optimizer steps already done.
         goes_on: Whether there are more.
-        trackers: Of accelerate, started.
+        trackers: Those of accelerate, started.
     """
 
     def __init__(self, run_dir: Path, step: int, goes_on: bool = True, trackers: Sequence[GeneralTracker] = ()) -> None:
@@ -113,7 +113,7 @@ class Log:
         plt.close(figure)
 
     def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> None:
-        """Call `write(*args)`; if the disk does not take it, or images are not finite, say so, and that training goes on."""
+        """Call `write(*args)`. If the disk does not take it, or images are not finite, warn that training goes on."""
         try:
             write(*args)
         except (OSError, NonFiniteError) as error:
@@ -149,7 +149,7 @@ class Log:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """The running mean (N,) of values (N,), over fewer than `window` at the ends."""
+    """Take the running mean (N,) of values (N,), over fewer than `window` at the ends."""
     kernel = np.ones(window)
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
@@ -181,13 +181,13 @@ def show_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
 
 
 def check_tracker(name: str) -> None:
-    """Raises ValueError if the package of a tracker is not installed."""
+    """Raise ValueError if the package of a tracker is not installed."""
     if name not in ("none", "tensorboard") and find_spec(name) is None:
         raise ValueError(f"train.tracker is {name!r}, which is not installed; run: pip install {name}")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off is dropped; [] if there is no file."""
+    """Read the lines of a metrics.jsonl; drop a last one that was cut off; [] if there is no file."""
     lines = []
     if file.is_file():
         for text in file.read_text(encoding="utf-8").splitlines():

@@ -13,7 +13,7 @@ WIDTH = 2 * NUM_BINS + 2
 
 
 class Meter:
-    """Of the steps since the last line: the loss in each bin of t, the norm of the gradient, and whether it was skipped.
+    """Loss in each bin of t, norm of the gradient, and whether it was skipped, of the steps since the last line.
 
     Args:
         accelerator: The processes.
@@ -27,7 +27,7 @@ class Meter:
         self.skipped, self.in_a_row = 0, 0  # steps before these, in all and just before them
 
     def load(self, rows: Tensor, skipped: Sequence[int]) -> None:
-        """Go on from the `rows` and from (`skipped`, `in_a_row`) of a checkpoint."""
+        """Go on from the `rows` (S, WIDTH) and from (`skipped`, `in_a_row`) of a checkpoint."""
         self.done, (self.skipped, self.in_a_row) = rows, skipped
 
     def add(self, losses: Tensor, share: Tensor) -> None:
@@ -38,13 +38,13 @@ class Meter:
         self.row[NUM_BINS:BAD] += one_hot.sum(0)
 
     def end_step(self, norm: Tensor, skipped: Tensor) -> None:
-        """Close the row of a step with the gradient's norm and whether it was skipped, both () and of all processes."""
+        """Close the row of a step with the gradient's norm () and whether it was skipped (), both of all processes."""
         self.row[BAD], self.row[NORM] = skipped.double(), norm.double()
         self.fresh.append(self.row)
         self.row = self._zeros()
 
     def rows(self) -> Tensor:
-        """The rows of the steps since the last line, summed over all processes, on the CPU. All processes call this."""
+        """Sum the rows of the steps since the last line over all processes: (S, WIDTH) on the CPU. All call this."""
         if self.fresh:
             own = torch.stack(self.fresh)  # (S, WIDTH)
             summed = self.accelerator.reduce(own.clone(), reduction="sum")
@@ -54,15 +54,15 @@ class Meter:
         return self.done
 
     def line(self, partial: bool = False) -> dict[str, Any]:
-        """The means since the last line, without skipped steps. All processes call this.
+        """Average since the last line, without skipped steps. All processes call this.
 
         Args:
             partial: The line goes on after this; else a new one begins.
 
         Returns:
-            `loss` and `grad_norm`, None if there was no good step; `loss_by_t`, with None where a bin is empty; `skipped`,
-            steps in all, and `skipped_before`, until the line before; `most_in_a_row`, the longest series of skipped steps
-            that reached into these.
+            `loss` and `grad_norm`, None if there was no good step; `loss_by_t`, with None where a bin is empty;
+            `skipped`, steps in all, and `skipped_before`, until the line before; `most_in_a_row`, the longest series of
+            skipped steps that reached into these.
         """
         rows = self.rows()
         before, skipped, in_a_row, most = self.skipped, self.skipped, self.in_a_row, self.in_a_row

@@ -10,8 +10,8 @@ A power-function average of relative width std at step t weighs the weights afte
 
 and any other is a combination of snapshots, by least squares between these profiles, with coefficients that sum to 1.
 
-Source: Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv:2312.02696, section 3
-and appendix C (equations 121 to 127).
+Source: Karras et al. 2024, Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv:2312.02696, section
+3 and appendix C (equations 121 to 127).
 """
 
 import argparse
@@ -33,25 +33,26 @@ from vca_engine.weights import checkpoint
 
 MAX_CELLS = 20_000  # of the axis of steps on which profiles are compared; up to so many steps it is exact
 
-# Error of a profile above which the user is warned. Up to here the rebuilt average of random walks, of 60 to 400,000 steps
-# and 1 to 20 snapshots, was off by at most 7 % of the distance between the true average and the last weights. At an error
-# of 5 % it was off by up to 18 %.
+# Error of a profile above which the user is warned. Up to here the rebuilt average of random walks, of 60 to 400,000
+# steps and 1 to 20 snapshots, was off by at most 7 % of the distance between the true average and the last weights. At
+# an error of 5 % it was off by up to 18 %.
 LARGE_ERROR = 0.03
 
 
 def profile(step: int, gamma: float, edges: np.ndarray) -> np.ndarray:
-    """Shares of the cells between `edges` (K+1,), steps from 0, in the average at `step`: (K,), which sum to 1."""
+    """Share the average at `step` among the cells between `edges` (K+1,), steps from 0: (K,), which sum to 1."""
     cumulative = (np.minimum(edges, step) / step) ** (gamma + 1)
     return np.diff(cumulative)
 
 
 class Combination(NamedTuple):
-    """Snapshots combined to an average, and how near its profile is to the wanted one.
+    """Combination of snapshots to an average, and how near its profile is to the wanted one.
 
     Attributes:
         coefficients: (S,), which sum to 1.
         error: L2 distance between the combined profile and the wanted one, relative to the latter.
-        std: The relative width that the combination has; None where the steps that it counts as negative outweigh the rest.
+        std: The relative width that the combination has; None where the steps that it counts as negative outweigh the
+            rest.
     """
 
     coefficients: np.ndarray
@@ -60,10 +61,10 @@ class Combination(NamedTuple):
 
 
 def solve(snapshots: Sequence[tuple[int, float]], step: int, std: float) -> Combination:
-    """How to combine snapshots to the average of width `std` at `step`.
+    """Combine snapshots to the average of width `std` at `step`.
 
-    The least squares leave the sum of the coefficients free. It is 1 if the snapshots can express the profile; in general
-    they are divided by it, so that weights that never change stay as they are.
+    The least squares leave the sum of the coefficients free. It is 1 if the snapshots can express the profile; in
+    general they are divided by it, so that weights that never change stay as they are.
 
     Args:
         snapshots: (step, width) of each.
@@ -88,7 +89,7 @@ def solve(snapshots: Sequence[tuple[int, float]], step: int, std: float) -> Comb
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct` made.
+    """Result of `reconstruct`.
 
     Attributes:
         folder: The checkpoint.
@@ -152,7 +153,7 @@ def reconstruct(run_dir: Path, std: float, step: int | None = None, out: Path | 
 
 
 def _combined(files: Sequence[Path], coefficients: np.ndarray) -> Iterator[tuple[str, Tensor]]:
-    """Name -> the weighted sum of the files' tensors, one at a time; what never changes, as a buffer, stays as it is."""
+    """Yield name, weighted sum (...) of the files' tensors; what never changes, as a buffer, stays as it is."""
     try:
         opened = [safe_open(file, framework="pt") for file in files]
         for key in list(opened[-1].keys()):
@@ -188,9 +189,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if made.error > LARGE_ERROR:
         width = "subtracts more than it averages" if made.std is None else f"has width {made.std:.3g}"
         print(
-            f"warning: the snapshots up to step {made.step} cannot express width {args.std:g}: what comes nearest {width}, "
-            f"and its shares of the steps are off by {made.error:.0%}. Choose a width nearer to the stored ones "
-            f"({', '.join(f'{std:g}' for std in made.stored)}), or train with a smaller train.snapshot_every for more.",
+            f"warning: the snapshots up to step {made.step} cannot express width {args.std:g}: what comes nearest "
+            f"{width}, and its shares of the steps are off by {made.error:.0%}. Choose a width nearer to the stored "
+            f"ones ({', '.join(f'{std:g}' for std in made.stored)}), or train with a smaller train.snapshot_every for "
+            "more.",
             file=sys.stderr,
         )
 

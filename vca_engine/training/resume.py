@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is the same run."""
+"""Resuming: the checkpoint that a run goes on from, and a check that it is the same run."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from vca_engine.records import differences, listed, read_json
 from vca_engine.weights import checkpoint
 
 CONFIG_FILE = "config.yaml"
-ORIGIN_FILE = "resumed_from.json"  # in the folder of a run that goes on from another's checkpoint
+RESUMED_FROM_FILE = "resumed_from.json"  # in the folder of a run that goes on from another's checkpoint
 MAY_CHANGE = {  # settings that a resumed run may change: no step depends on them, or by rounding only
     "run_dir",
     "sample",
@@ -28,12 +28,12 @@ MAY_CHANGE = {  # settings that a resumed run may change: no step depends on the
 
 
 def starting_point(config: Config, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None to begin.
+    """Find the checkpoint to go on from, or None to begin.
 
     Args:
         config: Of the run.
-        resume: `auto` takes the newest checkpoint in the run's folder, if there is one; `none` wants none to be there; a run
-            or checkpoint is taken the first time, and afterwards the newest of the run that went on from it.
+        resume: `auto` takes the newest checkpoint in the run's folder, if there is one; `none` wants none to be there;
+            a run or checkpoint is taken the first time, and afterwards the newest of the run that went on from it.
 
     Raises:
         FileNotFoundError: `resume` is a path where nothing is.
@@ -42,13 +42,13 @@ def starting_point(config: Config, resume: str) -> Path | None:
     run_dir = Path(config.run_dir)
     if run_dir.is_file():
         raise ValueError(f"run_dir {config.run_dir!r} is a file; choose a folder.")
-    own, origin = checkpoint.steps(run_dir), read_origin(run_dir)
+    own, other = checkpoint.steps(run_dir), read_resumed_from(run_dir)
     newest = own[-1] if own else None
     if resume == "auto":
-        return newest or (_same(origin, run_dir) if origin else None)
+        return newest or (_checkpoint_of(other, run_dir) if other else None)
     if resume == "none":
-        if newest or origin:
-            what = f"checkpoints up to {newest.name}" if newest else f"a run that goes on from {origin['checkpoint']}"
+        if newest or other:
+            what = f"checkpoints up to {newest.name}" if newest else f"a run that goes on from {other['checkpoint']}"
             raise ValueError(
                 f"--resume is none, but run_dir {config.run_dir!r} holds {what}; choose another --run_dir, or leave "
                 "--resume out to go on."
@@ -56,7 +56,7 @@ def starting_point(config: Config, resume: str) -> Path | None:
         return None
     if newest is None:
         return checkpoint.find(resume)
-    if origin and origin["given"] == str(Path(resume).resolve()):
+    if other and other["given"] == str(Path(resume).resolve()):
         return newest
     if checkpoint.find(resume).resolve() == newest.resolve():
         return newest
@@ -66,21 +66,21 @@ def starting_point(config: Config, resume: str) -> Path | None:
     )
 
 
-def read_origin(run_dir: Path) -> dict[str, Any] | None:
-    """What `write_origin` wrote, if it did."""
-    file = run_dir / ORIGIN_FILE
+def read_resumed_from(run_dir: Path) -> dict[str, Any] | None:
+    """Read what `write_resumed_from` wrote, if it did."""
+    file = run_dir / RESUMED_FROM_FILE
     return read_json(file) if file.is_file() else None
 
 
-def write_origin(run_dir: Path, resume: str, start: Path) -> None:
-    """Note that a run goes on from the checkpoint `start` of another, as --resume `resume` asked."""
+def write_resumed_from(run_dir: Path, resume: str, start: Path) -> None:
+    """Write down that a run goes on from the checkpoint `start` of another, as --resume `resume` asked."""
     record = {"given": str(Path(resume).resolve()), "checkpoint": str(start.resolve())}
     record["id"] = checkpoint.read_record(start)["id"]
-    write_text(run_dir / ORIGIN_FILE, json.dumps(record, indent=2) + "\n")
+    write_text(run_dir / RESUMED_FROM_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def check_same_run(config: Config, start: Path, say: Callable[[str], None]) -> None:
-    """A run goes on with the settings that it began with, but for those in `MAY_CHANGE`.
+    """Check that a run goes on with the settings that it began with, but for those in `MAY_CHANGE`.
 
     num_steps may change, too, but not under a schedule that depends on it. Settings that there were not when the run
     began count as their defaults.
@@ -107,9 +107,9 @@ def check_same_run(config: Config, start: Path, say: Callable[[str], None]) -> N
         )
 
 
-def _same(origin: dict[str, Any], run_dir: Path) -> Path:
-    """The checkpoint that a run began from which was stopped before its own first one."""
-    start = checkpoint.find(origin["checkpoint"])
-    if checkpoint.read_record(start)["id"] != origin["id"]:
-        raise ValueError(f"{str(run_dir)!r} goes on from {origin['checkpoint']!r}, which is another checkpoint now.")
+def _checkpoint_of(other: dict[str, Any], run_dir: Path) -> Path:
+    """Find the checkpoint that a run began from which was stopped before its own first one."""
+    start = checkpoint.find(other["checkpoint"])
+    if checkpoint.read_record(start)["id"] != other["id"]:
+        raise ValueError(f"{str(run_dir)!r} goes on from {other['checkpoint']!r}, which is another checkpoint now.")
     return start

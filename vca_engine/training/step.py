@@ -1,7 +1,7 @@
-"""The optimizer's step: learning rate, the norm of the gradient, and steps that are skipped without asking the device."""
+"""Pieces of a step: its random numbers, the norm of the gradient, and skipping it without asking the device."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,20 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from vca_engine.config.schema import TrainConfig
+from vca_engine.seeds import mix, normal, uniform
+
+
+def draws(seed: int, positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Draw what a step needs as a function of the seed and the positions (B,) of the images in the run.
+
+    Returns:
+        Noise (B, *shape), standard normal, and u (B, 2) in (0, 1): one for the time, one for dropping the label.
+    """
+    return normal(mix(seed, 1), positions, shape), uniform(mix(seed, 2), positions, 2)
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Of the step after `step` done ones: linear warm-up, then constant or cosine to 0."""
+    """Compute the rate of the step after `step` done ones: linear warm-up, then constant or cosine to 0."""
     warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
     if cfg.schedule == "constant":
         return cfg.lr * warmup
@@ -21,13 +31,13 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
     return cfg.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def poison(loss: Tensor) -> Tensor:
-    """`loss` (); where that is not finite, so are all gradients, and after their exchange those of all processes."""
+def nan_if_not_finite(loss: Tensor) -> Tensor:
+    """Pass `loss` () on; where it is not finite, all gradients get NaN, and so do those of the other processes."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale the gradients of all parameters down to `max_norm`, if given; returns their norm before, ()."""
+    """Scale the gradients of all parameters down to a norm of `max_norm`, if given; return their norm before, ()."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters])
     if max_norm is not None:
@@ -38,7 +48,7 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
 def step_unless(optimizer: Optimizer, skipped: Tensor) -> None:
     """Take an optimizer's step unless `skipped` () is true, which changes nothing, the optimizer's state included.
 
-    A fused optimizer looks at `skipped` on the device, as it does for torch's GradScaler; another one has to wait for it.
+    A fused optimizer looks at `skipped` on the device, as it does for torch's GradScaler; another has to wait for it.
     """
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale, optimizer.found_inf = None, skipped.float()

@@ -1,0 +1,302 @@
+"""Files that a training run writes: checkpoints, snapshots, previews, distances, and the log."""
+
+import functools
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from vca_engine import assemble
+from vca_engine.config.schema import Config, save_yaml, to_dict
+from vca_engine.distributed import gather
+from vca_engine.files import write_text
+from vca_engine.images import NonFiniteError
+from vca_engine.images.pictures import grid, save_picture
+from vca_engine.records import read_json
+from vca_engine.sampling.classes import find_class, random_label, spread
+from vca_engine.signals import StopSignal
+from vca_engine.training.log import Log, read_metrics, start_tracker
+from vca_engine.training.resume import CONFIG_FILE, write_resumed_from
+from vca_engine.training.run import Run
+from vca_engine.weights import checkpoint
+from vca_engine.weights.checkpoint import SNAPSHOTS, folder_of
+
+BEST_FILE = "best.json"
+
+
+class Outputs:
+    """Files of a run. The main process writes them; all processes call each method, for each has parts of the tensors.
+
+    In the `with` block the run's folder is locked. A full disk is said, and stops training only at the last checkpoint.
+
+    Args:
+        run: The run.
+        resume: What --resume said.
+        evaluator: A `fid.Evaluator`, where the config measures a distance; a broken reference of it is found here.
+        plot_distance: (lines of fid.jsonl, file, title) -> None; draws their curve.
+
+    Attributes:
+        main: True in the main process, which alone has a `log`.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        resume: str = "auto",
+        evaluator: Any = None,
+        plot_distance: Callable[[list[dict[str, Any]], Path, str], None] | None = None,
+    ) -> None:
+        self.run, self.config, self.cfg, self.folder = run, run.config, run.cfg, run.folder
+        self.resume, self.evaluator, self.plot_distance = resume, evaluator, plot_distance
+        self.main = run.accelerator.is_main_process
+        rows = run.config.sample.classes or spread(range(run.num_classes))  # of the previews
+        self.classes = [find_class(k, run.info.class_names) for k in rows]
+        if evaluator:
+            evaluator.prepare()
+        self.log: Log | None = None  # there within the block
+        self.lock: FileLock | None = None
+
+    def __enter__(self) -> Self:
+        """Take the run's folder, and say what begins."""
+        run, accelerator = self.run, self.run.accelerator
+        if self.main:
+            self.lock = lock_folder(self.folder)
+            save_yaml(self.config, self.folder / CONFIG_FILE)
+            checkpoint.recover(self.folder)
+            if run.continues_another and self.resume != "auto":  # else it is noted already
+                write_resumed_from(self.folder, self.resume, run.start)
+        if self.cfg.tracker != "none":
+            start_tracker(accelerator, self.cfg.tracker, self.folder, run.step, to_dict(self.config))
+        if self.main:
+            self.log = Log(self.folder, run.step, run.step < self.cfg.num_steps, accelerator.trackers)
+            print("\n".join([str(run), *run.messages]), flush=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the log, and leave the folder to others."""
+        if self.main:
+            self.log.close()
+        self.run.accelerator.trackers = []  # they are closed
+        self.run.accelerator.end_training()
+        if self.lock:
+            self.lock.release()
+
+    def report(self, since: float, steps: int) -> dict[str, Any]:
+        """Write the line of this step, with the speed of so many steps since then (of `time.perf_counter`); return it.
+
+        Raises:
+            ValueError: Too many steps in a row had to be skipped; names the last checkpoint.
+        """
+        step = self.run.step
+        partial = step % self.cfg.log_every > 0  # the last line, should the run end here for good
+        values = self.run.meter.line(partial)
+        rate = round(steps * self.cfg.batch_size / (time.perf_counter() - since), 2)  # the device is done, too
+        before, most = values.pop("skipped_before"), values.pop("most_in_a_row")
+        values |= {"partial": True} if partial else {}
+        values |= {"lr": self.run.optimizer.param_groups[0]["lr"], "images": step * self.cfg.batch_size}
+        values |= {"images_per_second": rate, "memory_gib": round(peak_memory(self.run.device) / 2**30, 3)}
+        if self.main:
+            self.log.add(step, values)
+            if values["skipped"] > before:
+                tqdm.write(
+                    f"warning: {values['skipped'] - before} of the steps up to {step} skipped, since the loss or its "
+                    "gradient was not finite"
+                )
+        if most >= self.cfg.max_skipped:
+            raise ValueError(_too_many_skipped(most, step, self.cfg.max_skipped, checkpoint.steps(self.folder)))
+        return values
+
+    def save(self, last: bool = False) -> None:
+        """Write the checkpoint of this step, and draw the loss.
+
+        Raises:
+            OSError: It is the last one, and cannot be written; another one may fail.
+        """
+        record = self.run.record() | {"skipped": [self.run.meter.skipped, self.run.meter.in_a_row]}
+        parts = {name: gather(tensors, self.main) for name, tensors in self.run.tensors().items()}
+        if self.main:
+            try:
+                checkpoint.save(folder_of(self.folder, self.run.step), self.run.step, parts, record)
+            except OSError as error:
+                if last:
+                    raise
+                self.log.warn("the checkpoint", error)
+            else:
+                self.log.attempt("what the removal of old checkpoints changes", self._prune)
+            self.log.plot()
+        self.run.accelerator.wait_for_everyone()
+
+    def snapshot(self) -> None:
+        """Write the power-function averages of this step."""
+        averages = self.run.averaged_tensors()
+        averages = {name: gather(tensors, self.main) for name, tensors in averages.items() if name != "ema"}
+        if self.main and averages:
+            record = self.run.record() | {"ema_stds": self.cfg.ema_stds}
+            folder = folder_of(self.folder, self.run.step, SNAPSHOTS)
+            self.log.attempt("the snapshot", checkpoint.save, folder, self.run.step, averages, record)
+
+    def finish(self, due: list[str], stop: StopSignal) -> bool:
+        """Draw and measure what is due at this step and not there yet. Return False if a signal stopped it."""
+        missing = unfinished(self.config, self.run.step, due, self.run.accelerator)
+        if "preview" in missing:
+            self.preview()
+        return self.measure(stop) if "fid" in missing else True
+
+    def preview(self) -> None:
+        """Draw a grid with the averaged weights, a row a class."""
+        with self.run.averaged_weights():
+            if self.main:
+                self.log.attempt(preview_file(self.folder, self.run.step).name, self._draw_preview)
+        self.run.accelerator.wait_for_everyone()
+
+    def measure(self, stop: StopSignal) -> bool:
+        """Draw `fid.num` images with the averaged weights, as sample.py would, and measure them; no image is kept.
+
+        Where images of any process are not finite, there is a warning in the place of a number.
+
+        Returns:
+            False if a signal stopped it.
+        """
+        run, s, num = self.run, self.config.sample, self.config.fid.num
+        rank, world, failed = run.accelerator.process_index, run.accelerator.num_processes, None
+        label = functools.partial(random_label, s.seed, num_classes=run.num_classes)
+        self.evaluator.reset()
+        run.image_sampler.evaluations = run.image_sampler.drawn = 0
+        with run.averaged_weights():
+            for first in range(0, num, world * s.group_size):
+                if stop.share():
+                    return False
+                group = first // s.group_size + rank
+                index = range(group * s.group_size, min((group + 1) * s.group_size, num))
+                if index and not failed:
+                    try:
+                        images = run.image_sampler.group(group, s.group_size, label, range(len(index)))
+                    except NonFiniteError as error:  # the other processes do not know of it, and go on
+                        failed = str(error)
+                        continue
+                    self.evaluator.update(torch.from_numpy(images), index, [label(i) for i in index])
+        if failures := [text for text in gather_object([failed]) if text]:
+            if self.main:
+                self.log.warn(f"the FID of step {run.step}", failures[0])
+            return True
+        sample = {
+            "weights": {"part": "ema", "step": run.step},
+            **assemble.describe_sampling(self.config),
+            "codec": run.codec.identity,
+            **{"labels": "random", "classes": "all", "num": num, "nfe": run.image_sampler.nfe},
+            **{"precision": "no", "tf32": self.cfg.tf32 and run.device.type == "cuda"},
+        }
+        result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=run.step, sample=sample)
+        if self.main:
+            self.log.attempt("fid.jsonl", self._write_result, result)
+            self.log.attempt("what the removal of old checkpoints changes", self._prune)  # of what was the best
+            tqdm.write(f"step {run.step}, {num} images: {result}")
+        run.accelerator.wait_for_everyone()
+        return True
+
+    def _draw_preview(self) -> None:
+        s, file = self.config.sample, preview_file(self.folder, self.run.step)
+        images = self.run.image_sampler.all([k for k in self.classes for _ in range(s.per_class)], s.group_size)
+        images = images.reshape(len(self.classes), s.per_class, *images.shape[1:])  # (rows, columns, H, W, 3)
+        names = [self.run.info.class_names[k] for k in self.classes]
+        picture = grid(images, names, title=f"step {self.run.step}, cfg {s.cfg_scale:g}")
+        save_picture([picture], file)
+        self.log.add_preview(self.run.step, picture)
+
+    def _prune(self) -> None:
+        """Remove old checkpoints, but for those of the best distances."""
+        if self.cfg.keep_checkpoints:
+            spare = {entry["step"] for entry in read_best(self.folder).values()}
+            checkpoint.prune(self.folder, self.cfg.keep_checkpoints, self.cfg.keep_every, spare)
+
+    def _write_result(self, result: Any) -> None:
+        """Add a `fid.Result` to fid.jsonl, fid.png, the tracker and best.json."""
+        file, step, num = self.folder / "fid.jsonl", self.run.step, self.config.fid.num
+        records = [r for r in read_metrics(file) if r["step"] < step] + [result.to_dict()]
+        write_text(file, "".join(json.dumps(record) + "\n" for record in records))
+        same = ("extractor", "protocol", "num_samples", "reference")
+        shown = [r for r in records if all(r[k] == records[-1][k] for k in same)]
+        self.log.add_scalars(step, {f"{name}-{num}": value for name, value in result.values.items()})
+        if name := next((n for n in ("fid", "fd") if n in result.values), None):
+            self.plot_distance(shown, self.folder / "fid.png", f"{self.folder.name}, {result.record['protocol']}")
+            least = min(shown, key=lambda r: r[name])
+            best = {**read_best(self.folder), f"{name}-{num}": {"value": least[name], "step": least["step"]}}
+            write_text(self.folder / BEST_FILE, json.dumps(best, indent=2) + "\n")
+
+
+def lock_folder(folder: Path) -> FileLock | None:
+    """Make a run's folder, and keep other programs out of it: two would take turns to ruin it.
+
+    Returns:
+        The lock, taken; None on a file system without locks.
+
+    Raises:
+        ValueError: Another program is at work there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder run_dir {str(folder)!r}: {error}") from error
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another train.py is at work in run_dir {str(folder)!r}; wait for it, or stop it.") from None
+    except (OSError, NotImplementedError):
+        return None
+    return lock
+
+
+def _too_many_skipped(num: int, step: int, max_skipped: int, checkpoints: list[Path]) -> str:
+    """Say that so many steps in a row were not finite, and how to go on."""
+    where, init = "there is no checkpoint yet", ""
+    if checkpoints:
+        where = f"the last checkpoint, {checkpoints[-1]}, is good"
+        init = f"; it can start from --init {checkpoints[-1]}"
+    return (
+        f"the loss or its gradient was not finite in {num} steps in a row, up to step {step} (train.max_skipped "
+        f"{max_skipped}); {where}. A new run with a lower train.lr, train.max_grad_norm 1.0 or train.precision no may "
+        f"help{init}."
+    )
+
+
+def unfinished(config: Config, step: int, due: list[str], accelerator: Accelerator) -> list[str]:
+    """List what of `due`, `preview` or `fid` of `step`, the main process does not find. All processes call this."""
+    if not due:
+        return []
+    if accelerator.is_main_process:
+        folder = Path(config.run_dir)
+        lines = read_metrics(folder / "fid.jsonl")
+        done = {
+            "preview": preview_file(folder, step).exists(),
+            "fid": any((line["step"], line["num_samples"]) == (step, config.fid.num) for line in lines),
+        }
+        due = [name for name in due if not done[name]]
+    return broadcast_object_list([due])[0]
+
+
+def preview_file(folder: Path, step: int) -> Path:
+    """Name the preview of a step."""
+    return folder / "previews" / f"step-{step:08d}.png"
+
+
+def read_best(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read best.json of a run: name of a distance -> its best value and the step of that."""
+    file = folder / BEST_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Count the bytes that this process has had at most: on the GPU, or in the computer's memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
