@@ -22,7 +22,7 @@ from vca_engine.images.latents import LatentDataset
 from vca_engine.images.loader import load, to_device
 from vca_engine.images.order import EndlessBatches
 from vca_engine.precision import mixed_precision, set_tf32
-from vca_engine.records import differences
+from vca_engine.records import differences, listed
 from vca_engine.sampling.guidance import guidance_of
 from vca_engine.sampling.image_sampler import ImageSampler, Sample
 from vca_engine.training.ema import Ema, constant, name_of, power
