@@ -27,7 +27,7 @@ from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
 from vca_engine.distributed import same_on_all_processes
-from vca_engine.images.codecs import draw
+from vca_engine.images.codecs import sample_posterior
 from vca_engine.signals import STOPPED, StopSignal
 from vca_engine.training.dry_run import dry_run
 from vca_engine.training.log import check_tracker
@@ -169,7 +169,7 @@ def add_gradients(run: Run, x: Tensor, y: Tensor, positions: Tensor) -> None:
     """
     accelerator, process, seed = run.accelerator, run.process, run.config.seed
     moments = x if run.config.latents else run.codec.moments(x)  # (B, 2C, h, w)
-    latents = draw(moments, run.codec.channels, seed, positions)  # (B, C, h, w)
+    latents = sample_posterior(moments, run.codec.channels, seed, positions)  # (B, C, h, w)
     noise, u = draws(seed, positions, latents.shape[1:])  # (B, C, h, w), (B, 2)
     t, y = process.times(u[:, 0]), run.network.y_embedder.drop(y, u[:, 1])  # (B,), (B,)
 
