@@ -34,9 +34,10 @@ from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.reading import Spec, Strict
 from vca_engine.config.schema import SampleConfig, require
 from vca_engine.files import write_text
-from vca_engine.sampling.figures import NARROW, WIDE, Panel, Row, draw_rows, new_figure, save_figure, styled
-from vca_engine.sampling.pictures import on_the_way
-from vca_engine.sampling.pipeline import Pipeline, chosen_device
+from vca_engine.precision import chosen_device
+from vca_engine.sampling.figures import NARROW, WIDE, Panel, Row, new_figure, plot_rows, save_figure, styled
+from vca_engine.sampling.pipeline import Pipeline
+from vca_engine.sampling.tables import on_the_way
 from vca_engine.training.ema import name_of
 from vca_engine.weights import checkpoint
 
@@ -190,7 +191,7 @@ def watch_drawing(
     Raises:
         ValueError: Two of the times have the same nearest evaluation, to two digits.
     """
-    drawer = pipe.drawer(sample)
+    image_sampler = pipe.image_sampler(sample)
     nearest: dict[float, tuple[float, Tensor, Tensor, dict[int, Tensor]]] = {}
 
     with keep_inputs(layers) as inputs:
@@ -203,7 +204,7 @@ def watch_drawing(
                     nearest[wanted] = level, x_t, pipe.process.clean(output, x_t, t), mine
 
         watch = on_the_way(pipe.process.noise_level, keep)
-        images = drawer.images(drawer.latents(labels, range(len(labels)), watch=watch))
+        images = image_sampler.images(image_sampler.latents(labels, range(len(labels)), watch=watch))
     moments: list[Moment] = []
     for wanted in sorted(nearest, reverse=True):
         level, x_t, clean, mine = nearest[wanted]
@@ -213,8 +214,8 @@ def watch_drawing(
                 "that of another of them; leave it out, or choose a sampler with more steps."
             )
         maps = {block: maps_of(layers[block], x) for block, x in mine.items()}
-        moments.append(Moment(level, drawer.images(x_t), drawer.images(clean), maps))
-    return images, moments, drawer.nfe
+        moments.append(Moment(level, image_sampler.images(x_t), image_sampler.images(clean), maps))
+    return images, moments, image_sampler.nfe
 
 
 def figures(
@@ -233,13 +234,13 @@ def figures(
             level = f"{moment.level:.2f}"
             pictures = {"input": moment.noisy[i], "predicted": moment.predicted[i], "drawn": images[i]}
             rows = contrast_rows(moment.maps[block], i, head, pictures)
-            yield f"contrast-{name}-noise-{level}", draw_rows(rows, WIDE, f"{title}, noise level {level}")
+            yield f"contrast-{name}-noise-{level}", plot_rows(rows, WIDE, f"{title}, noise level {level}")
         width = NARROW if len(moments) < 4 else WIDE
-        yield f"query-{name}", draw_rows(query_rows(moments, block, i, head, query), width, title)
+        yield f"query-{name}", plot_rows(query_rows(moments, block, i, head, query), width, title)
     over_depth = [streams_of(layer) for layer in contrast_layers(pipe.network).values()]
     if any(number is not None for number in dataclasses.astuple(over_depth[0])):  # of an agent there is nothing to tell
         training = over_training(pipe)
-        yield "layers", draw_streams(over_depth, training if len(training) > 1 else [])
+        yield "layers", plot_streams(over_depth, training if len(training) > 1 else [])
 
 
 def contrast_rows(maps: Maps, i: int, head: int, pictures: Mapping[str, np.ndarray]) -> list[Row]:
@@ -334,7 +335,7 @@ def over_training(pipe: Pipeline) -> list[tuple[int, list[Streams]]]:
 
 
 @styled
-def draw_streams(over_depth: Sequence[Streams], training: Sequence[tuple[int, Sequence[Streams]]]) -> Figure:
+def plot_streams(over_depth: Sequence[Streams], training: Sequence[tuple[int, Sequence[Streams]]]) -> Figure:
     """The sizes of e+ and e-, their cosine, and both lambdas: over the blocks, and below over training, if it is known."""
     figure, axes = new_figure(WIDE, 3.4 if training else 1.9, 1 + bool(training), 3)
     blocks = np.arange(len(over_depth))

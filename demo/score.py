@@ -25,7 +25,7 @@ from vca_engine.config.reading import Strict, from_dict
 from vca_engine.config.schema import Config
 from vca_engine.files import write_text
 from vca_engine.images import to_uint8
-from vca_engine.images.codecs import draw
+from vca_engine.images.codecs import sample_posterior
 from vca_engine.weights import checkpoint
 
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         codec = assemble.codec(config, train.channels)
         inputs = torch.stack([train[i, False][0] for i in range(num)])  # (num, channels, H, W) in [-1, 1]
         moments = torch.cat([codec.moments(x) for x in inputs.split(100)])
-        latents = draw(moments, codec.channels, config.seed, torch.arange(num))
+        latents = sample_posterior(moments, codec.channels, config.seed, torch.arange(num))
         decoded = [codec.decode(z) for z in latents.split(100)]
         rows["real, through the codec"] = (nchw(to_uint8(torch.cat(decoded))), real_labels)
     noise = torch.randint(256, real[:, :1].shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

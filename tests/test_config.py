@@ -368,7 +368,12 @@ def members(kind):
 TEXTS = [(cls, key, kind) for cls in PROGRAMS for key, kind in settings(cls) if {str, list[str]} & {*members(kind)}]
 
 
-ALSO = {"guide_weights": ["--guide=x"], "fid": ["--num=2"]}  # what some settings of sample.py want beside them
+ALSO = {
+    "guide_weights": ["--guide=x"],
+    "fid": ["--num=2"],
+    "fid_weights": ["--fid=x", "--num=2"],
+    "fid_metrics": ["--fid=x", "--num=2"],
+}  # what some settings of sample.py want beside them
 
 
 def given(cls, *argv):
@@ -655,7 +660,7 @@ def test_a_flag_needs_no_value_and_a_word_alone_is_the_first_setting():
         args = parsed(*argv)
         assert (args.checkpoint, args.trajectory) == ("run", True)
     assert not parsed("run", "--trajectory", "no").trajectory
-    assert parsed("run", "--fid-metrics", "[fid, is]").fid_metrics == ["fid", "is"]
+    assert parsed("run", "--num=2", "--fid=x", "--fid-metrics", "[fid, is]").fid_metrics == ["fid", "is"]
 
 
 def test_a_setting_is_taken_back_but_not_by_a_variable_that_is_empty(file, capsys):

@@ -25,7 +25,7 @@ import train
 from vca_engine import assemble
 from vca_engine.config.cli import parse
 from vca_engine.images import encode
-from vca_engine.images.codecs import PixelCodec, VAECodec, draw
+from vca_engine.images.codecs import PixelCodec, VAECodec, sample_posterior
 from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import LatentDataset
 
@@ -94,7 +94,7 @@ def test_draws_have_the_moments():
     mean, std = torch.tensor([0.5, -1.0]), torch.tensor([0.1, 2.0])
     n = 20_000
     moments = torch.cat([mean, std]).reshape(1, 4, 1, 1).expand(n, 4, 1, 1)
-    z = draw(moments, 2, 0, torch.arange(n)).flatten(1)
+    z = sample_posterior(moments, 2, 0, torch.arange(n)).flatten(1)
     assert z.shape == (n, 2)
     assert ((z.mean(0) - mean).abs() < 5 * std / n**0.5).all()
     assert ((z.std(0) - std).abs() < 5 * std / (2 * n) ** 0.5).all()
@@ -103,10 +103,10 @@ def test_draws_have_the_moments():
 
 def test_a_draw_is_a_function_of_seed_position_and_moments():
     moments = torch.rand(6, 8, 3, 3).half()
-    z = draw(moments, 4, 7, torch.arange(10, 16))
-    assert torch.equal(draw(moments[2:5], 4, 7, torch.arange(12, 15)), z[2:5])
-    assert not torch.equal(draw(moments, 4, 8, torch.arange(10, 16)), z)
-    assert not torch.equal(draw(moments, 4, 7, torch.arange(6)), z)
+    z = sample_posterior(moments, 4, 7, torch.arange(10, 16))
+    assert torch.equal(sample_posterior(moments[2:5], 4, 7, torch.arange(12, 15)), z[2:5])
+    assert not torch.equal(sample_posterior(moments, 4, 8, torch.arange(10, 16)), z)
+    assert not torch.equal(sample_posterior(moments, 4, 7, torch.arange(6)), z)
     assert z.dtype == torch.float32
 
 
@@ -129,7 +129,7 @@ def test_a_tiny_autoencoder_has_no_posterior(tmp_path):
         latents = codec.moments(images)
         torch.testing.assert_close(latents, (z - 0.1) * 0.5)
         torch.testing.assert_close(codec.decode(latents), tiny.decode(z).sample)
-    assert torch.equal(draw(latents, 4, 0, torch.arange(2)), latents)
+    assert torch.equal(sample_posterior(latents, 4, 0, torch.arange(2)), latents)
 
 
 def test_codecs_know_themselves(tmp_path):
@@ -156,7 +156,7 @@ def test_another_kind_of_autoencoder_is_named(tmp_path):
 def test_pixels_are_their_own_latents():
     codec, images = PixelCodec(3), torch.rand(2, 3, 4, 4)
     assert (codec.channels, codec.downsample, codec.posterior) == (3, 1, False)
-    assert torch.equal(draw(codec.moments(images), 3, 0, torch.arange(2)), images)
+    assert torch.equal(sample_posterior(codec.moments(images), 3, 0, torch.arange(2)), images)
     assert torch.equal(codec.decode(images), images)
 
 
@@ -276,7 +276,7 @@ def test_one_draw_for_ever_where_moments_are_not_kept(tmp_path, images, vae):
     cache_latents.main([*argv, "--latents", str(tmp_path / "drawn"), "--cache.moments", "false", "--seed", "3"])
     moments, drawn = (LatentDataset(str(tmp_path / name)) for name in ("moments", "drawn"))
     for i, flip in ((0, False), (0, True), (11, True)):
-        expected = draw(moments[i, flip][0][None], 4, 3, torch.tensor([2 * i + flip]))[0]
+        expected = sample_posterior(moments[i, flip][0][None], 4, 3, torch.tensor([2 * i + flip]))[0]
         assert drawn[i, flip][0].shape == (4, 8, 8)
         torch.testing.assert_close(drawn[i, flip][0].float(), expected, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(drawn.manifest["std"], moments.manifest["std"], rtol=0.05)

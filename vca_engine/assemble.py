@@ -13,7 +13,7 @@ from dit_vca import Diffusion, DiT
 from sit_vca import PATHS, TIMES, SiT, Transport
 from vca import ATTENTIONS, Transformer, create, defaults_of, lookup, options_of, parse_size
 from vca_engine.config.schema import Config
-from vca_engine.images.codecs import CODECS, draw
+from vca_engine.images.codecs import CODECS, sample_posterior
 from vca_engine.images.datasets import DATASETS, Images
 from vca_engine.images.labels import DataInfo
 from vca_engine.weights.adapt import Adapted, adapt
@@ -127,11 +127,11 @@ def describe_sampling(config: Config) -> dict[str, Any]:
     kind, spec = process_kind(config), dict(config.sample.sampler or {})
     name = spec.pop("name", kind.published_sampler)
     options = defaults_of(lookup(kind.samplers, name, "sample.sampler.name"))
-    fields = ("cfg_scale", "guided_channels", "guidance_interval", "seed", "group_size")
+    sampling = {f.name: getattr(config.sample, f.name) for f in dataclasses.fields(config.sample)}
     return {
         "process": describe_process(config),
         "sampler": {"name": name, **options, **spec},
-        **{name: getattr(config.sample, name) for name in fields},
+        **{name: value for name, value in sampling.items() if name not in ("sampler", "classes", "per_class")},
         "quantize": "dit",  # how pixels are rounded to uint8, see `vca_engine.images.quantize`
     }
 
@@ -147,7 +147,7 @@ def to_latents(config: Config, codec: Any) -> Callable[[Tensor, Tensor], Tensor]
     """Make the function (batch of the data, its positions in the run) -> latents (B, C, h, w); it encodes images first."""
 
     def latents(x: Tensor, positions: Tensor) -> Tensor:
-        return draw(x if config.latents else codec.moments(x), codec.channels, config.seed, positions)
+        return sample_posterior(x if config.latents else codec.moments(x), codec.channels, config.seed, positions)
 
     return latents
 

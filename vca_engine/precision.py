@@ -1,10 +1,21 @@
-"""Precision: of a run's arithmetic, and of matrix products in float32."""
+"""The device, and the precision of its arithmetic."""
 
 import torch
 
 
+def chosen_device(word: str) -> str:
+    """Turn `auto`, `cuda` or `cpu`, as --device takes them, into `cuda` or `cpu`.
+
+    Raises:
+        ValueError: It is cuda, and there is no GPU.
+    """
+    if word == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
+    return "cuda" if word != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def set_tf32(allowed: bool) -> None:
-    """Whether GPUs round the inputs of float32 products and convolutions to TF32."""
+    """Let GPUs round the inputs of float32 products and convolutions to TF32, or not."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
     if hasattr(cudnn, "conv"):  # torch >= 2.9; mixing the two ways to say it is an error there
         for owner in (cudnn.conv, cuda.matmul):

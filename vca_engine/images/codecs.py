@@ -111,7 +111,7 @@ def _load_vae(path: str) -> tuple[str, nn.Module, Tensor, Tensor]:
 CODECS = {"pixels": PixelCodec, "vae": VAECodec}
 
 
-def draw(moments: Tensor, channels: int, seed: int, positions: Tensor) -> Tensor:
+def sample_posterior(moments: Tensor, channels: int, seed: int, positions: Tensor) -> Tensor:
     """Latents from their mean and standard deviation, each a function of (seed, position) and its moments alone.
 
     Args:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vca_engine.config.schema import CacheConfig, differences
 from vca_engine.files import write_text, written_aside
 from vca_engine.images import UnreadableImageError, from_uint8
-from vca_engine.images.codecs import draw
+from vca_engine.images.codecs import sample_posterior
 from vca_engine.images.datasets import Images
 from vca_engine.images.latents import LABELS, MANIFEST, VERSION, check_settings, file_size, sha256_of
 from vca_engine.images.loader import load
@@ -207,7 +207,9 @@ class CacheWriter:
             rows = [self.codec.moments(side)[:num] for side in ([x, x.flip(-1)] if self.images.flip else [x])]
         if not self.options.moments:
             positions = torch.tensor(index) * 2
-            rows = [draw(row, self.codec.channels, self.seed, positions + flip) for flip, row in enumerate(rows)]
+            rows = [
+                sample_posterior(row, self.codec.channels, self.seed, positions + flip) for flip, row in enumerate(rows)
+            ]
         rows = torch.stack(rows, dim=1).half()
         if not (good := rows.isfinite().flatten(1).all(dim=1)).all():
             bad = self.images.name(index[int(good.int().argmin())])

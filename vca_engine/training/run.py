@@ -34,7 +34,7 @@ from vca_engine.images.loader import load
 from vca_engine.images.order import EndlessBatches
 from vca_engine.images.pictures import grid, save_picture
 from vca_engine.precision import mixed_precision, set_tf32
-from vca_engine.sampling.classes import find_class, random_label, spread
+from vca_engine.sampling.classes import evenly_spaced_classes, find_class, random_label
 from vca_engine.sampling.guidance import guidance_of
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.seeds import mix, normal, uniform
@@ -108,7 +108,7 @@ class Run:
         model = dataclasses.replace(config.model, attention=network.attention)  # as it is, whatever becomes the default
         self.config = config = dataclasses.replace(config, model=model)
         self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
-        rows = config.sample.classes or spread(range(self.num_classes))  # of the previews
+        rows = config.sample.classes or evenly_spaced_classes(range(self.num_classes))  # of the previews
         self.classes = [find_class(k, self.shape.class_names) for k in rows]
         self.guidance = guidance_of(config.sample)
         self.guidance.check(network)
