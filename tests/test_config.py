@@ -131,7 +131,8 @@ def test_help_describes_every_setting(main, cls, capsys, monkeypatch):
 
 def leaves(cls, prefix=""):
     """Dotted key and its description in the class's docstring, read here by another rule than the parser's."""
-    described = re.findall(r"^ {8}(\w+): ((?:.|\n {12})*)", cls.__doc__, re.MULTILINE)
+    texts = "\n".join(c.__doc__ for c in reversed(cls.__mro__) if is_dataclass(c))  # of those that it extends, too
+    described = re.findall(r"^ {8}(\w+): ((?:.|\n {12})*)", texts, re.MULTILINE)
     described = {name: " ".join(text.split()) for name, text in described}
     for f in fields(cls):
         assert f.name in described, f"{cls.__name__}.{f.name} has no line under Args"

@@ -14,8 +14,9 @@ import train
 import visualise
 from vca import VisualContrastAttention, keep_inputs, maps_of, streams_of
 from vca_engine.sampling.figures import NARROW, Panel, Row, plot_rows
+from vca_engine.sampling.map_figures import Moment, cell, contrast_rows, plot_streams, query_rows
 from vca_engine.sampling.pipeline import Pipeline
-from visualise import Moment, contrast_rows, over_training, query_rows, watch_drawing
+from visualise import over_training, watch_drawing
 
 SMALL = (
     "--data.name digits --codec.name pixels --process.name flow --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
@@ -155,7 +156,7 @@ def test_outlines_are_what_adaptive_pooling_takes():
         for row, column in np.ndindex(cells):
             tokens = torch.zeros(1, *grid).requires_grad_()
             torch.nn.functional.adaptive_avg_pool2d(tokens, cells)[0, row, column].backward()
-            top, left, height, width = visualise.cell(row, column, cells, grid)
+            top, left, height, width = cell(row, column, cells, grid)
             expected = torch.zeros(grid, dtype=torch.bool)
             expected[top : top + height, left : left + width] = True
             assert torch.equal(tokens.grad[0] != 0, expected)
@@ -201,7 +202,7 @@ def test_streams_over_training_are_those_of_the_snapshots(run_of):
 def test_streams_are_drawn_as_far_as_there_are_some(options, lines, recwarn):
     layers = [VisualContrastAttention(8, 2, 4, layer_index=i, **options) for i in range(3)]
     found = [streams_of(layer) for layer in layers]
-    figure = visualise.plot_streams(found, [(10, found), (20, found)])
+    figure = plot_streams(found, [(10, found), (20, found)])
     drawn = [[line for line in ax.lines if len(line.get_xdata()) == 3] for ax in figure.axes[:3]]
     assert list(map(len, drawn)) == lines
     assert list(drawn[0][0].get_ydata()) == [streams.positive for streams in found]
