@@ -42,7 +42,7 @@ STYLE = """#gallery .grid-container {grid-template-columns: repeat(auto-fill, mi
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(ModelOptions):
-    """What to draw from, and where the page is.
+    """The model, and where the page is.
 
     Args:
         host: Address of the page; 0.0.0.0 lets other machines in.
@@ -154,18 +154,16 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
                     methods = {"value": ode["method"], "visible": ode is sampler}
                     method = gr.Dropdown(list(ODE_METHODS), label="Method", min_width=90, **methods)
                     steps = gr.Number(sampler["num_steps"], precision=0, label="Steps", min_width=90, elem_id="steps")
-                low, high = default.guidance_interval or (0.0, 1.0)
-                with gr.Accordion(
-                    "Guidance interval: 0 is data, 1 is noise", open=default.guidance_interval is not None
-                ):
+                interval = default.guidance_interval
+                low, high = interval or (0.0, 1.0)
+                with gr.Accordion("Guidance interval: 0 is data, 1 is noise", open=interval is not None):
                     low = gr.Slider(0, 1, low, step=0.01, label="From noise level")
                     high = gr.Slider(0, 1, high, step=0.01, label="To noise level")
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=5):
                 gallery = gr.Gallery(show_label=False, format="png", object_fit="contain", elem_id="gallery")
-                again = gr.Textbox(
-                    label="The command that draws the same images", lines=2, buttons=["copy"], elem_id="command"
-                )
+                label = "The command that draws the same images"
+                again = gr.Textbox(label=label, lines=2, buttons=["copy"], elem_id="command")
                 record = gr.Code(label="Record", language="json", lines=12, max_lines=12, elem_id="record")
         name.input(chosen, name, [steps, method], api_visibility="private")
         fields = Fields(classes, num, seed, cfg, name, method, steps, low, high)

@@ -52,15 +52,15 @@ from vca_engine.signals import end_on_sigterm, uninterrupted
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(SampleOptions, ModelOptions):
-    """What to draw; settings of drawing that are not given are as in the run's config.
+    """A request for images; settings of drawing that are not given are as in the run's config.
 
     Args:
         num: Number of images; not given draws a grid.
         out: Grid and other pictures: a .png or .gif file, else samples.png, trajectory.png, ... in the run's folder.
             With num: a folder for PNG files, or a file.npz or file.npy, else the folder samples in the run's folder.
             With fid: also a file.json for the record alone, which is the default
-            (fid-step-STEP-SAMPLER-cfg-SCALE-num-NUM.json in the run's folder); then no image is kept. With likelihood: a
-            file.json.
+            (fid-step-STEP-SAMPLER-cfg-SCALE-num-NUM.json in the run's folder); then no image is kept. With likelihood:
+            a file.json.
         negative_class: A class, by number or name, to be guided away from, instead of no class; with a guide, the
             guide's.
         guide: A worse checkpoint to be guided away from (autoguidance), with cfg_scale.

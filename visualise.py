@@ -42,7 +42,7 @@ from vca_engine.weights import checkpoint
 
 @dataclass(frozen=True)
 class Arguments(Strict):
-    """What to look at.
+    """A model, and the maps of it that are wanted.
 
     Args:
         checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders; a folder that

@@ -16,7 +16,7 @@ from vca_engine.sampling.pipeline import Pipeline
 
 
 class Drawing:
-    """What a program draws with, checked before anything is drawn.
+    """A model and its settings, checked before anything is drawn.
 
     Args:
         pipe: The model.

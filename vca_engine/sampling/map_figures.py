@@ -21,7 +21,7 @@ LINES = {  # axis -> field of `Streams` -> how it is called
 
 
 class Moment(NamedTuple):
-    """What the network did at one evaluation.
+    """One evaluation of the network.
 
     Attributes:
         level: Noise level, 1 (noise) ... 0 (data).

@@ -1,11 +1,12 @@
 """The record of N images: how they were made. It stands beside them, and only the same settings go on with them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from dit_vca.sampler import even_steps
-from vca_engine.config.schema import differences
+from vca_engine.config.schema import SampleConfig, differences
 from vca_engine.files import write_text
 
 RECORD = "samples.json"  # in a folder
@@ -57,17 +58,15 @@ def require_same_settings(record: Path, settings: dict[str, Any], out: Path) -> 
 def _with_settings_of_today(record: dict[str, Any]) -> dict[str, Any]:
     """Add what earlier versions did not write, where they did what is done now.
 
-    They rounded pixels to even at .5, where float32 images fall by chance only; and they took the steps of ddpm and
-    ddim by the product of the stride, which for most numbers of steps are those of its running sum.
+    An option of SampleConfig that they had not is at its default. They rounded pixels to even at .5, where float32
+    images fall by chance only; and they took the steps of ddpm and ddim by the product of the stride, which for most
+    numbers of steps are those of its running sum.
     """
-    record = {"quantize": "dit", **record}
+    defaults = {f.name: f.default for f in dataclasses.fields(SampleConfig)}
+    record = {**defaults, "quantize": "dit", **record}
     sampler, num_timesteps = record.get("sampler"), record.get("process", {}).get("num_timesteps")
-    if (
-        isinstance(sampler, dict)
-        and sampler.get("name") in ("ddpm", "ddim")
-        and "spacing" not in sampler
-        and num_timesteps
-    ):
+    respaced = isinstance(sampler, dict) and sampler.get("name") in ("ddpm", "ddim")
+    if respaced and "spacing" not in sampler and num_timesteps:
         stride = (num_timesteps - 1) / (sampler["num_steps"] - 1)
         steps = even_steps(num_timesteps, sampler["num_steps"])
         if all(round(i * stride) == step for i, step in enumerate(steps)):

@@ -35,7 +35,7 @@ CHUNK = 2**24  # bytes read at once
 
 
 class Evaluator(Protocol):
-    """What takes images and can go on later; `fid.Evaluator` is one."""
+    """An object that takes images and can go on later; `fid.Evaluator` is one."""
 
     def update(self, images: Any, index: Any, labels: Any) -> Any:
         """Add a batch."""
