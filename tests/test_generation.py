@@ -15,7 +15,7 @@ from dit_vca import Diffusion, DiT
 from sit_vca import SiT, Transport
 from vca import create
 from vca_engine.images import NonFiniteError
-from vca_engine.sampling.classes import check_labels, evenly_spaced_classes, find_class, random_label
+from vca_engine.sampling.classes import check_labels, evenly_spaced_classes, find_class, find_classes, random_label
 from vca_engine.sampling.guidance import Guidance, guided
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.tables import interpolations, slerp, trajectories
@@ -349,6 +349,14 @@ def test_classes_go_by_number_or_name(word, number):
 def test_a_class_that_is_not_there_is_named(word, said):
     with pytest.raises(ValueError, match=said):
         find_class(word, IMAGENET)
+
+
+def test_one_word_may_be_several_classes_unless_it_is_a_name():
+    assert find_classes(["goldfish,7, 0"], IMAGENET) == [2, 4, 0]
+    assert find_classes(["Tench, tinca tinca"], IMAGENET) == [0]
+    assert find_classes(["goldfish", 1], IMAGENET) == [2, 1]
+    with pytest.raises(ValueError, match="'x' is no class of this model"):
+        find_classes(["goldfish,x"], IMAGENET)
 
 
 def test_slerp_keeps_the_norm_and_goes_along_the_great_circle():

@@ -365,6 +365,13 @@ def test_images_that_an_older_version_began_are_filled_up_as_it_would_have(draw,
     assert "quantize" not in json.loads((tmp_path / "likelihood.json").read_text())
 
 
+def test_images_begun_before_an_option_was_there_are_filled_up_at_its_default(tmp_path):
+    (tmp_path / "samples.json").write_text(json.dumps({"seed": 3}))
+    require_same_settings(tmp_path / "samples.json", {"seed": 3, "cfg_scale": 1.0}, tmp_path)
+    with pytest.raises(ValueError, match=r"made with cfg_scale 1\.0 \(now 2\.0\)"):
+        require_same_settings(tmp_path / "samples.json", {"seed": 3, "cfg_scale": 2.0}, tmp_path)
+
+
 @pytest.mark.parametrize(("num_steps", "same"), [(250, True), (50, True), (21, False)])
 def test_images_begun_with_other_steps_of_ddpm_are_not_filled_up(tmp_path, num_steps, same):
     """Before `spacing` was an option, 278 of the 999 numbers of steps had one step of another place."""
