@@ -44,11 +44,13 @@ import fid
 from vca_engine import assemble
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, SampleConfig
+from vca_engine.files import write_text
 from vca_engine.images.codecs import VAECodec
 from vca_engine.images.labels import DataInfo
-from vca_engine.sampling import writers as sink
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.pipeline import Pipeline
+from vca_engine.sampling.sample_record import RECORD
+from vca_engine.sampling.writers import ArrayWriter
 
 TINY = {"hidden_size": 96, "depth": 4, "num_heads": 3}  # the demo's network
 SAMPLERS = {  # ode counts points: one more than steps
@@ -135,9 +137,9 @@ def about(args: argparse.Namespace, pipe: Pipeline) -> dict[str, Any]:
     }
 
 
-def group_of(drawer: ImageSampler, size: int) -> Callable[[], Tensor]:
+def group_of(image_sampler: ImageSampler, size: int) -> Callable[[], Tensor]:
     """Draws one group of latents, always the same."""
-    return partial(drawer.latents, [k % 1000 for k in range(size)], range(size))
+    return partial(image_sampler.latents, [k % 1000 for k in range(size)], range(size))
 
 
 def rates(seconds: dict[str, list[float]], group: int, first: str) -> dict[str, Any]:
@@ -180,22 +182,28 @@ def drawing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found, aims, least = {}, [], 0.9 if args.cpu else 0.95
     for size in args.size:
         pipes = {name: pipeline_of(args, name, size) for name in ("diffusion", "flow")}
-        drawers = {name: pipes[p].drawer(SampleConfig(sampler=spec)) for name, (p, spec) in SAMPLERS.items()}
+        image_samplers = {
+            name: pipes[p].image_sampler(SampleConfig(sampler=spec)) for name, (p, spec) in SAMPLERS.items()
+        }
         turns: dict[str, list[tuple]] = {name: [] for name in SAMPLERS}
-        for drawer in drawers.values():
-            bare_pass(args, drawer) if args.cpu else a_group(args, drawer)  # the warm-up
-        for _, (name, drawer) in itertools.product(range(args.repeats), drawers.items()):
-            before, one, after = bare_pass(args, drawer), a_group(args, drawer), bare_pass(args, drawer)
+        for image_sampler in image_samplers.values():
+            bare_pass(args, image_sampler) if args.cpu else a_group(args, image_sampler)  # the warm-up
+        for _, (name, image_sampler) in itertools.product(range(args.repeats), image_samplers.items()):
+            before, one, after = (
+                bare_pass(args, image_sampler),
+                a_group(args, image_sampler),
+                bare_pass(args, image_sampler),
+            )
             turns[name].append((*one, (before + after) / 2))
         found[size] = about(args, pipes["flow"])
-        for name, drawer in drawers.items():
+        for name, image_sampler in image_samplers.items():
             total, inside, bare = np.array(turns[name]).T  # (repeats,) each
             found[size][name] = {
-                "evaluations": drawer.nfe,
+                "evaluations": image_sampler.nfe,
                 "images per second": float(args.group_size / np.median(total)),
-                "over bare passes, quartiles": [*np.quantile(bare * drawer.nfe / total, [0.25, 0.5, 0.75])],
+                "over bare passes, quartiles": [*np.quantile(bare * image_sampler.nfe / total, [0.25, 0.5, 0.75])],
                 "the network's share, quartiles": [*np.quantile(inside / total, [0.25, 0.5, 0.75])],
-                "milliseconds outside, a pass": float(np.median(total - inside) / drawer.nfe * 1000),
+                "milliseconds outside, a pass": float(np.median(total - inside) / image_sampler.nfe * 1000),
                 "seconds": {"all": [*total], "network": [*inside], "bare pass": [*bare]},
             }
         share = {name: found[size][name]["the network's share, quartiles"][1].item() for name in SAMPLERS}
@@ -206,19 +214,19 @@ def drawing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {**found, "aims": aims}
 
 
-def a_group(args: argparse.Namespace, drawer: ImageSampler) -> tuple[float, float]:
+def a_group(args: argparse.Namespace, image_sampler: ImageSampler) -> tuple[float, float]:
     """Seconds of one group, and of the network in it."""
-    watch = Stopwatch(drawer.network.forward, args.device)
-    with patch.object(drawer.network, "forward", watch):
+    watch = Stopwatch(image_sampler.network.forward, args.device)
+    with patch.object(image_sampler.network, "forward", watch):
         start = args.now()
-        group_of(drawer, args.group_size)()
+        group_of(image_sampler, args.group_size)()
         return args.now() - start, watch.seconds()
 
 
 @torch.no_grad()
-def bare_pass(args: argparse.Namespace, drawer: ImageSampler, times: int = 5) -> float:
+def bare_pass(args: argparse.Namespace, image_sampler: ImageSampler, times: int = 5) -> float:
     """Seconds of a forward pass of a group, without all that is around it."""
-    network = drawer.network
+    network = image_sampler.network
     x = torch.randn(args.group_size, network.in_channels, *network.input_size, device=args.device)
     t, y = torch.zeros(2, args.group_size, dtype=torch.long, device=args.device)
     start = args.now()
@@ -241,7 +249,7 @@ def switches(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             pipe.precision = "bf16" if "bf16" in name else "no"
             for block in pipe.network.blocks if "compile" in name else ():
                 block.compile()
-            job, start = group_of(pipe.drawer(SampleConfig(sampler=spec)), args.group_size), wall()
+            job, start = group_of(pipe.image_sampler(SampleConfig(sampler=spec)), args.group_size), wall()
             try:
                 job()
             except RuntimeError as error:  # there is no compiler, for one
@@ -260,16 +268,18 @@ def guidance(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for size in args.size:
         pipe = pipeline_of(args, "flow", size)
         guided, part = SampleConfig(sampler=spec, cfg_scale=4.0), (0.2, 0.7)
-        drawers = {
-            "a batch of 2 B": pipe.drawer(guided),
-            "two passes of B": pipe.drawer(guided, guide=pipe, negative=0),  # as with another network as guide
-            f"in the interval {part}": pipe.drawer(SampleConfig(sampler=spec, cfg_scale=4.0, guidance_interval=part)),
-            "none": pipe.drawer(SampleConfig(sampler=spec)),
+        image_samplers = {
+            "a batch of 2 B": pipe.image_sampler(guided),
+            "two passes of B": pipe.image_sampler(guided, guide=pipe, negative=0),  # as with another network as guide
+            f"in the interval {part}": pipe.image_sampler(
+                SampleConfig(sampler=spec, cfg_scale=4.0, guidance_interval=part)
+            ),
+            "none": pipe.image_sampler(SampleConfig(sampler=spec)),
         }
         seconds, _ = take_turns(
-            {name: group_of(d, args.group_size) for name, d in drawers.items()}, args.repeats, 1, args.now
+            {name: group_of(d, args.group_size) for name, d in image_samplers.items()}, args.repeats, 1, args.now
         )
-        nfe = {name: d.nfe for name, d in drawers.items()}
+        nfe = {name: d.nfe for name, d in image_samplers.items()}
         found[size] = {**about(args, pipe), "evaluations": nfe, **rates(seconds, args.group_size, "a batch of 2 B")}
     return {**found, "aims": []}
 
@@ -343,11 +353,11 @@ def child(args: argparse.Namespace, *command: Any) -> dict[str, float]:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Runs sample.py in this process: MiB at its peak, seconds of `Sampling.draw_many` and of the sink within."""
+    """Runs sample.py in this process: MiB at its peak, seconds of `draw_many` and of the writer within."""
     import sample  # the program, not this file: what is imported is not called __main__
 
     seconds: dict[str, float] = {}
-    with timed(sample.Sampling, "draw_many", seconds), timed(sink.ArraySink, "write", seconds):
+    with timed(sample, "draw_many", seconds), timed(ArrayWriter, "write", seconds):
         sample.main(command)
     peak = {"peak MiB": peak_kib() / 1024}
     return peak | {"seconds of drawing": seconds["draw_many"], "seconds of the sink": seconds.get("write", 0.0)}
@@ -369,21 +379,21 @@ def timed(owner: Any, name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def writing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Bytes/s of an .npz beside a plain file on the disk, and the share of the sink."""
+    """Bytes/s of an .npz beside a plain file on the disk, and the share of the writer."""
     num, batch = 512, 64
     images, form = np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), dtype=np.uint8), "a.npz"
     split: dict[str, list[dict[str, float]]] = {"parts": []}
 
     def ours() -> None:
-        array, seconds = sink.ArraySink(folder / form, num, SIDE, {}), {}
-        array.partial.mkdir(exist_ok=True)
+        array, seconds = ArrayWriter(folder / form, num, SIDE), {}
+        write_text(array.partial / RECORD, "{}")
         with contextlib.ExitStack() as stack:
             for owner, name in ((array, "allocate"), (array, "write"), (os, "fsync"), (array, "finish")):
                 stack.enter_context(timed(owner, name, seconds))
             array.allocate()
             for k in range(0, num, batch):
                 array.write(range(k, k + batch), images, range(batch))
-            array.finish({})
+            array.finish([k % batch for k in range(num)])
         split["parts"].append(seconds)
         (folder / form).unlink()
 

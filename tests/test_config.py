@@ -131,7 +131,8 @@ def test_help_describes_every_setting(main, cls, capsys, monkeypatch):
 
 def leaves(cls, prefix=""):
     """Dotted key and its description in the class's docstring, read here by another rule than the parser's."""
-    described = re.findall(r"^ {8}(\w+): ((?:.|\n {12})*)", cls.__doc__, re.MULTILINE)
+    texts = "\n".join(c.__doc__ for c in reversed(cls.__mro__) if is_dataclass(c))  # of those that it extends, too
+    described = re.findall(r"^ {8}(\w+): ((?:.|\n {12})*)", texts, re.MULTILINE)
     described = {name: " ".join(text.split()) for name, text in described}
     for f in fields(cls):
         assert f.name in described, f"{cls.__name__}.{f.name} has no line under Args"
@@ -368,7 +369,12 @@ def members(kind):
 TEXTS = [(cls, key, kind) for cls in PROGRAMS for key, kind in settings(cls) if {str, list[str]} & {*members(kind)}]
 
 
-ALSO = {"guide_weights": ["--guide=x"], "fid": ["--num=2"]}  # what some settings of sample.py want beside them
+ALSO = {
+    "guide_weights": ["--guide=x"],
+    "fid": ["--num=2"],
+    "fid_weights": ["--fid=x", "--num=2"],
+    "fid_metrics": ["--fid=x", "--num=2"],
+}  # what some settings of sample.py want beside them
 
 
 def given(cls, *argv):
@@ -655,7 +661,7 @@ def test_a_flag_needs_no_value_and_a_word_alone_is_the_first_setting():
         args = parsed(*argv)
         assert (args.checkpoint, args.trajectory) == ("run", True)
     assert not parsed("run", "--trajectory", "no").trajectory
-    assert parsed("run", "--fid-metrics", "[fid, is]").fid_metrics == ["fid", "is"]
+    assert parsed("run", "--num=2", "--fid=x", "--fid-metrics", "[fid, is]").fid_metrics == ["fid", "is"]
 
 
 def test_a_setting_is_taken_back_but_not_by_a_variable_that_is_empty(file, capsys):

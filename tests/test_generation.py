@@ -15,10 +15,10 @@ from dit_vca import Diffusion, DiT
 from sit_vca import SiT, Transport
 from vca import create
 from vca_engine.images import NonFiniteError
-from vca_engine.sampling.classes import check_labels, find_class, random_label, spread
+from vca_engine.sampling.classes import check_labels, evenly_spaced_classes, find_class, find_classes, random_label
 from vca_engine.sampling.guidance import Guidance, guided
 from vca_engine.sampling.image_sampler import ImageSampler
-from vca_engine.sampling.pictures import interpolations, slerp, trajectories
+from vca_engine.sampling.tables import interpolations, slerp, trajectories
 
 SIZES = {"input_size": 8, "patch_size": 2, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -162,8 +162,8 @@ def test_an_image_is_a_function_of_seed_and_number_whatever_its_batch(case, cfg_
     most = 3 if "dopri5" in case else 1  # one step size for the whole batch
 
     def draw(where, seed=0):
-        drawer = ImageSampler(model, sampler, gentle, seed=seed, guidance=Guidance(cfg_scale))
-        return drawer([labels[i] for i in where], [indices[i] for i in where]).astype(int)
+        image_sampler = ImageSampler(model, sampler, gentle, seed=seed, guidance=Guidance(cfg_scale))
+        return image_sampler([labels[i] for i in where], [indices[i] for i in where]).astype(int)
 
     together = draw(range(5))
     assert together.shape == (5, 8, 8, 3)
@@ -182,22 +182,28 @@ def test_evaluations_are_counted_and_two_an_image_where_there_is_guidance(case):
     model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     for cfg_scale in (1.0, 2.0):
         rows.clear()
-        drawer = ImageSampler(model, sampler, gentle, seed=0, guidance=Guidance(cfg_scale))
-        assert drawer.nfe is None
-        drawer([1, 2, 3], [0, 1, 2])
-        drawer([1], [3])
-        assert drawer.nfe == sum(rows) / 4
+        image_sampler = ImageSampler(model, sampler, gentle, seed=0, guidance=Guidance(cfg_scale))
+        assert image_sampler.nfe is None
+        image_sampler([1, 2, 3], [0, 1, 2])
+        image_sampler([1], [3])
+        assert image_sampler.nfe == sum(rows) / 4
         assert set(rows) == ({3, 1} if cfg_scale == 1 else {6, 2})
-        steps = {"ode euler": 3, "ode heun": 6, "sde": 4, "sde, shifted": 7, "ode dopri5": drawer.nfe / cfg_scale}
-        assert drawer.nfe == steps.get(case, 4) * cfg_scale
+        steps = {
+            "ode euler": 3,
+            "ode heun": 6,
+            "sde": 4,
+            "sde, shifted": 7,
+            "ode dopri5": image_sampler.nfe / cfg_scale,
+        }
+        assert image_sampler.nfe == steps.get(case, 4) * cfg_scale
 
 
 def test_guided_in_an_interval_costs_between_one_and_two_passes_a_step():
     model, sampler = flow(name="ode", method="euler", num_steps=11)  # at t = 0, 0.1, ..., 0.9
     guidance = Guidance(3.0, interval=(0.25, 0.65))
-    drawer = ImageSampler(model, sampler, gentle, seed=0, guidance=guidance, noise_level=Transport().noise_level)
-    drawer([1, 2], [0, 1])
-    assert drawer.nfe == 10 + 4  # noise levels 0.3, 0.4, 0.5 and 0.6
+    image_sampler = ImageSampler(model, sampler, gentle, seed=0, guidance=guidance, noise_level=Transport().noise_level)
+    image_sampler([1, 2], [0, 1])
+    assert image_sampler.nfe == 10 + 4  # noise levels 0.3, 0.4, 0.5 and 0.6
 
 
 def test_an_autoguided_image_needs_both_models_and_is_plain_with_a_guide_that_is_the_model():
@@ -206,7 +212,7 @@ def test_an_autoguided_image_needs_both_models_and_is_plain_with_a_guide_that_is
     plain = ImageSampler(model, sampler, gentle, seed=0)
     same = ImageSampler(model, sampler, gentle, seed=0, guidance=Guidance(2.0, guide=model))
     led = ImageSampler(model, sampler, gentle, seed=0, guidance=Guidance(2.0, guide=guide))
-    images = [drawer([1, 2], [0, 1]).astype(int) for drawer in (plain, same, led)]
+    images = [image_sampler([1, 2], [0, 1]).astype(int) for image_sampler in (plain, same, led)]
     assert np.abs(images[0] - images[1]).max() <= 1
     assert np.abs(images[0] - images[2]).max() > 5
     assert led.nfe == 2 * plain.nfe == 4
@@ -267,12 +273,14 @@ def test_images_that_are_not_finite_are_counted_and_the_way_out_is_said():
 def test_what_is_shown_of_the_way_to_an_image_is_finite_or_said():
     """Trajectories decode x_t and the predicted clean latent; interpolations draw from other noise."""
     model, sampler = flow(name="ode", method="euler", num_steps=4)
-    drawer = ImageSampler(model, sampler, gentle, seed=0, noise_level=Transport().noise_level, guidance=Guidance(1e38))
+    image_sampler = ImageSampler(
+        model, sampler, gentle, seed=0, noise_level=Transport().noise_level, guidance=Guidance(1e38)
+    )
     names = [str(k) for k in range(5)]
     with pytest.raises(NonFiniteError, match=r"^\d of 4 images hold NaN"):
-        trajectories(drawer, Transport().clean, [1, 2], names, 3)
+        trajectories(image_sampler, Transport().clean, [1, 2], names, 3)
     with pytest.raises(NonFiniteError, match="^3 of 3 images hold NaN"):
-        interpolations(drawer, [1], names, (0, 1), 3)
+        interpolations(image_sampler, [1], names, (0, 1), 3)
     plain = ImageSampler(model, sampler, lambda z: z, seed=0, noise_level=Transport().noise_level)
     with pytest.raises(NonFiniteError, match="^2 of 4 images hold NaN"):
         trajectories(plain, lambda output, x_t, t: x_t * torch.inf, [1, 2], names, 3)
@@ -343,6 +351,14 @@ def test_a_class_that_is_not_there_is_named(word, said):
         find_class(word, IMAGENET)
 
 
+def test_one_word_may_be_several_classes_unless_it_is_a_name():
+    assert find_classes(["goldfish,7, 0"], IMAGENET) == [2, 4, 0]
+    assert find_classes(["Tench, tinca tinca"], IMAGENET) == [0]
+    assert find_classes(["goldfish", 1], IMAGENET) == [2, 1]
+    with pytest.raises(ValueError, match="'x' is no class of this model"):
+        find_classes(["goldfish,x"], IMAGENET)
+
+
 def test_slerp_keeps_the_norm_and_goes_along_the_great_circle():
     a, b = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64).unbind()
     b = b * (a.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1))[:, None, None, None]
@@ -359,12 +375,12 @@ def test_slerp_keeps_the_norm_and_goes_along_the_great_circle():
     torch.testing.assert_close(slerp(a, b, 1), b)
 
 
-def test_spread_is_all_or_ten_even_ones():
-    assert spread(range(4)) == [0, 1, 2, 3]
-    assert spread([7, 3, 5]) == [7, 3, 5]
-    assert spread(range(1000)) == list(range(0, 1000, 100))
-    assert spread(range(25), most=4) == [0, 6, 12, 18]
-    assert len(set(spread(range(11)))) == 10
+def test_evenly_spaced_classes_are_all_or_ten_even_ones():
+    assert evenly_spaced_classes(range(4)) == [0, 1, 2, 3]
+    assert evenly_spaced_classes([7, 3, 5]) == [7, 3, 5]
+    assert evenly_spaced_classes(range(1000)) == list(range(0, 1000, 100))
+    assert evenly_spaced_classes(range(25), most=4) == [0, 6, 12, 18]
+    assert len(set(evenly_spaced_classes(range(11)))) == 10
 
 
 def test_random_labels_are_uniform_and_a_function_of_seed_and_number():

@@ -22,8 +22,8 @@ from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, ModelConfig, SampleConfig, to_dict
 from vca_engine.images.codecs import PixelCodec, VAECodec
 from vca_engine.images.labels import DataInfo
-from vca_engine.sampling.pictures import trajectories
 from vca_engine.sampling.pipeline import Pipeline
+from vca_engine.sampling.tables import trajectories
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import diffusers_config, to_diffusers
 from vca_engine.weights.published import read
@@ -104,8 +104,8 @@ def test_an_image_is_what_the_published_loop_draws(published, vae):
     folder, dit, _ = published
     pipe = Pipeline.from_pretrained(folder / "DiT.pt", vae=vae)
     output = pipe([3, 5], guidance_scale=4.0, num_inference_steps=4, seed=1, output_type="np")
-    drawer = pipe.drawer(SampleConfig(seed=1))
-    noise, generators = drawer.begin([0, 1])
+    image_sampler = pipe.image_sampler(SampleConfig(seed=1))
+    noise, generators = image_sampler.begin([0, 1])
     y = torch.tensor([3, 5, 1000, 1000])
 
     @torch.no_grad()
@@ -328,7 +328,7 @@ def test_mistakes_with_weights_are_sentences(published, vae, tmp_path):
 def test_a_guide_is_for_the_same_images(tmp_path):
     pipe, guide = small(tmp_path), small(tmp_path)
     strong = SampleConfig(cfg_scale=3.0, sampler={"name": "ode", "method": "euler", "num_steps": 2})
-    led, plain = pipe.drawer(strong, guide=guide), pipe.drawer(dataclasses.replace(strong, cfg_scale=1.0))
+    led, plain = pipe.image_sampler(strong, guide=guide), pipe.image_sampler(dataclasses.replace(strong, cfg_scale=1.0))
     assert (led([0, 1], [0, 1]) != plain([0, 1], [0, 1])).any()
     x, t, y = torch.randn(1, 1, 8, 8), torch.rand(1), [2]
     with torch.no_grad():
@@ -338,14 +338,14 @@ def test_a_guide_is_for_the_same_images(tmp_path):
     assert settings["guide"] == {"sha256": guide.sha256, "step": 7}
     assert settings["negative_class"] == 1
     with pytest.raises(ValueError, match="the guide has .*name 'diffusion' .the model 'flow'.*predict the same thing"):
-        pipe.drawer(strong, guide=small(tmp_path, "diffusion"))
+        pipe.image_sampler(strong, guide=small(tmp_path, "diffusion"))
     other = small(tmp_path)
     other.config = dataclasses.replace(
         other.config, process={"name": "flow", "time": "lognormal", "weight": "velocity"}
     )
-    pipe.drawer(strong, guide=other)  # how it was trained does not matter
+    pipe.image_sampler(strong, guide=other)  # how it was trained does not matter
     with pytest.raises(ValueError, match="the guide has num_classes 4, the model 3"):
-        pipe.drawer(strong, guide=small(tmp_path, num_classes=4))
+        pipe.image_sampler(strong, guide=small(tmp_path, num_classes=4))
 
 
 # Pictures, by sample.py
@@ -379,16 +379,16 @@ def test_a_trajectory_goes_from_noise_to_the_image_and_predicts_it(saved, tmp_pa
     out = tmp_path / "way.png"
     sample.main([str(folder), "--trajectory", "--classes", "[class 2,0]", "--columns", "4", "--out", str(out)])
     table = cells(out, 4, 4)
-    drawer = pipe.drawer(pipe.config.sample)
+    image_sampler = pipe.image_sampler(pipe.config.sample)
     for row, (label, index) in enumerate([(2, 0), (0, 1)]):
-        noise, _ = drawer.begin([index])
-        image = drawer([label], [index])[0]
-        assert near(table[2 * row, 0], drawer.images(noise)[0])
+        noise, _ = image_sampler.begin([index])
+        image = image_sampler([label], [index])[0]
+        assert near(table[2 * row, 0], image_sampler.images(noise)[0])
         assert near(table[2 * row, 3], image)
         assert near(table[2 * row + 1, 3], image)
         times = torch.zeros(1)  # of a velocity, at noise: x = x_t + u
-        predicted = noise + drawer.predict([label])(noise, times)
-        assert near(table[2 * row + 1, 0], drawer.images(predicted.detach())[0])
+        predicted = noise + image_sampler.predict([label])(noise, times)
+        assert near(table[2 * row + 1, 0], image_sampler.images(predicted.detach())[0])
     record = json.loads(out.with_suffix(".json").read_text())
     assert (record["picture"], record["classes"], record["nfe"]) == ("trajectory", [2, 0], 4)
 
@@ -399,7 +399,7 @@ def test_a_trajectory_goes_from_noise_to_the_image_and_predicts_it(saved, tmp_pa
 def test_a_trajectory_goes_only_towards_data(tmp_path, spec):
     """Also where the solver looks beyond the data, or twice at one time."""
     pipe = small(tmp_path, sampler=spec)
-    table = trajectories(pipe.drawer(pipe.config.sample), pipe.process.clean, [0, 1], pipe.class_names, 6)
+    table = trajectories(pipe.image_sampler(pipe.config.sample), pipe.process.clean, [0, 1], pipe.class_names, 6)
     levels = [float(level) for level in table.columns[:-1]]
     assert levels[0] == 1
     assert (np.diff(levels) < 0).all()
@@ -419,7 +419,7 @@ def test_an_interpolation_goes_from_one_seed_to_the_next(saved, tmp_path):
         film.seek(k)
         frames.append(cells(np.asarray(film.convert("RGB")), 1, 1)[0, 0].astype(int))
     for frame, seed in ((frames[0], 3), (frames[-1], 4)):
-        image = pipe.drawer(dataclasses.replace(pipe.config.sample, seed=seed))([1], [0])[0]
+        image = pipe.image_sampler(dataclasses.replace(pipe.config.sample, seed=seed))([1], [0])[0]
         assert np.abs(frame - image).mean() < 3  # a GIF has 256 colours
     steps = [np.abs(a - b).mean() for a, b in zip(frames[1:], frames[:-1], strict=True)]
     assert max(steps) < np.abs(frames[0] - frames[-1]).mean()
@@ -437,8 +437,8 @@ def test_a_sweep_has_a_row_a_value(saved, tmp_path):
         sample.main([str(folder), "--sweep", text, "--out", str(out)])
         table = cells(out, 2, 3)
         for row, changed in zip(table, change, strict=True):
-            drawer = pipe.drawer(dataclasses.replace(pipe.config.sample, **changed))
-            assert near(row, drawer([0, 1, 2], [0, 1, 2]))
+            image_sampler = pipe.image_sampler(dataclasses.replace(pipe.config.sample, **changed))
+            assert near(row, image_sampler([0, 1, 2], [0, 1, 2]))
     sample.main([str(folder), "--sweep", "sampler=ode,sde", "--sampler.num_steps", "3", "--out", str(out)])
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [(r["row"], r["sampler"]["num_steps"]) for r in rows] == [("sampler ode", 3), ("sampler sde", 3)]
@@ -461,7 +461,7 @@ def test_a_sweep_has_a_row_a_value(saved, tmp_path):
         (["--negative_class", "1"], "cfg_scale is 1.0, which is no guidance"),
         (["--negative_class", "x", "--cfg_scale", "2"], "'x' is no class of this model"),
         (["--guidance_interval", "[0.5,0.2]"], "choose two noise levels between 0 and 1, the lower first"),
-        (["--data.split", "test"], "--data changes nothing here: it is for likelihood; leave it out"),
+        (["--data.split", "test"], "--data is for --likelihood; leave it out"),
         (["--likelihood", "--cfg_scale", "2"], "a guided flow has no likelihood"),
         (["--likelihood", "--sampler", "sde"], "sampler.name is 'sde'; a likelihood needs ode"),
         (["--likelihood", "--out", "x.png"], "a likelihood is a .json file"),

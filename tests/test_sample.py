@@ -23,9 +23,9 @@ import train
 from sit_vca import SiT
 from vca_engine import signals as stop
 from vca_engine.files import sha256_of_weights
-from vca_engine.sampling import writers as sinks
+from vca_engine.sampling import writers
 from vca_engine.sampling.image_sampler import ImageSampler
-from vca_engine.sampling.writers import same_as_before
+from vca_engine.sampling.sample_record import add_to_record, require_same_settings
 from vca_engine.training import reconstruct as ema
 from vca_engine.weights.files import read_weights
 
@@ -204,7 +204,7 @@ def test_deleted_images_are_redrawn_exactly_and_a_folder_may_grow(draw, tmp_path
 def test_an_interrupted_request_goes_on(draw, tmp_path, monkeypatch, name):
     few = ("--group_size", 2, "--batch_size")
     draw("--num", 9, "--out", tmp_path / f"whole_{name}", *few, 2)
-    kind = sinks.ArraySink if name == "a.npz" else sinks.FolderSink
+    kind = writers.ArrayWriter if name == "a.npz" else writers.FolderWriter
     write, drawn = kind.write, []
 
     def killed(self, indices, images, labels):
@@ -365,6 +365,13 @@ def test_images_that_an_older_version_began_are_filled_up_as_it_would_have(draw,
     assert "quantize" not in json.loads((tmp_path / "likelihood.json").read_text())
 
 
+def test_images_begun_before_an_option_was_there_are_filled_up_at_its_default(tmp_path):
+    (tmp_path / "samples.json").write_text(json.dumps({"seed": 3}))
+    require_same_settings(tmp_path / "samples.json", {"seed": 3, "cfg_scale": 1.0}, tmp_path)
+    with pytest.raises(ValueError, match=r"made with cfg_scale 1\.0 \(now 2\.0\)"):
+        require_same_settings(tmp_path / "samples.json", {"seed": 3, "cfg_scale": 2.0}, tmp_path)
+
+
 @pytest.mark.parametrize(("num_steps", "same"), [(250, True), (50, True), (21, False)])
 def test_images_begun_with_other_steps_of_ddpm_are_not_filled_up(tmp_path, num_steps, same):
     """Before `spacing` was an option, 278 of the 999 numbers of steps had one step of another place."""
@@ -372,7 +379,7 @@ def test_images_begun_with_other_steps_of_ddpm_are_not_filled_up(tmp_path, num_s
     now = {**old, "sampler": {**old["sampler"], "spacing": "even"}, "quantize": "dit"}
     (tmp_path / "samples.json").write_text(json.dumps(old))
     with contextlib.nullcontext() if same else pytest.raises(ValueError, match="made with sampler.spacing None"):
-        same_as_before(tmp_path / "samples.json", now, tmp_path)
+        require_same_settings(tmp_path / "samples.json", now, tmp_path)
 
 
 def test_a_picture_of_somebody_else_is_not_overwritten(draw, sentence, tmp_path):
@@ -453,13 +460,13 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_drawn(draw, sentence, tmp_
     assert len(pngs(tmp_path / "png")) == 8
 
     with monkeypatch.context() as patch:
-        patch.setattr(sinks.os, "posix_fallocate", lambda *_: full())
+        patch.setattr(writers.os, "posix_fallocate", lambda *_: full())
         text = sentence("--num", 400, "--out", tmp_path / "a.npz")
     assert "400 images take 7.68e-05 GB: " in text
     assert "No space left on device" in text
     assert [f.name for f in tmp_path.iterdir()] == ["png"]
     with monkeypatch.context() as patch:
-        patch.setattr(sinks.os, "fsync", lambda *_: full())
+        patch.setattr(writers.os, "fsync", lambda *_: full())
         assert "run the same command to go on" in sentence("--num", 4, "--out", tmp_path / "a.npz")
     draw("--num", 4, "--out", tmp_path / "a.npz")
     assert len(read(tmp_path / "a.npz")[0]) == 4
@@ -502,27 +509,27 @@ def test_a_file_is_filled_in_any_order_and_is_what_numpy_writes(tmp_path, name):
     out = tmp_path / name
 
     def opened():
-        return sinks.open_sink(out, 6, {"seed": (0, 1)}, PartialState(cpu=True), 2)
+        return writers.open_writer(out, 6, {"seed": (0, 1)}, PartialState(cpu=True), 2)
 
-    sink = opened()
-    assert sink.missing() == list(range(6))
-    size = sum(f.stat().st_size for f in sink.partial.iterdir())
-    sink.write([4, 1], images[[4, 1]], [40, 10])
-    sink.write([5, 3], images[[5, 3]], [50, 30])
-    assert sink.missing() == [0, 2]
+    writer = opened()
+    assert writer.missing() == list(range(6))
+    size = sum(f.stat().st_size for f in writer.partial.iterdir())
+    writer.write([4, 1], images[[4, 1]], [40, 10])
+    writer.write([5, 3], images[[5, 3]], [50, 30])
+    assert writer.missing() == [0, 2]
     with pytest.raises(OSError, match="lacks 2 of its images, 0 for one; run the same command again"):
-        sink.finish([])
+        writer.finish([])
     assert not out.exists()
     again = opened()
     again.write([0, 2, 3], images[[0, 2, 3]], [0, 20, 30])
     assert again.missing() == []
-    assert size == sum(f.stat().st_size for f in sink.partial.iterdir())  # they had their full size from the start
+    assert size == sum(f.stat().st_size for f in writer.partial.iterdir())  # they had their full size from the start
     if name == "a.npz":
         again._close_zip(np.zeros(6, np.int64))  # killed before the last line of finish
         again = opened()
         assert again.missing() == []
-    sinks.note(out, {"nfe": 2})
-    assert again.finish([0, 10, 20, 30, 40, 50]) == out
+    add_to_record(out, {"nfe": 2})
+    again.finish([0, 10, 20, 30, 40, 50])
     if name == "a.npz":
         stored, labels = read(out)
         np.savez(tmp_path / "b.npz", arr_0=images, arr_1=labels)
@@ -545,7 +552,7 @@ def test_a_kill_after_the_last_image_never_makes_an_empty_file(draw, tmp_path, m
     """Between the name of the file and the end of its partial folder: nothing of that may be taken for other images."""
     out = tmp_path / "a.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(sinks.shutil, "rmtree", lambda folder, **_: (folder / "samples.json").unlink())
+        patch.setattr(writers.shutil, "rmtree", lambda folder, **_: (folder / "samples.json").unlink())
         draw("--num", 5, "--out", out)
     before = out.read_bytes()
     assert (tmp_path / "a.npz.partial" / "done").exists()
@@ -553,7 +560,7 @@ def test_a_kill_after_the_last_image_never_makes_an_empty_file(draw, tmp_path, m
     assert out.read_bytes() == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.npz", "a.npz.json"]
     with monkeypatch.context() as patch:  # and where nobody looked at the complete file before it was removed
-        patch.setattr(sinks.shutil, "rmtree", lambda folder, **_: (folder / "samples.json").unlink(missing_ok=True))
+        patch.setattr(writers.shutil, "rmtree", lambda folder, **_: (folder / "samples.json").unlink(missing_ok=True))
         draw("--num", 4, "--out", tmp_path / "b.npz")
         (tmp_path / "b.npz").unlink()
         draw("--num", 4, "--out", tmp_path / "b.npz", "--seed", 5)
@@ -595,11 +602,11 @@ def test_nothing_of_a_user_is_overwritten(draw, sentence, measure, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["--num", 2, "--per_class", 3], "--per_class changes nothing here: it is for samples; leave it out"),
-        (["--labels", "balanced"], "--labels changes nothing here: it is for num"),
-        (["--trajectory", "--per_class", 2], "--per_class changes nothing here"),
-        (["--columns", 5], "--columns changes nothing here: it is for trajectory and interpolate"),
-        (["--likelihood", "--classes", "[1]"], "--classes changes nothing here"),
+        (["--num", 2, "--per_class", 3], "--per_class is for a grid, which has a row for each class; leave it out"),
+        (["--labels", "balanced"], "--labels is for --num N: a grid has a row for each class; leave it out"),
+        (["--trajectory", "--per_class", 2], "--per_class is for a grid"),
+        (["--columns", 5], "--columns is for --trajectory and --interpolate"),
+        (["--likelihood", "--classes", "[1]"], "--classes is for drawing"),
         (["--guide_weights", "ema"], "--guide_weights is given, but no --guide"),
         (["--guidance_interval", "[0,0.5]"], "cfg_scale is 1.0, which is no guidance; leave"),
     ],
@@ -609,7 +616,7 @@ def test_an_option_without_effect_is_refused(sentence, wrong, said):
 
 
 def test_a_partial_file_that_is_cut_short_is_named(draw, sentence, tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks.ArraySink, "finish", lambda self, labels: self.file)
+    monkeypatch.setattr(writers.ArrayWriter, "finish", lambda self, labels: None)
     draw("--num", 3, "--out", tmp_path / "a.npz")
     os.truncate(tmp_path / "a.npz.partial" / "images.npz", 300)
     assert "is cut short; remove" in sentence("--num", 3, "--out", tmp_path / "a.npz")
@@ -736,19 +743,19 @@ def test_any_number_of_processes_goes_on_after_a_kill_at_any_moment(tmp_path, mo
         running, left = [], []
         for rank in range(size):
             state = SimpleNamespace(process_index=rank, num_processes=size)
-            running.append(sinks.EvaluatorSink(tmp_path / "r.json", num, Numbers(), state))
+            running.append(writers.EvaluatorWriter(tmp_path / "r.json", num, Numbers(), state))
             left.append(running[-1].missing())
         assert all(part == left[0] for part in left)
-        for rank, sink in enumerate(running):
+        for rank, writer in enumerate(running):
             for i in [i for i in left[0] if i % size == rank][:draw]:
-                sink.write([i], images, [0])
+                writer.write([i], images, [0])
             with monkeypatch.context() as patch:
                 if kill == rank:
                     patch.setattr(Path, "unlink", lambda *_, **__: None)
-                sink.save()
+                writer.save()
             if kill == rank:
                 break
-        return [sink.evaluator.seen for sink in running], left[0]
+        return [writer.evaluator.seen for writer in running], left[0]
 
     processes(3, 5)
     _, left = processes(1, 10, kill=0)

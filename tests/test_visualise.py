@@ -13,9 +13,10 @@ from PIL import Image
 import train
 import visualise
 from vca import VisualContrastAttention, keep_inputs, maps_of, streams_of
-from vca_engine.sampling.figures import NARROW, Panel, Row, draw_rows
+from vca_engine.sampling.figures import NARROW, Panel, Row, plot_rows
+from vca_engine.sampling.map_figures import Moment, cell, contrast_rows, plot_streams, query_rows
 from vca_engine.sampling.pipeline import Pipeline
-from visualise import Moment, contrast_rows, over_training, query_rows, watch_drawing
+from visualise import over_training, watch_drawing
 
 SMALL = (
     "--data.name digits --codec.name pixels --process.name flow --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
@@ -87,19 +88,19 @@ def test_moments_are_those_of_the_pass_with_the_class(run_of):
     layers = {block: pipe.network.blocks[block].attn for block in (0, 1)}
     labels, sample = [3, 8], pipe.config.sample
     images, moments, _ = watch_drawing(pipe, sample, labels, layers, [0.2, 1.0, 0.2])
-    drawer = pipe.drawer(sample)
-    assert np.array_equal(images, drawer(labels, range(2)))
+    image_sampler = pipe.image_sampler(sample)
+    assert np.array_equal(images, image_sampler(labels, range(2)))
     assert [moment.level for moment in moments] == [1.0, 0.25]
 
-    noise, _ = drawer.begin(range(2))
+    noise, _ = image_sampler.begin(range(2))
     y, null = torch.tensor(labels), torch.tensor([10, 10])
     with keep_inputs(layers) as inputs, torch.no_grad():
         output = pipe.network(noise, torch.zeros(2), y)
     with torch.no_grad():
         other = pipe.network(noise, torch.zeros(2), null)
     clean = noise + other + 2 * (output - other)  # a velocity at t 0, guided: data = noise + velocity
-    assert np.abs(moments[0].predicted.astype(int) - drawer.images(clean)).max() <= 1  # of 255, by rounding
-    assert np.array_equal(moments[0].noisy, drawer.images(noise))
+    assert np.abs(moments[0].predicted.astype(int) - image_sampler.images(clean)).max() <= 1  # of 255, by rounding
+    assert np.array_equal(moments[0].noisy, image_sampler.images(noise))
     for block, layer in layers.items():
         expected = maps_of(layer, inputs[block])
         # float32, in a batch of 2 and of 4
@@ -155,7 +156,7 @@ def test_outlines_are_what_adaptive_pooling_takes():
         for row, column in np.ndindex(cells):
             tokens = torch.zeros(1, *grid).requires_grad_()
             torch.nn.functional.adaptive_avg_pool2d(tokens, cells)[0, row, column].backward()
-            top, left, height, width = visualise.cell(row, column, cells, grid)
+            top, left, height, width = cell(row, column, cells, grid)
             expected = torch.zeros(grid, dtype=torch.bool)
             expected[top : top + height, left : left + width] = True
             assert torch.equal(tokens.grad[0] != 0, expected)
@@ -165,7 +166,7 @@ def test_figures_show_the_values_in_colours_that_are_centred_on_zero():
     values, image = np.array([[-1.0, 0.25], [0.0, 0.5]]), np.zeros((4, 4, 3), np.uint8)
     signed = Row([Panel(image, "one"), Panel(values)], "both", 1.0, (2, 2), "token", signed=True)
     plain = Row([Panel(image), Panel(np.abs(values))], "positive", 2.0, (2, 2), "contrast")
-    figure = draw_rows([signed, plain], NARROW, "class $5, $x_{")
+    figure = plot_rows([signed, plain], NARROW, "class $5, $x_{")
     figure.canvas.draw()  # a name is text, and no formula
     shown = [ax.images[0] for ax in figure.axes[:4]]
     assert np.array_equal(shown[1].get_array(), values)
@@ -201,7 +202,7 @@ def test_streams_over_training_are_those_of_the_snapshots(run_of):
 def test_streams_are_drawn_as_far_as_there_are_some(options, lines, recwarn):
     layers = [VisualContrastAttention(8, 2, 4, layer_index=i, **options) for i in range(3)]
     found = [streams_of(layer) for layer in layers]
-    figure = visualise.draw_streams(found, [(10, found), (20, found)])
+    figure = plot_streams(found, [(10, found), (20, found)])
     drawn = [[line for line in ax.lines if len(line.get_xdata()) == 3] for ax in figure.axes[:3]]
     assert list(map(len, drawn)) == lines
     assert list(drawn[0][0].get_ydata()) == [streams.positive for streams in found]

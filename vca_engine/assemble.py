@@ -128,11 +128,11 @@ def describe_sampling(config: Config) -> dict[str, Any]:
     kind, spec = process_kind(config), dict(config.sample.sampler or {})
     name = spec.pop("name", kind.published_sampler)
     options = defaults_of(lookup(kind.samplers, name, "sample.sampler.name"))
-    fields = ("cfg_scale", "guided_channels", "guidance_interval", "seed", "group_size")
+    sampling = {f.name: getattr(config.sample, f.name) for f in dataclasses.fields(config.sample)}
     return {
         "process": describe_process(config),
         "sampler": {"name": name, **options, **spec},
-        **{name: getattr(config.sample, name) for name in fields},
+        **{name: value for name, value in sampling.items() if name not in ("sampler", "classes", "per_class")},
         "quantize": "dit",  # how pixels are rounded to uint8, see `vca_engine.images.quantize`
     }
 

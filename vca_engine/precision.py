@@ -1,10 +1,21 @@
-"""Precision: of a run's arithmetic, and of matrix products in float32."""
+"""The device, and the precision of its arithmetic."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+
+def chosen_device(word: str) -> str:
+    """Turn `auto`, `cuda` or `cpu`, as --device takes them, into `cuda` or `cpu`.
+
+    Raises:
+        ValueError: It is cuda, and there is no GPU.
+    """
+    if word == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
+    return "cuda" if word != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def set_tf32(allowed: bool) -> None:

@@ -209,6 +209,9 @@ class SampleConfig(Strict):
         return dataclasses.replace(self, **given)
 
 
+NEED_GUIDANCE = ("guided_channels", "guidance_interval")  # fields of SampleConfig that change nothing at cfg_scale 1
+
+
 @dataclass(frozen=True)
 class FidConfig(Strict):
     """How drawn images are measured: by sample.py --fid, and every now and then in training.

@@ -17,10 +17,11 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
 
 
 def find_class(word: int | str, names: Sequence[str]) -> int:
-    """The number of a class from its number or its name.
+    """Find the number of a class from its number or its name.
 
-    A name is that of the class, or one of several between commas (ImageNet's "tench, Tinca tinca"); capitals do not matter.
-    A word that is a number as Python writes it (10, not 010) is one, unless a class is named so. An int is always a number.
+    A name is that of the class, or one of several between commas (ImageNet's "tench, Tinca tinca"); capitals do not
+    matter. A word that is a number as Python writes it (10, not 010) is one, unless a class is named so. An int is
+    always a number.
 
     Raises:
         ValueError: There is no such class, or more than one.
@@ -48,12 +49,23 @@ def find_class(word: int | str, names: Sequence[str]) -> int:
     raise ValueError(f"class {word!r} is no class of this model;{hint}")
 
 
-def spread(classes: Sequence[int], most: int = 10) -> list[int]:
-    """All classes, or `most` evenly spaced ones."""
+def find_classes(words: Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Find the numbers of classes; a single word that is no name may be several between commas: "3,goldfish".
+
+    Raises:
+        ValueError: There is no such class, or more than one, see `find_class`.
+    """
+    if len(words) == 1 and isinstance(words[0], str) and words[0].strip().lower() not in map(str.lower, names):
+        words = words[0].split(",")
+    return [find_class(word, names) for word in words]
+
+
+def evenly_spaced_classes(classes: Sequence[int], most: int = 10) -> list[int]:
+    """Choose all classes, or `most` evenly spaced ones."""
     columns = min(most, len(classes))
     return [classes[i * len(classes) // columns] for i in range(columns)]
 
 
 def random_label(seed: int, index: int, num_classes: int) -> int:
-    """The uniformly random label of image `index`, a function of (seed, index)."""
+    """Give the uniformly random label of image `index`, a function of (seed, index)."""
     return int(np.random.default_rng([seed, index, 1]).integers(num_classes))

@@ -75,7 +75,7 @@ def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Fi
 
 
 @styled
-def draw_rows(rows: Sequence[Row], width: float, title: str) -> Figure:
+def plot_rows(rows: Sequence[Row], width: float, title: str) -> Figure:
     """A figure of rows, `width` inches wide."""
     columns = len(rows[0].panels)
     side = min(1.0, (width - 0.8) / columns)  # of a panel; the colour bars and labels take the rest
@@ -85,7 +85,7 @@ def draw_rows(rows: Sequence[Row], width: float, title: str) -> Figure:
     for i, (row, line) in enumerate(zip(rows, axes, strict=True)):
         last = i + 1 == len(rows) or rows[i + 1].unit != row.unit
         for ax, panel in zip(line, row.panels, strict=True):
-            drawn = _draw_panel(ax, panel, row)
+            drawn = _plot_panel(ax, panel, row)
             ax.tick_params(labelbottom=last, labelleft=ax is line[0])
         line[0].set_ylabel(f"{row.unit} row")
         line[columns // 2].set_xlabel(f"{row.unit} column" * last)
@@ -108,7 +108,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.set_layout_engine("none")  # the places are found, and finding them takes most of the time
 
 
-def _draw_panel(ax: Axes, panel: Panel, row: Row) -> AxesImage:
+def _plot_panel(ax: Axes, panel: Panel, row: Row) -> AxesImage:
     height, width = row.grid
     is_image = panel.values.ndim == 3
     low, colours = (-row.limit, "RdBu_r") if row.signed else (0, "viridis")

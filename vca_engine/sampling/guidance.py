@@ -18,14 +18,15 @@ class Guidance:
 
     Args:
         cfg_scale: 1 is none.
-        channels: Guide the first so many latent channels; None means all. What comes after the latent channels (a learned
-            variance) is never guided.
-        interval: Lowest and highest noise level, from 0 (data) to 1 (noise), at which there is guidance; None means all.
+        channels: Guide the first so many latent channels; None means all. What comes after the latent channels (a
+            learned variance) is never guided.
+        interval: Lowest and highest noise level, from 0 (data) to 1 (noise), at which there is guidance; None means
+            all.
         negative: The label of the other output; None means the null class, or, with `guide`, the label itself.
         guide: The network of the other output, a worse one (autoguidance); None means the same network.
 
-    Source: Ho & Salimans 2022, arXiv:2207.12598; interval: Kynkäänniemi et al. 2024, arXiv:2404.07724; guide: Karras et
-    al. 2024, arXiv:2406.02507; channels: Peebles & Xie 2023, the released code, which guides 3 of 4.
+    Source: Ho & Salimans 2022, arXiv:2207.12598; interval: Kynkäänniemi et al. 2024, arXiv:2404.07724; guide: Karras
+    et al. 2024, arXiv:2406.02507; channels: Peebles & Xie 2023, the released code, which guides 3 of 4.
     """
 
     cfg_scale: float = 1.0
@@ -35,14 +36,15 @@ class Guidance:
     guide: nn.Module | None = None
 
     def check(self, network: nn.Module) -> None:
-        """Whether a network can be guided so.
+        """Check that a network can be guided so.
 
         Raises:
             ValueError: It has no null class, fewer channels or classes, or the guide is for other latents or classes.
         """
         if self.cfg_scale != 1.0 and self.guide is None and self.negative is None and network.null_class is None:
             raise ValueError(
-                f"cfg_scale is {self.cfg_scale}, but this model has no null class (class_dropout_prob 0); use cfg_scale 1."
+                f"cfg_scale is {self.cfg_scale}, but this model has no null class (class_dropout_prob 0); "
+                "use cfg_scale 1."
             )
         if self.channels is not None and self.channels > network.in_channels:
             raise ValueError(f"guided_channels is {self.channels}; the latents have {network.in_channels} channels.")
@@ -70,7 +72,7 @@ def guided(
     noise_level: Callable[[Tensor], Tensor] | None = None,
     guide: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Predict:
-    """`model` as predict(x_t, t) for labels y (B,), guided.
+    """Make predict(x_t, t) of a network `model`, guided, for labels y (B,).
 
     Args:
         model: `model(x_t, t, y)` -> (B, C_out, H, W).
@@ -82,8 +84,8 @@ def guided(
         guide: `guidance.guide` as a call.
 
     Returns:
-        predict: (B, C, H, W), (B,) -> (B, C_out, H, W). Without guidance it is one pass of B images, with it one of 2 B,
-        or two of B where the guide is another network.
+        predict: (B, C, H, W), (B,) -> (B, C_out, H, W). Without guidance it is one pass of B images, with it one of 2
+        B, or two of B where the guide is another network.
     """
     scale = guidance.cfg_scale
     if scale == 1.0:

@@ -60,14 +60,14 @@ class ImageSampler:
         return self.evaluations / self.drawn if self.drawn else None
 
     def begin(self, indices: Sequence[int], seed: int | None = None) -> tuple[Tensor, list[torch.Generator]]:
-        """Where images begin, standard normal (B, C, h, w), and their generators, from which all that follows is drawn."""
+        """Draw where images begin, standard normal (B, C, h, w); also gives their generators, for all that follows."""
         seed = self.seed if seed is None else seed
         generators = [torch.Generator().manual_seed(mix(seed, i)) for i in indices]
         shape = (self.network.in_channels, *self.network.input_size)
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device), generators
 
     def predict(self, labels: Sequence[int]) -> Predict:
-        """The network with labels and guidance applied: (B, C, h, w), (B,) -> (B, C_out, h, w).
+        """Apply labels (B,) and guidance to the network: (B, C, h, w), (B,) -> (B, C_out, h, w).
 
         Raises:
             ValueError: A label out of range.
@@ -93,7 +93,7 @@ class ImageSampler:
         noise: Tensor | None = None,
         watch: Callable[[Tensor, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
-        """The latents of one batch.
+        """Draw the latents of one batch.
 
         Args:
             labels: A class for each image.
@@ -122,7 +122,7 @@ class ImageSampler:
 
     @torch.no_grad()
     def images(self, latents: Tensor, places: Sequence[int] | None = None) -> np.ndarray:
-        """(B, C, h, w) -> (B, H, W, 3) uint8, of all or of those in some places.
+        """Decode latents (B, C, h, w) to images (B, H, W, 3) uint8, all or those in some places.
 
         Raises:
             NonFiniteError: Some of them hold NaN or infinite values; says how many, and what to try.
@@ -133,7 +133,7 @@ class ImageSampler:
 
     @contextlib.contextmanager
     def advising(self) -> Iterator[None]:
-        """Whatever in the block is not finite is said with the weights, and with what to try."""
+        """Add the weights, and what to try, to the error of whatever in the block is not finite."""
         try:
             yield
         except FloatingPointError as error:
@@ -146,18 +146,18 @@ class ImageSampler:
             ) from error
 
     def __call__(self, labels: Sequence[int], indices: Sequence[int]) -> np.ndarray:
-        """One batch of images, (B, H, W, 3) uint8; see `latents`."""
+        """Draw one batch of images, (B, H, W, 3) uint8; see `latents`."""
         return self.images(self.latents(labels, indices))
 
     def all(self, labels: Sequence[int], batch_size: int) -> np.ndarray:
-        """Images 0, 1, ... of these labels, (N, H, W, 3) uint8, so many at a time."""
+        """Draw images 0, 1, ... of these labels, (N, H, W, 3) uint8, `batch_size` at a time."""
         batches = [range(k, min(k + batch_size, len(labels))) for k in range(0, len(labels), batch_size)]
         return np.concatenate([self([labels[i] for i in indices], indices) for indices in batches])
 
     def group(
         self, number: int, size: int, label: Callable[[int], int], places: Sequence[int] | None = None
     ) -> np.ndarray:
-        """Images number * size ... (number + 1) * size - 1, (size, H, W, 3) uint8; or of these the ones in some places.
+        """Draw images number * size ... (number + 1) * size - 1, (size, H, W, 3) uint8, or those in some places.
 
         Drawn by whole groups, an image has always the same neighbours, and all arithmetic the same shapes: so it is the
         same bit for bit on one kind of device, and for solvers that choose their steps for a whole batch, too.
@@ -166,7 +166,7 @@ class ImageSampler:
         return self.images(self.latents([label(i) for i in indices], indices), places)
 
     def _call(self, network: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The network, counted, in the precision that was asked for, with an output of the input's."""
+        """Make the call of a network, counted, in the precision that was asked for, with an output of the input's."""
 
         def call(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
             self.evaluations += len(x_t)

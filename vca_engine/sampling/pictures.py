@@ -1,133 +1,101 @@
-"""Tables of images and what they show: classes, the way from noise to data, the way from one image to another."""
+"""Pictures by a trained model: a grid of classes, a trajectory, an interpolation or a sweep, each with its record."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from vca_engine.images.pictures import grid
-from vca_engine.sampling.image_sampler import ImageSampler
-
-
-class Table(NamedTuple):
-    """Images with labels.
-
-    Attributes:
-        images: (R, C, H, W, 3) uint8.
-        rows: A label for each row.
-        columns: A label for each column, or none.
-        film: Whether a film of it shows one row after the other, or one column after the other.
-    """
-
-    images: np.ndarray
-    rows: list[str]
-    columns: Sequence[str] = ()
-    film: str = "columns"
-
-    def frames(self, title: str, *, animated: bool) -> list[np.ndarray]:
-        """One picture, (height, width, 3) uint8; or one for each column or row."""
-        if not animated:
-            return [grid(self.images, self.rows, self.columns, title)]
-        if self.film == "rows":
-            return [grid(self.images[i : i + 1], [row], self.columns, title) for i, row in enumerate(self.rows)]
-        return [
-            grid(self.images[:, j : j + 1], self.rows, self.columns[j : j + 1], title)
-            for j in range(self.images.shape[1])
-        ]
+from vca_engine.config.reading import Spec
+from vca_engine.files import write_text
+from vca_engine.images.pictures import save_picture
+from vca_engine.sampling.classes import evenly_spaced_classes
+from vca_engine.sampling.drawing import Drawing
+from vca_engine.sampling.sweep import sweep, swept, swept_name
+from vca_engine.sampling.tables import Table, class_grid, interpolations, trajectories
 
 
-def class_grid(
-    drawer: ImageSampler, labels: Sequence[int], names: Sequence[str], per_class: int, batch_size: int
-) -> Table:
-    """A row of `per_class` images for each label; they are numbered along the rows."""
-    images = drawer.all([k for k in labels for _ in range(per_class)], batch_size)
-    return Table(images.reshape(len(labels), per_class, *images.shape[1:]), [names[k] for k in labels])
-
-
-def on_the_way(
-    noise_level: Callable[[Tensor], Tensor], keep: Callable[[float, Tensor, Tensor, Tensor], None]
-) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """A `watch` of `Drawer.latents` that passes on, with its noise level, what lies nearer to data than all before.
-
-    So it passes on no second stage of a step, and nothing beyond the end.
+def draw_picture(
+    drawing: Drawing,
+    kind: str,
+    out: str | None = None,
+    *,
+    num_columns: int = 10,
+    swept_values: str = "",
+    sampler: Spec | None = None,
+) -> None:
+    """Draw a picture of the classes of `drawing.sampling`, with its record beside it and in it.
 
     Args:
-        noise_level: t -> 1 (noise) ... 0 (data); of the process.
-        keep: Is called with the noise level, x_t, t and the output.
+        drawing: What draws.
+        kind: samples, which is a grid, trajectory, interpolate or sweep.
+        out: A .png or .gif file; not given means KIND.png in the folder of the model.
+        num_columns: Of a trajectory or an interpolation.
+        swept_values: Of a sweep: `KEY=V1,V2,...`.
+        sampler: Of a sweep: the options of a sampler that were given beside.
+
+    Raises:
+        ValueError: `out` is no picture, or something else is there.
     """
-    nearest = 1 + 1e-6
+    pipe, sampling, image_sampler, names = (
+        drawing.pipe,
+        drawing.sampling,
+        drawing.image_sampler,
+        drawing.pipe.class_names,
+    )
+    file = Path(out or pipe.folder / f"{kind}.png")
+    record_file = _record_file(file)
+    classes, before = pipe.label_ids(sampling.classes or []), time.perf_counter()
+    labels = classes or (evenly_spaced_classes(range(len(names))) if kind in ("samples", "sweep") else [0])
+    record, rows = {"picture": kind, "classes": classes}, []
+    if kind == "sweep":
+        drawing.caption.pop(swept_name(swept_values).split(".")[0], None)
+        table, rows = sweep(drawing, swept(swept_values, sampling, sampler), labels)
+        record |= {"sweep": swept_values, "rows": rows}
+    elif kind == "interpolate":
+        drawing.caption["seed"] += f" to {sampling.seed + 1}"
+        table = interpolations(image_sampler, labels, names, (sampling.seed, sampling.seed + 1), num_columns)
+    elif kind == "trajectory":
+        drawing.caption["seed"] += "; columns are noise levels"
+        table = trajectories(image_sampler, pipe.process.clean, labels, names, num_columns)
+    else:
+        table = class_grid(image_sampler, labels, names, sampling.per_class, sampling.group_size)
+    rate, nfe = round(image_sampler.drawn / (time.perf_counter() - before), 3), image_sampler.nfe
+    record |= {key: value for key, value in drawing.settings().items() if not rows or key not in rows[0]}
+    record |= drawing.facts(nfe, num=image_sampler.drawn, images_per_second=rate)
+    _save(table, file, record_file, drawing.title, record)
+    each = ", ".join(f"{row['nfe']:g}" for row in rows or [{"nfe": nfe}])
+    print(f"wrote {file}: {drawing.title}; {each} network evaluations an image")
 
-    def watch(x_t: Tensor, t: Tensor, output: Tensor) -> None:
-        nonlocal nearest
-        level = float(noise_level(t[0]))
-        if -1e-6 <= level < nearest:
-            nearest = level
-            keep(level, x_t, t, output)
 
-    return watch
+def _record_file(picture: Path) -> Path:
+    """Name the file of a picture's record.
 
-
-def trajectories(
-    drawer: ImageSampler,
-    clean: Callable[[Tensor, Tensor, Tensor], Tensor],
-    labels: Sequence[int],
-    names: Sequence[str],
-    num: int,
-) -> Table:
-    """The way of an image of each label from noise to data, in `num` columns or, with so few steps, fewer.
-
-    Two rows each: x_t decoded, and the predicted clean latent decoded; the last column is the image itself. The columns are
-    evenly chosen evaluations of the network, each nearer to data, called by their noise level, 1 (noise) ... 0 (data).
-
-    Args:
-        drawer: Draws them; image i is of label i.
-        clean: (output, x_t, t) -> the clean latent that the output implies; of the process.
-        labels: Their classes.
-        names: Of all classes.
-        num: Columns.
+    Raises:
+        ValueError: The file is no picture; or it, or the record's, is there and is something else.
     """
-    seen: list[tuple[float, Tensor, Tensor]] = []
-
-    def keep(level: float, x_t: Tensor, t: Tensor, output: Tensor) -> None:
-        seen.append((level, x_t, clean(output, x_t, t)))
-
-    watch = on_the_way(drawer.noise_level, keep)
-    final = drawer.latents(labels, range(len(labels)), watch=watch)  # (rows, C, h, w)
-    picked = np.linspace(0, len(seen) - 1, min(num - 1, len(seen))).round().astype(int)
-    chosen = [seen[i] for i in picked]
-    columns = [drawer.images(torch.cat([x_t, predicted])) for _, x_t, predicted in chosen]
-    columns.append(drawer.images(torch.cat([final, final])))
-    both = np.stack(columns, axis=1).reshape(2, len(labels), len(columns), *columns[0].shape[1:])
-    rows = [text for label in labels for text in (names[label], "predicted")]
-    levels = [f"{abs(level):.2f}" for level, _, _ in chosen] + ["image"]
-    return Table(both.swapaxes(0, 1).reshape(len(rows), len(columns), *columns[0].shape[1:]), rows, levels)
-
-
-def interpolations(
-    drawer: ImageSampler, labels: Sequence[int], names: Sequence[str], seeds: tuple[int, int], num: int
-) -> Table:
-    """A row of `num` images for each label, whose first noise goes from that of one seed to that of the other, spherically.
-
-    What a sampler draws later is the same along a row. The ends are image i of the two seeds, i the row, if the sampler
-    draws nothing.
-    """
-    rows = []
-    for index, label in enumerate(labels):
-        a, b = (drawer.begin([index], seed)[0] for seed in seeds)  # 2 x (1, C, h, w)
-        noise = torch.cat([slerp(a, b, share) for share in np.linspace(0, 1, num)])
-        rows.append(drawer.images(drawer.latents([label] * num, [index] * num, noise=noise)))
-    return Table(np.stack(rows), [names[k] for k in labels])
+    if picture.suffix.lower() not in (".png", ".gif"):
+        raise ValueError(
+            f"--out is {str(picture)!r}; a picture is a .png or a .gif. With --num, it is a folder, or ends in .npz or "
+            ".npy."
+        )
+    file = picture.with_suffix(".json" if picture.suffix.lower() == ".png" else ".gif.json")
+    if file.exists():
+        try:
+            ours = "picture" in dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"{str(file)!r}, where the record would stand, is of something else; choose another --out."
+            )
+    elif picture.exists():
+        raise ValueError(f"{str(picture)!r} is there already and was not made by sample.py; choose another --out.")
+    return file
 
 
-def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Spherical interpolation between noise a and b, each (..., C, h, w) as one vector: a at share 0, b at 1.
-
-    Source: Shoemake 1985, Animating rotation with quaternion curves; the norm stays that of noise on the way.
-    """
-    u, v = a.flatten(-3), b.flatten(-3)
-    angle = torch.acos((F.normalize(u, dim=-1) * F.normalize(v, dim=-1)).sum(-1))
-    angle = angle[..., None, None, None]
-    return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+def _save(table: Table, file: Path, record_file: Path, title: str, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=2)
+    frames = table.frames(title, animated=file.suffix.lower() == ".gif")
+    save_picture(frames, file, text, milliseconds=1000 if table.film == "rows" else 250)
+    write_text(record_file, text)

@@ -28,9 +28,9 @@ from vca_engine.config.reading import Spec, from_dict
 from vca_engine.config.schema import Config, SampleConfig, to_dict
 from vca_engine.files import folder_written_aside, sha256_of_weights
 from vca_engine.images.labels import DataInfo
-from vca_engine.precision import set_tf32
+from vca_engine.precision import chosen_device, set_tf32
 from vca_engine.records import differences, listed
-from vca_engine.sampling.classes import find_class
+from vca_engine.sampling.classes import find_classes
 from vca_engine.sampling.guidance import guidance_of
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.model_card import facts_of, model_card
@@ -39,17 +39,6 @@ from vca_engine.weights.files import locate
 
 VAE = "vae"  # where a folder that holds all it needs has its autoencoder
 OF_TRAINING = ("training steps", "training data", "checkpoint")  # of a model card, unknown of published weights
-
-
-def chosen_device(word: str) -> str:
-    """What `--device auto`, `cuda` or `cpu` means here: `cuda` or `cpu`.
-
-    Raises:
-        ValueError: It is cuda, and there is no GPU.
-    """
-    if word == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but PyTorch finds no GPU here; use cpu.")
-    return "cuda" if word != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 class Output(NamedTuple):
@@ -163,24 +152,24 @@ class Pipeline:
         return sha256_of_weights(self.network)
 
     def label_ids(self, classes: Sequence[int | str]) -> list[int]:
-        """The numbers of classes given by number (int) or name (str); see `find_class`."""
-        return [find_class(k, self.class_names) for k in classes]
+        """Find the numbers of classes given by number (int) or name (str); see `find_classes`."""
+        return find_classes(classes, self.class_names)
 
-    def drawer(
-        self, sample: SampleConfig, *, guide: "Pipeline | None" = None, negative: int | None = None
+    def image_sampler(
+        self, sampling: SampleConfig, *, guide: "Pipeline | None" = None, negative: int | None = None
     ) -> ImageSampler:
-        """What draws as `sample` says.
+        """Make what draws images as `sampling` says.
 
         Args:
-            sample: Sampler, guidance and seed.
+            sampling: Sampler, guidance and seed.
             guide: A worse model of the same images to be guided away from.
             negative: A class to be guided away from, instead of none.
 
         Raises:
             ValueError: A sampler or a guidance that this model cannot have.
         """
-        config, step = dataclasses.replace(self.config, sample=sample), self.source.get("step")
-        if (guide or negative is not None) and sample.cfg_scale == 1.0:
+        config, step = dataclasses.replace(self.config, sample=sampling), self.source.get("step")
+        if (guide or negative is not None) and sampling.cfg_scale == 1.0:
             raise ValueError("cfg_scale is 1.0, which is no guidance; with a guide or a negative class choose another.")
         if guide:
             mine, other = ({**assemble.drawing_options(p.config), "codec": p.codec.identity} for p in (self, guide))
@@ -195,20 +184,20 @@ class Pipeline:
             self.network,
             assemble.sampler(config, self.process),
             self.codec.decode,
-            seed=sample.seed,
-            guidance=guidance_of(sample, negative=negative, guide=guide.network if guide else None),
+            seed=sampling.seed,
+            guidance=guidance_of(sampling, negative=negative, guide=guide.network if guide else None),
             noise_level=self.process.noise_level,
             dtype=torch.bfloat16 if self.precision == "bf16" else None,
             weights="these weights" if step is None else f"{self.source['part']} of step {step}",
         )
 
     def settings(
-        self, sample: SampleConfig, *, guide: "Pipeline | None" = None, negative: int | None = None
+        self, sampling: SampleConfig, *, guide: "Pipeline | None" = None, negative: int | None = None
     ) -> dict[str, Any]:
-        """What, beside its number and label, makes an image what it is: JSON values."""
+        """Say what, beside its number and label, makes an image what it is: JSON values."""
         return {
             "weights": {"sha256": self.sha256, "part": self.source["part"], "step": self.source.get("step")},
-            **assemble.describe_sampling(dataclasses.replace(self.config, sample=sample)),
+            **assemble.describe_sampling(dataclasses.replace(self.config, sample=sampling)),
             "negative_class": negative,
             "guide": {"sha256": guide.sha256, "step": guide.source.get("step")} if guide else None,
             "codec": self.codec.identity,
@@ -218,7 +207,7 @@ class Pipeline:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What else is to be known of an image: where the weights were, the device, versions. JSON values."""
+        """Say what else is to be known of an image: where the weights were, the device, versions. JSON values."""
         gpu = self.device.type == "cuda"
         device = torch.cuda.get_device_name(self.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
         where = {"checkpoint": self.source, "autoencoder": self.config.codec.get("path")}
@@ -232,34 +221,35 @@ class Pipeline:
         num_inference_steps: int | None = None,
         seed: int | None = None,
         sampler: str | Spec | None = None,
-        guidance_interval: tuple[float, float] | None = None,
         output_type: Literal["pil", "np"] = "pil",
+        **options: Any,
     ) -> Output:
         """Draw an image of each class; image i is a function of the seed, i and its class, to rounding.
 
         Args:
             class_labels: Numbers or names.
-            guidance_scale: 1 is no guidance; not given means as the model's config says, for this and the next three.
+            guidance_scale: 1 is no guidance; not given means as the model's config says, here and in what follows.
             num_inference_steps: Of the sampler; for ode and sde points of time.
             seed: Of all of them.
             sampler: By name with its options, `{"name": "ode", "method": "heun"}`; options alone change the model's.
-            guidance_interval: Noise levels, 0 (data) ... 1 (noise), at which there is guidance.
             output_type: pil or np.
+            options: Other fields of `SampleConfig`: guidance_interval=(0, 0.7), guided_channels=3, group_size=64.
 
         Raises:
             ValueError: An unknown class, or a sampler or guidance that this model cannot have.
+            TypeError: An option that is none.
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type is {output_type!r}; choose pil or np.")
-        sample = self.config.sample.changed(sampler={"name": sampler} if isinstance(sampler, str) else sampler)
+        sampling = self.config.sample.changed(sampler={"name": sampler} if isinstance(sampler, str) else sampler)
         steps = None if num_inference_steps is None else {"num_steps": num_inference_steps}
-        sample = sample.changed(sampler=steps, cfg_scale=guidance_scale, seed=seed, guidance_interval=guidance_interval)
+        sampling = sampling.changed(sampler=steps, cfg_scale=guidance_scale, seed=seed, **options)
         labels = self.label_ids([class_labels] if isinstance(class_labels, int | str) else class_labels)
         if not labels:
             raise ValueError("class_labels is empty; name at least one class.")
-        drawer = self.drawer(sample)
-        images = drawer.all(labels, sample.group_size)
-        record = {**self.settings(sample), "labels": labels, "nfe": drawer.nfe, **self.facts()}
+        image_sampler = self.image_sampler(sampling)
+        images = image_sampler.all(labels, sampling.group_size)
+        record = {**self.settings(sampling), "labels": labels, "nfe": image_sampler.nfe, **self.facts()}
         return Output([Image.fromarray(image) for image in images] if output_type == "pil" else images, record)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -22,7 +22,7 @@ from vca_engine.files import write_text
 from vca_engine.images import NonFiniteError
 from vca_engine.images.pictures import grid, save_picture
 from vca_engine.records import read_json
-from vca_engine.sampling.classes import find_class, random_label, spread
+from vca_engine.sampling.classes import evenly_spaced_classes, find_class, random_label
 from vca_engine.signals import StopSignal
 from vca_engine.training.log import Log, read_metrics, start_tracker
 from vca_engine.training.resume import CONFIG_FILE, write_resumed_from
@@ -58,7 +58,7 @@ class Outputs:
         self.run, self.config, self.cfg, self.folder = run, run.config, run.cfg, run.folder
         self.resume, self.evaluator, self.plot_distance = resume, evaluator, plot_distance
         self.main = run.accelerator.is_main_process
-        rows = run.config.sample.classes or spread(range(run.num_classes))  # of the previews
+        rows = run.config.sample.classes or evenly_spaced_classes(range(run.num_classes))  # of the previews
         self.classes = [find_class(k, run.info.class_names) for k in rows]
         if evaluator:
             evaluator.prepare()

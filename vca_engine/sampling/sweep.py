@@ -1,0 +1,75 @@
+"""A grid over a setting, `KEY=V1,V2,...`: a row of images for each value, all from the same noise."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vca_engine import assemble
+from vca_engine.config.reading import Spec, Word, from_dict
+from vca_engine.config.schema import SampleConfig, to_dict
+from vca_engine.sampling.drawing import Drawing
+from vca_engine.sampling.tables import Table
+
+SHORT = {"cfg": "cfg_scale", "steps": "sampler.num_steps"}
+NOT_SWEPT = ("classes", "per_class", "guidance_interval")  # what is in the grid; and two numbers with a comma
+
+
+def swept_name(text: str) -> str:
+    """Give the setting of `KEY=V1,V2,...`, `cfg_scale` or `sampler.OPTION` say."""
+    key = text.partition("=")[0].strip()
+    return SHORT.get(key, key)
+
+
+def swept(text: str, sampling: SampleConfig, sampler: Spec | None) -> list[tuple[str, SampleConfig]]:
+    """Give a label and the settings for each value of `KEY=V1,V2,...`.
+
+    Args:
+        text: The setting and its values.
+        sampling: All other settings.
+        sampler: The options of a sampler that were given beside; each of several samplers gets these, and else its own.
+
+    Raises:
+        ValueError: No such setting, no value, or one that is not allowed.
+    """
+    key, _, values = text.partition("=")
+    name = swept_name(text)
+    allowed = [f.name for f in dataclasses.fields(SampleConfig) if f.name not in (*NOT_SWEPT, "sampler")]
+    if name.split(".")[0] not in (*allowed, "sampler") or not values.strip(" ,"):
+        raise ValueError(
+            f"--sweep is {text!r}; write a setting and its values, e.g. cfg=1,1.5,4. Settings: {', '.join(SHORT)}, "
+            f"{', '.join(allowed)}, sampler.name, sampler.OPTION."
+        )
+    found = []
+    for word in values.strip(" ,").split(","):
+        value, fields = Word(word.strip()), to_dict(sampling)
+        if name in ("sampler", "sampler.name"):
+            fields["sampler"] = {**(sampler or {}), "name": value}
+        elif name.startswith("sampler."):
+            fields["sampler"] = {**(sampling.sampler or {}), name.partition(".")[2]: value}
+        else:
+            fields[name] = value
+        label = f"{key.strip().rpartition('.')[2]} {word.strip()}"
+        found.append((label, from_dict(SampleConfig, fields, "--sweep", assemble.parts())))
+    return found
+
+
+def sweep(
+    drawing: Drawing, values: list[tuple[str, SampleConfig]], labels: list[int]
+) -> tuple[Table, list[dict[str, Any]]]:
+    """Draw a row for each value of `swept`, a column for each label.
+
+    Returns:
+        The table, and how each row was drawn.
+    """
+    images, rows, pipe, counted = [], [], drawing.pipe, drawing.image_sampler
+    for label, sampling in tqdm(values, desc="sweep", unit="value"):
+        image_sampler = drawing.image_sampler_of(sampling)
+        images.append(image_sampler.all(labels, sampling.group_size))  # (C, H, W, 3)
+        config = dataclasses.replace(pipe.config, sample=sampling)
+        rows.append({"row": label, **assemble.describe_sampling(config), "nfe": image_sampler.nfe})
+        counted.evaluations += image_sampler.evaluations
+        counted.drawn += image_sampler.drawn
+    columns = [pipe.class_names[k].split(",")[0] for k in labels]
+    return Table(np.stack(images), [row["row"] for row in rows], columns, film="rows"), rows
