@@ -23,9 +23,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or else `fid` would be the file beside this one
-from fid.features import ieee_float32
-from fid.inception import inception_network
-from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+from fid.networks.extractor import ieee_float32
+from fid.networks.inception import inception_network
+from fid.networks.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 
 NUM, SIZE = 32, 299
 

@@ -9,7 +9,7 @@ TOLERANCE = 1e-5
 
 
 def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike) -> float:
-    """|mean1 - mean2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), in float64.
+    """Compute |mean1 - mean2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), in float64.
 
     Args:
         mean1: (D,).
@@ -34,7 +34,7 @@ def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: 
 
 
 def factor(cov: np.ndarray) -> np.ndarray:
-    """H (D, D) with H H^T = cov and orthogonal columns, by an eigensolve: H = V diag(w)^(1/2).
+    """Compute H (D, D) with H H^T = cov and orthogonal columns, by an eigensolve: H = V diag(w)^(1/2).
 
     Args:
         cov: (D, D), as `check_moments` gives it.
@@ -44,7 +44,7 @@ def factor(cov: np.ndarray) -> np.ndarray:
 
 
 def frechet_terms(mean1: np.ndarray, H: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> tuple[float, float]:
-    """The distance between (mean1, H H^T) and (mean2, cov2) as a term of the means and a term of the covariances.
+    """Compute the distance of (mean1, H H^T) and (mean2, cov2) as a term of the means and a term of the covariances.
 
     The eigenvalues of cov1 cov2 = H H^T cov2 are those of M = H^T cov2 H, which is symmetric and has none below 0:
 
@@ -75,7 +75,7 @@ def frechet_terms(mean1: np.ndarray, H: np.ndarray, mean2: np.ndarray, cov2: np.
 
 
 def noise_floor(H: np.ndarray, num: int) -> float:
-    """The expected distance to a Gaussian of `num` perfect samples of it: what no generator can go below on average.
+    """Compute the distance to a Gaussian that `num` perfect samples of it have on average: no generator has a lower one.
 
         E = (5/4 sum_i l_i + 1/2 sum_ij l_i l_j / (l_i + l_j)) / num,   l the eigenvalues of the covariance
 
@@ -92,7 +92,7 @@ def noise_floor(H: np.ndarray, num: int) -> float:
 
 
 def jackknife(value: float, left_out: ArrayLike) -> tuple[float, float]:
-    """Error and bias of a value of all N samples, from K values F_(-k), each without one of K groups of them.
+    """Compute error and bias of a value of all N samples, from K values F_(-k), each without one of K groups of them.
 
         F_inf = K F - (K - 1) mean_k F_(-k),   SE = ((K - 1) / K sum_k (F_(-k) - mean)^2)^(1/2)
 
@@ -109,7 +109,7 @@ def jackknife(value: float, left_out: ArrayLike) -> tuple[float, float]:
 
 
 def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Checks a mean and a covariance that come from outside.
+    """Check a mean and a covariance that come from outside.
 
     Whether an eigenvalue lies below -delta is seen by a Cholesky factorisation of cov + delta I, which fails if and only if
     one does (to D eps |cov|, far less than delta); for D = 2048 that takes a fifth of the time of an eigensolve. The
@@ -148,7 +148,7 @@ def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarr
 
 
 def _real(value: ArrayLike, start: str) -> np.ndarray:
-    """`value` in float64; whatever would lose a part on the way is refused."""
+    """Take `value` as float64; refuse whatever would lose a part on the way."""
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fid.features import FeatureExtractor, ieee_float32
+from fid.networks.extractor import FeatureExtractor, ieee_float32
 from fid.pixels import check_uint8
 
 SIZE = 224
@@ -67,7 +67,7 @@ class DINOv2(FeatureExtractor):
 
     @ieee_float32()
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W), or a list of (3, H, W), -> features (B, 1024)."""
+        """Compute features (B, 1024) of uint8 (B, 3, H, W), or of a list of (3, H, W)."""
         resized = []
         for part in [image[None] for image in images] if isinstance(images, list) else [images]:
             check_uint8(part)
@@ -76,12 +76,12 @@ class DINOv2(FeatureExtractor):
         return {"features": self.network(x)}
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
 
 def _resize_positions(embedding: Tensor, side: int) -> Tensor:
-    """(1, 1 + n n, D), of the class token and of n x n patches, -> (1, 1 + side side, D), bicubic.
+    """Resize (1, 1 + n n, D), of the class token and of n x n patches, to (1, 1 + side side, D), bicubic.
 
     DINOv2 resizes by (side + 0.1) / n and not by side / n, without antialiasing; timm does neither.
     """

@@ -1,0 +1,108 @@
+"""A small classifier as an extractor, for images that Inception does not know, such as handwritten digits."""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fid.files import written_aside
+from fid.networks.extractor import FeatureExtractor, fingerprint, ieee_float32
+from fid.pixels import check_uint8
+
+
+class Classifier(FeatureExtractor):
+    """A small convolutional network for small grey images, trained by whoever needs it: 64 features and the logits.
+
+        x = mean over RGB / 127.5 - 1
+        h = ReLU(BN(conv 3x3, 32, stride 2)(ReLU(BN(conv 5x5, 16, stride 2, or 1 below 16 pixels)(x))))
+        features = ReLU(fc(AdaptiveAvgPool_4x4(h)));   logits = fc(features)
+
+    Distances in its features compare only with those of the same weights.
+
+    Args:
+        num_classes: Width of the logits.
+        image_size: Side of the images, in pixels; at least 8. Other sizes than this one are taken as well.
+        accuracy: On validation images, in [0, 1], if known; kept in the file.
+
+    Raises:
+        ValueError: `image_size` below 8.
+    """
+
+    dim = 64
+
+    def __init__(self, num_classes: int = 10, image_size: int = 28, accuracy: float | None = None) -> None:
+        super().__init__()
+        if image_size < 8:
+            raise ValueError(f"image_size is {image_size}; the classifier takes sides of at least 8 pixels.")
+        self.num_classes, self.image_size, self.accuracy = num_classes, image_size, accuracy
+        self.trunk = nn.Sequential(
+            nn.Conv2d(1, 16, kernel_size=5, stride=2 if image_size >= 16 else 1, padding=2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, self.dim),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(self.dim, num_classes)
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Width of each output."""
+        return {"features": self.dim, "logits": self.num_classes}
+
+    @property
+    def name(self) -> str:
+        """`classifier` and the fingerprint of the weights as they are now: it may be in training."""
+        return f"classifier-{fingerprint(self)}"
+
+    @ieee_float32()
+    def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
+        """Compute features (B, 64) and logits (B, num_classes) of uint8 (B, 3, H, W), or of a list of (3, H, W)."""
+        if isinstance(images, list):
+            found = [self(image[None]) for image in images]
+            return {output: torch.cat([rows[output] for rows in found]) for output in self.dims}
+        check_uint8(images)
+        x = images.float().mean(dim=1, keepdim=True) / 127.5 - 1  # (B, 1, H, W)
+        features = self.trunk(x)  # (B, 64)
+        return {"features": features, "logits": self.head(features)}
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file whose metadata holds the arguments of the constructor."""
+        metadata = {"num_classes": self.num_classes, "image_size": self.image_size, "accuracy": self.accuracy}
+        content = save(self.state_dict(), {key: str(value) for key, value in metadata.items() if value is not None})
+        with written_aside(path) as temporary:
+            temporary.write_bytes(content)
+
+    @classmethod
+    def load(cls, path: str | Path | None) -> Self:
+        """Read what `save` wrote, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: No file there, or none given: there are no published weights to fall back on.
+            ValueError: A damaged file, or not that of a classifier.
+        """
+        if path is None:
+            raise FileNotFoundError("the classifier has no published weights: name a trained one's file (--weights).")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"the classifier's weights '{path}' do not exist.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(
+                f"'{path}' is no safetensors file, as `Classifier.save` writes, or is cut short: {error}."
+            ) from error
+        try:
+            accuracy = float(metadata["accuracy"]) if "accuracy" in metadata else None
+            classifier = cls(int(metadata["num_classes"]), int(metadata["image_size"]), accuracy)
+            classifier.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(f"'{path}' does not hold a classifier written by `Classifier.save`.") from error
+        return classifier.eval()
