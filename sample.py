@@ -34,6 +34,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import fid
+import vca
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.reading import Spec, Strict, Word, from_dict
@@ -100,8 +101,9 @@ class Arguments(Strict):
             training step.
         process: diffusion or flow, with its options, where published weights do not say it.
         fid: With num, measure the images against this reference: a file of statistics, or images.
-        fid_extractor: Network of the features; not given means as in the run's config, which is inception.
-        fid_preset: Protocol of Inception: adm, pytorch-fid or clean; not given means as in the run's config.
+        fid_extractor: Network of the features, e.g. inception or dinov2, python -m fid eval --help lists them; not given
+            means as in the run's config.
+        fid_preset: Protocol of Inception, e.g. adm or clean, likewise.
         fid_weights: Its file of weights; not given means as in the run's config.
         fid_metrics: Names of metrics, e.g. [fid,is]; not given means as in the run's config.
         vae: Where the autoencoder is now, if not where it was in training, or for published weights another than theirs.
@@ -136,8 +138,8 @@ class Arguments(Strict):
     weights: str = "ema"
     process: Spec | None = None
     fid: str | None = None
-    fid_extractor: Literal["inception", "dinov2", "classifier"] | None = None
-    fid_preset: Literal["adm", "pytorch-fid", "clean"] | None = None
+    fid_extractor: str | None = None
+    fid_preset: str | None = None
     fid_weights: str | None = None
     fid_metrics: list[str] | None = None
     vae: str | None = None
@@ -152,6 +154,10 @@ class Arguments(Strict):
         require(self.classes not in ([], ""), "classes", self.classes, "name at least one class, or leave it out")
         require(self.batch_size is None or self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
         require(self.columns is None or self.columns > 1, "columns", self.columns, "choose at least 2")
+        if self.fid_extractor is not None:
+            vca.lookup(fid.EXTRACTORS, self.fid_extractor, "fid_extractor")
+        if self.fid_preset is not None:
+            vca.lookup(fid.PRESETS, self.fid_preset, "fid_preset")
         require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num")
         require(self.fid is None or self.num > 1, "num", self.num, "a distance needs at least 2 images")
         chosen = [name for name in ("trajectory", "interpolate", "sweep", "likelihood", "fid") if getattr(self, name)]

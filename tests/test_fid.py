@@ -1,11 +1,13 @@
 """Distances and moments against closed forms and numpy, the evaluator and its record, the command line."""
 
 import argparse
+import importlib
 import json
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +20,11 @@ from fid.__main__ import _parser, main
 from fid.collector import Collector, digests
 from fid.frechet import TOLERANCE, factor, frechet_terms, jackknife, noise_floor
 from fid.metrics.inception_score import inception_score
+from fid.metrics.metric import Side
 from fid.metrics.mind import mind
 from fid.metrics.precision_recall import precision_recall
 from fid.moments import splitmix64
+from fid.options import Options
 from fid.pictures import read_records
 
 torch.set_num_threads(1)
@@ -970,6 +974,39 @@ def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, code, files, mo
     assert sentence in capsys.readouterr().err
     assert ended.value.code == code
     assert not (files / "x.npz").exists()
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+@pytest.mark.parametrize(
+    ("key", "word", "meant"), [("extractor", "clasifier", "classifier"), ("preset", "cleann", "clean")]
+)
+def test_the_programs_know_networks_and_protocols_by_the_same_lists(program, key, word, meant, tmp_path, capsys):
+    option = f"--fid.{key}" if program == "train" else f"--fid_{key}"
+    config = Path(__file__).resolve().parents[1] / "configs" / "digits_sit.yaml"
+    given = ["--config", str(config), "--run_dir", str(tmp_path)] if program == "train" else [str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(program).main([*given, option, word])
+    assert ended.value.code == 2
+    assert f"{key} is {word!r}; did you mean {meant!r}? choose one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", fid.METRICS)
+def test_a_metric_says_which_numbers_it_gives(name):
+    """By their names, `Result.from_json` tells numbers from the rest of a record."""
+    metric, rng = fid.METRICS[name], np.random.default_rng(0)
+    sides = []
+    for _ in range(2):
+        rows = torch.from_numpy(rng.normal(size=(60, 5)))
+        moments = fid.Moments(5, 10)
+        moments.update(rows)
+        side = Side({metric.output: moments.statistics()}, {metric.output: moments.sums}, {metric.output: rows})
+        sides.append(side)
+    values = metric.compute(*sides, Options())
+    assert tuple(values) == metric.numbers
+    assert set(metric.columns) <= set(values)
+    cells = metric.cells(values, {"label": "FID", "num_samples": 60})
+    assert len(cells) == len(metric.columns)
+    assert all(cells)
 
 
 def test_fewer_samples_when_that_is_asked_for(files, capsys):
