@@ -1,15 +1,16 @@
 """Numbers for sets of generated images, by a stated protocol.
 
-    python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz     FID, sFID, IS, precision, recall as in ADM's tables
-    python -m fid stats IMAGES --out ref.npz --crop 256                  a reference of your own images
-    python -m fid compare a.npz b.npz                                    two files of statistics, no network
-    python -m fid curve runs/mine/fid.jsonl --out fid.png                FID against training step
-    python -m fid selfcheck                                              are the weights and the arithmetic right here?
-    torchrun --nproc_per_node 8 -m fid -- eval SAMPLES --ref REF         the same number on all GPUs
+    python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz   FID, sFID, IS, precision, recall of ADM's tables
+    python -m fid stats IMAGES --out ref.npz --crop 256                a reference of your own images
+    python -m fid compare a.npz b.npz                                  two files of statistics, no network
+    python -m fid curve runs/mine/fid.jsonl --out fid.png              FID against training step
+    python -m fid selfcheck                                            are the weights and the arithmetic right here?
+    torchrun --nproc_per_node 8 -m fid -- eval SAMPLES --ref REF       the same number on all GPUs
 
-SAMPLES and IMAGES: a folder (recursive) or .zip of image files, an .npz with arr_0, or an .npy, uint8 (N, H, W, 3). REF: a
-file of statistics (ours, ADM's, pytorch-fid's, EDM's, torch-fidelity's), or images. Numbers go to stdout, progress and
-warnings to stderr. Exit code 0: done; 2: wrong input or usage; 3: no weights or no reference (torchrun makes both 1).
+SAMPLES and IMAGES: a folder (recursive) or .zip of image files, an .npz with arr_0, or an .npy, uint8 (N, H, W, 3).
+REF: a file of statistics (ours, ADM's, pytorch-fid's, EDM's, torch-fidelity's), or images. Numbers go to stdout,
+progress and warnings to stderr. Exit code 0: done; 2: wrong input or usage; 3: no weights or no reference (torchrun
+makes both 1).
 """
 
 import argparse

@@ -28,9 +28,9 @@ CHECKS = {  # a column each of what is kept of every image
 class Collector:
     """Moments of some outputs of an extractor, and rows of others, gathered over batches and processes.
 
-    Every batch that the network sees has `batch_size` images, however they came: what is left over waits, and is padded at
-    the end, and the padding's features are dropped. Convolutions of another shape may run in another kernel that rounds
-    otherwise.
+    Every batch that the network sees has `batch_size` images, however they came: what is left over waits, and is padded
+    at the end, and the padding's features are dropped. Convolutions of another shape may run in another kernel that
+    rounds otherwise.
 
     Args:
         extractor: The network.
@@ -116,7 +116,7 @@ class Collector:
         del self.waiting[:num]
 
     def _features(self, images: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Compute the outputs that are gathered, each (B, D) on the CPU, of images (3, H, W) with their numbers (B,)."""
+        """Compute the outputs that are gathered, (B, D) each on the CPU; `images` (3, H, W), `index` (B,) their numbers."""
         num, wanted = len(images), {*self.moments, *self.rows}
         padded = [*images, *[images[-1]] * (self.batch_size - num)]
         with ieee_float32(getattr(self.extractor, "tf32", False)):
@@ -129,8 +129,8 @@ class Collector:
             if not (finite := rows.isfinite().all(dim=1).cpu()).all():
                 rank = rank_and_size(self.process_group)[0]
                 raise ValueError(
-                    f"non-finite features for sample index {int(index[~finite][0])} (rank {rank}); its pixels are finite, "
-                    "so look at the extractor's weights and its precision."
+                    f"non-finite features for sample index {int(index[~finite][0])} (rank {rank}); its pixels are "
+                    "finite, so look at the extractor's weights and its precision."
                 )
         return {output: rows.cpu() for output, rows in found.items()}
 
@@ -241,7 +241,7 @@ class Summary:
 
     @property
     def class_sorted(self) -> bool:
-        """Whether the images are in the order of their classes."""
+        """True if the images are in the order of their classes."""
         return self.labels is not None and bool((np.diff(self.labels) >= 0).all())
 
     @property

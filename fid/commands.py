@@ -65,8 +65,8 @@ def evaluate(
     """Measure samples against a reference, in one call.
 
     Args:
-        samples: Images in any form that `Images` takes, or an iterator of uint8 batches, (B, 3, H, W) or (B, H, W, 3), or
-            of pairs of them and their labels, as a DataLoader gives.
+        samples: Images in any form that `Images` takes, or an iterator of uint8 batches, (B, 3, H, W) or (B, H, W, 3),
+            or of pairs of them and their labels, as a DataLoader gives.
         ref: As `Evaluator` takes it.
         extractor: Another network than Inception.
         num: The first `num` samples; not given means all.

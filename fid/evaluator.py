@@ -183,7 +183,7 @@ class Evaluator:
         return different + ["reference"] * (one != other)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that this process has gathered, as tensors, to go on later in as many processes as there are then."""
+        """Return all that this process has gathered, as tensors, to go on later in any number of processes."""
         return self._collector.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

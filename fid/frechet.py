@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-# How far below 0 an eigenvalue may lie by rounding, relative to |cov|_F. Measured at D = 2048 on 2,000 to 20,000 features: a
-# covariance summed up in float32 without a shift is off by 3e-6 to 9e-6 of it, one kept in float32 by 1e-9.
+# How far below 0 an eigenvalue may lie by rounding, relative to |cov|_F. Measured at D = 2048 on 2,000 to 20,000
+# features: a covariance summed up in float32 without a shift is off by 3e-6 to 9e-6 of it, one kept in float32 by 1e-9.
 TOLERANCE = 1e-5
 
 
@@ -75,7 +75,7 @@ def frechet_terms(mean1: np.ndarray, H: np.ndarray, mean2: np.ndarray, cov2: np.
 
 
 def noise_floor(H: np.ndarray, num: int) -> float:
-    """Compute the distance to a Gaussian that `num` perfect samples of it have on average: no generator has a lower one.
+    """Compute the distance to a Gaussian of `num` perfect samples on average: no generator goes below it.
 
         E = (5/4 sum_i l_i + 1/2 sum_ij l_i l_j / (l_i + l_j)) / num,   l the eigenvalues of the covariance
 
@@ -111,9 +111,10 @@ def jackknife(value: float, left_out: ArrayLike) -> tuple[float, float]:
 def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Check a mean and a covariance that come from outside.
 
-    Whether an eigenvalue lies below -delta is seen by a Cholesky factorisation of cov + delta I, which fails if and only if
-    one does (to D eps |cov|, far less than delta); for D = 2048 that takes a fifth of the time of an eigensolve. The
-    eigenvalues of M in `frechet_terms` would not do: they do not see where the other Gaussian has no variance.
+    Whether an eigenvalue lies below -delta is seen by a Cholesky factorisation of cov + delta I, which fails if and
+    only if one does (to D eps |cov|, far less than delta); for D = 2048 that takes a fifth of the time of an
+    eigensolve. The eigenvalues of M in `frechet_terms` would not do: they do not see where the other Gaussian has no
+    variance.
 
     Args:
         mean: (D,) real numbers.
@@ -124,8 +125,8 @@ def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarr
         The same in float64, the covariance exactly symmetric.
 
     Raises:
-        ValueError: No real numbers, other shapes, numbers that are not finite or beyond 1e100 (whose squares would not be),
-            or a matrix that is not symmetric, or has an eigenvalue below 0 by more than rounding (`TOLERANCE`).
+        ValueError: No real numbers, other shapes, numbers that are not finite or beyond 1e100 (whose squares would not
+            be), or a matrix that is not symmetric, or has an eigenvalue below 0 by more than rounding (`TOLERANCE`).
     """
     mean, cov = (_real(value, f"{where} has a {name}") for value, name in ((mean, "mean"), (cov, "covariance")))
     if mean.ndim != 1 or mean.size == 0 or cov.shape != (mean.size, mean.size):
@@ -142,7 +143,8 @@ def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarr
     except np.linalg.LinAlgError:
         w = np.linalg.eigvalsh(cov)
         raise ValueError(
-            f"{where} has a covariance with the eigenvalue {w[0]:.3g} below 0 (the largest is {w[-1]:.3g}); it is damaged."
+            f"{where} has a covariance with the eigenvalue {w[0]:.3g} below 0 (the largest is {w[-1]:.3g}); it is "
+            "damaged."
         ) from None
     return mean, cov
 

@@ -55,7 +55,7 @@ class Sums:
         return int(self.counts.sum())
 
     def about(self, shift: Tensor | None) -> "Sums":
-        """Move to another shift (D,): g + d in place of g, d = old shift - new one; new tensors where that changes any."""
+        """Move to another shift (D,): g + d in place of g, d = old shift - new one; these sums stay as they are."""
         if shift is None or (self.shift is not None and torch.equal(shift, self.shift)):
             return self
         moved = Sums(self.counts, self.sum, self.outer, shift)
@@ -109,9 +109,9 @@ class Sums:
 class Moments:
     """Streaming mean and covariance of feature vectors, in float64 on the CPU.
 
-    Rows are taken about the mean of the first ones, so that a large mean costs no digits. With K groups the sums are kept K
-    times, for vector i in group splitmix64(i) mod K: as random as a draw, yet the same for any order and any number of
-    processes, and independent of a label that is laid out as i mod num_classes.
+    Rows are taken about the mean of the first ones, so that a large mean costs no digits. With K groups the sums are
+    kept K times, for vector i in group splitmix64(i) mod K: as random as a draw, yet the same for any order and any
+    number of processes, and independent of a label that is laid out as i mod num_classes.
 
     Args:
         dim: Width D of a feature vector.

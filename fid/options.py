@@ -1,4 +1,4 @@
-"""The choices of an evaluation that are not what is measured against what: they stand in one place, with their defaults."""
+"""Choices of an evaluation, in one place with their defaults: all but what is measured, by what, against what."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -66,8 +66,8 @@ def _array(content: Any, dtype: _TypeState, shape: tuple, order: str = "C") -> n
 class _Arrays(pickle.Unpickler):
     """Numbers, texts, and arrays of numbers only.
 
-    A pickle may name any function of Python to be called, and even numpy's own may be called so that they follow an address
-    in the file. Here each name stands for something that can do neither.
+    A pickle may name any function of Python to be called, and even numpy's own may be called so that they follow an
+    address in the file. Here each name stands for something that can do neither.
     """
 
     _STAND_INS: ClassVar = {

@@ -26,8 +26,8 @@ def curve(
     protocol, reference or number of samples would make a picture of nothing, and are refused.
 
     Args:
-        records: `Result.to_dict()` of each, with the `step` that was given to `Evaluator.compute`, in any order; of several
-            runs, by their names.
+        records: `Result.to_dict()` of each, with the `step` that was given to `Evaluator.compute`, in any order; of
+            several runs, by their names.
         path: File to write, of any format that matplotlib knows.
         title: A line above.
 
@@ -123,7 +123,7 @@ def _check_records(records: Sequence[dict[str, Any]]) -> str:
 
 
 def read_records(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
-    """Read records, by their folders: a JSON file each or, in .jsonl files, a line each. A folder stands for all it has.
+    """Read records, by their folders: a JSON file each or, in .jsonl files, a line each. A folder means all it has.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -162,8 +162,8 @@ def neighbours(
         k: Neighbours of each sample.
         num: Number of samples, those with the smallest distance.
 
-    All images of the reference are looked at, not only those that the metrics take; of a file of statistics, those that it
-    keeps.
+    All images of the reference are looked at, not only those that the metrics take; of a file of statistics, those that
+    it keeps.
 
     Returns:
         Distances (num, k), and indices (num, k) of the real images in the reference.

@@ -1,4 +1,4 @@
-"""Reference files: statistics of real images as the tools of the field write them, read without running any code in them."""
+"""Reference files: statistics of real images as the tools of the field write them; no code in them is run."""
 
 import zipfile
 import zlib
@@ -62,7 +62,7 @@ class Reference:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Of the file, in hexadecimal digits; None if it was not read from one."""
+        """Hash of the file, in hexadecimal digits; None if it was not read from one."""
         if not Path(self.source).is_file():
             return None
         return sha256_of(self.source)

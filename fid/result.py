@@ -66,7 +66,7 @@ class Result:
         return cls(values, {name: value for name, value in found.items() if name not in {*numbers, "schema"}})
 
     def __str__(self) -> str:
-        """One line fit for a table."""
+        """Write one line fit for a table."""
         record = self.record
         parts = [cell for metric in METRICS.values() for cell in metric.cells(self.values, record)]
         reference = record["reference"]

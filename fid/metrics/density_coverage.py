@@ -28,7 +28,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, device: Any = None)
 
         density = 1 / (k N) sum_j sum_i [d(x_i, y_j) < r(x_i)],   coverage = mean_i [exists j: d(x_i, y_j) < r(x_i)]
 
-    with x, y, d and r of `precision_recall`, in float32. Perfect samples have density 1 and, for M = N, coverage 1 - 2^-k.
+    with x, y, d and r of `precision_recall`, in float32. Perfect samples have density 1 and,
+    for M = N, coverage 1 - 2^-k.
 
     Args:
         real: (M, D).

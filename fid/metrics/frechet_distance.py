@@ -16,8 +16,8 @@ class FrechetDistance(Metric):
     Args:
         name: Of the number in the record.
         output: The output.
-        main: Give its standard error and its limit for infinitely many samples, where groups are there, the noise floor,
-            and its two terms; without it, there is no result.
+        main: Give its standard error and its limit for infinitely many samples, where groups are there, the noise
+            floor, and its two terms; without it, there is no result.
         heading: In the line for a table, of one that is not `main`.
         title: What it is called where its name does not say it.
     """

@@ -13,7 +13,7 @@ from fid.options import Options
 
 
 class InceptionScore(Metric):
-    """The Inception Score in the order of the files by 5,000, as ADM does, and shuffled into 10 parts, as torch-fidelity."""
+    """The Inception Score in file order by 5,000, as ADM does, and shuffled into 10 parts, as torch-fidelity does."""
 
     output, reference, title = "logits", None, "Inception Score"
     numbers = ("inception_score", "inception_score_std", "inception_score_shuffled")

@@ -31,7 +31,8 @@ def kid(
 ) -> tuple[float, float]:
     """Compute the unbiased squared maximum mean discrepancy of a cubic kernel, in float64.
 
-        KID = mean_{i != i'} k(x_i, x_i') + mean_{j != j'} k(y_j, y_j') - 2 mean_ij k(x_i, y_j),   k(a, b) = (a.b / D + 1)^3
+        KID = mean_{i != i'} k(x_i, x_i') + mean_{j != j'} k(y_j, y_j') - 2 mean_ij k(x_i, y_j)
+        k(a, b) = (a.b / D + 1)^3
 
     over random subsets of m = `size` rows of each. About 0 for equal distributions, and it may be below.
 

@@ -16,8 +16,8 @@ from fid.references import Reference
 class Side:
     """A set of images as metrics see it: statistics of some outputs of the extractor, the whole rows of others.
 
-    Of a reference, `rows` may belong to other images than `statistics`: the file of ADM holds statistics of the training
-    set and 10,000 of its images.
+    Of a reference, `rows` may belong to other images than `statistics`: the file of ADM holds statistics of the
+    training set and 10,000 of its images.
     """
 
     statistics: dict[str, Statistics] = field(default_factory=dict)

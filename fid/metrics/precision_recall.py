@@ -36,14 +36,15 @@ def precision_recall(
 
         d = fp16(fp16(|x|^2 - 2 x.y) + |y|^2)   of fp16 rows, norms and products
 
-    A product is summed in float32 and rounded once; a norm is rounded to float16 after each addition. A block with a number
-    that float16 cannot hold is done in float32 (the script's blocks are of 10,000 rows).
+    A product is summed in float32 and rounded once; a norm is rounded to float16 after each addition. A block with a
+    number that float16 cannot hold is done in float32 (the script's blocks are of 10,000 rows).
 
-    The order of those additions is that of TensorFlow on an x86 processor. Beside the script's own operations in TensorFlow
-    2.21 there, both numbers were equal for 256 of 257 pairs of simulated sets (D = 2048 and 64, 300 to 12,000 rows) and one
-    row of 700 off for the other: one distance in 7,000 differs in its last bit where float32 sums of a product in two orders
-    round to two sides. On a GPU TensorFlow adds up a norm in yet another order, also in float16; one like it moved both
-    numbers by up to 0.0035 for 2,000 rows. On a processor, TensorFlow 2.15 rounds each addition of a product, too.
+    The order of those additions is that of TensorFlow on an x86 processor. Beside the script's own operations in
+    TensorFlow 2.21 there, both numbers were equal for 256 of 257 pairs of simulated sets (D = 2048 and 64, 300 to
+    12,000 rows) and one row of 700 off for the other: one distance in 7,000 differs in its last bit where float32 sums
+    of a product in two orders round to two sides. On a GPU TensorFlow adds up a norm in yet another order, also in
+    float16; one like it moved both numbers by up to 0.0035 for 2,000 rows. On a processor, TensorFlow 2.15 rounds each
+    addition of a product, too.
 
     Args:
         real: (M, D).

@@ -64,7 +64,7 @@ def smallest(u: Tensor, v: Tensor, k: int, arithmetic: str, block: int | None = 
 
 @ieee_float32()
 def squared_distances(u: Tensor, v: Tensor, arithmetic: str) -> Tensor:
-    """Compute max(|u|^2 - 2 u.v + |v|^2, 0) of (A, D) and (B, D), (A, B) float32, each result rounded to the arithmetic."""
+    """Compute max(|u|^2 - 2 u.v + |v|^2, 0), (A, D) and (B, D) -> (A, B) float32, each step in the arithmetic."""
     dtype = ARITHMETICS[arithmetic]
     a, b = u.to(dtype), v.to(dtype)
     norm_u, norm_v = (sum_as_tensorflow(x * x) if dtype is torch.float16 else (x * x).sum(dim=1) for x in (a, b))
@@ -79,8 +79,9 @@ def squared_distances(u: Tensor, v: Tensor, arithmetic: str) -> Tensor:
 def sum_as_tensorflow(rows: Tensor) -> Tensor:
     """Add up float16 rows (N, D) -> (N,) in the order of TensorFlow's `reduce_sum` on an x86 processor.
 
-    Each addition is rounded to float16: rows longer than 200 packets of 8 numbers are halved; of a part, four packets are
-    added to at a time; the four are added up, then the packets that are left, and the 8 lanes of the sum, these in float32.
+    Each addition is rounded to float16: rows longer than 200 packets of 8 numbers are halved; of a part, four packets
+    are added to at a time; the four are added up, then the packets that are left, and the 8 lanes of the sum, these in
+    float32.
     """
     N, D = rows.shape
     if D > 1600:  # for a D that is no multiple of 8 TensorFlow's cut moves with the row; this is that of the first

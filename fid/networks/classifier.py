@@ -94,7 +94,8 @@ class Classifier(FeatureExtractor):
             raise FileNotFoundError(f"the classifier's weights '{path}' do not exist.")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
                 f"'{path}' is no safetensors file, as `Classifier.save` writes, or is cut short: {error}."

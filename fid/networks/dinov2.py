@@ -18,9 +18,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 class DINOv2(FeatureExtractor):
     """The class token of DINOv2's ViT-L/14, 1024 features, of images at 224 x 224 pixels, as EDM2 computes it.
 
-    Images are resized in floating point (bicubic, antialiased, neither rounded nor clipped) and normalised by ImageNet's
-    mean and deviation; the embedding of 37 x 37 positions is resized to 16 x 16 as DINOv2's own code does it. The network
-    is timm's; `pip install timm`.
+    Images are resized in floating point (bicubic, antialiased, neither rounded nor clipped) and normalised by
+    ImageNet's mean and deviation; the embedding of 37 x 37 positions is resized to 16 x 16 as DINOv2's own code does
+    it. The network is timm's; `pip install timm`.
 
     Args:
         weights: Local file of weights, .safetensors or .pth, with timm's keys or DINOv2's own; not given means timm's
@@ -31,7 +31,8 @@ class DINOv2(FeatureExtractor):
         FileNotFoundError: No such file, or it cannot be had from the hub.
         ValueError: timm is missing, or the file holds something else.
 
-    Source: Oquab et al., arXiv:2304.07193; as a distance, Stein et al., arXiv:2306.04675; Karras et al., arXiv:2312.02696.
+    Source: Oquab et al., arXiv:2304.07193; as a distance, Stein et al., arXiv:2306.04675, and Karras et al.,
+    arXiv:2312.02696.
     """
 
     label = "FD-DINOv2"

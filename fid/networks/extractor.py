@@ -68,8 +68,8 @@ class Described(FeatureExtractor):
                 dims = {output: rows.shape[1] for output, rows in found.items()}
             except Exception as error:  # anything may stand in it
                 raise ValueError(
-                    f"the extractor {type(module).__name__} failed on an image of 64x64 pixels ({error}); derive it from "
-                    "fid.FeatureExtractor and give it dims."
+                    f"the extractor {type(module).__name__} failed on an image of 64x64 pixels ({error}); derive it"
+                    " from fid.FeatureExtractor and give it dims."
                 ) from error
         self.dims = getattr(module, "dims", None) or dims
         if "features" not in self.dims:

@@ -170,8 +170,8 @@ def _find_weights(given: str | Path | None) -> Path:
     except (OSError, RuntimeError) as error:  # offline, or a download of another hash
         raise FileNotFoundError(
             f"FID Inception weights not found ({error}). Tried: {', '.join(map(str, tried))}. Get {WEIGHTS_FILES[0]} "
-            f"(95 MB) from the pytorch-fid release 'fid_weights' ({blocks.FID_WEIGHTS_URL}) on a machine with internet, "
-            "and pass --weights or set $FID_INCEPTION_WEIGHTS."
+            f"(95 MB) from the pytorch-fid release 'fid_weights' ({blocks.FID_WEIGHTS_URL}) on a machine with "
+            "internet, and pass --weights or set $FID_INCEPTION_WEIGHTS."
         ) from error
     return tried[0]
 
