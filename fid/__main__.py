@@ -1,6 +1,6 @@
 """Numbers for sets of generated images, by a stated protocol.
 
-    python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz   FID, sFID, IS, precision, recall of ADM's tables
+    python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz    FID, sFID, IS, precision, recall of ADM's tables
     python -m fid stats IMAGES --out ref.npz --crop 256                a reference of your own images
     python -m fid compare a.npz b.npz                                  two files of statistics, no network
     python -m fid curve runs/mine/fid.jsonl --out fid.png              FID against training step

@@ -116,7 +116,7 @@ class Collector:
         del self.waiting[:num]
 
     def _features(self, images: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Compute the outputs that are gathered, (B, D) each on the CPU; `images` (3, H, W), `index` (B,) their numbers."""
+        """Compute the outputs that are gathered, (B, D) each on the CPU, of images (3, H, W) numbered `index` (B,)."""
         num, wanted = len(images), {*self.moments, *self.rows}
         padded = [*images, *[images[-1]] * (self.batch_size - num)]
         with ieee_float32(getattr(self.extractor, "tf32", False)):
