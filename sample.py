@@ -154,10 +154,6 @@ class Arguments(Strict):
         require(self.classes not in ([], ""), "classes", self.classes, "name at least one class, or leave it out")
         require(self.batch_size is None or self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
         require(self.columns is None or self.columns > 1, "columns", self.columns, "choose at least 2")
-        if self.fid_extractor is not None:
-            vca.lookup(fid.EXTRACTORS, self.fid_extractor, "fid_extractor")
-        if self.fid_preset is not None:
-            vca.lookup(fid.PRESETS, self.fid_preset, "fid_preset")
         require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num")
         require(self.fid is None or self.num > 1, "num", self.num, "a distance needs at least 2 images")
         chosen = [name for name in ("trajectory", "interpolate", "sweep", "likelihood", "fid") if getattr(self, name)]
@@ -184,6 +180,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
     args = parse(Arguments, argv, **texts, first="checkpoint", parts=assemble.PARTS)
+    if args.fid_extractor is not None:
+        vca.lookup(fid.EXTRACTORS, args.fid_extractor, "fid_extractor")
+    if args.fid_preset is not None:
+        vca.lookup(fid.PRESETS, args.fid_preset, "fid_preset")
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     sampling = Sampling(args, state)
