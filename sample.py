@@ -34,6 +34,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import fid
+import vca
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.options import ModelOptions, SampleOptions, with_options
@@ -82,8 +83,9 @@ class Arguments(SampleOptions, ModelOptions):
         likelihood: Of real images under a flow, in bits per dimension, of as many as num says, else of 1000.
         data: Those images, if not the ones of training, e.g. --data.images DIR, --data.split test.
         fid: With num, measure the images against this reference: a file of statistics, or images.
-        fid_extractor: Network of the features; not given means as in the run's config, which is inception.
-        fid_preset: Protocol of Inception: adm, pytorch-fid or clean; not given means as in the run's config.
+        fid_extractor: Network of the features, e.g. inception or dinov2, python -m fid eval --help lists them; not given
+            means as in the run's config.
+        fid_preset: Protocol of Inception, e.g. adm or clean, likewise.
         fid_weights: Its file of weights; not given means as in the run's config.
         fid_metrics: Names of metrics, e.g. [fid,is]; not given means as in the run's config.
     """
@@ -102,8 +104,8 @@ class Arguments(SampleOptions, ModelOptions):
     likelihood: bool = False
     data: Spec | None = None
     fid: str | None = None
-    fid_extractor: Literal["inception", "dinov2", "classifier"] | None = None
-    fid_preset: Literal["adm", "pytorch-fid", "clean"] | None = None
+    fid_extractor: str | None = None
+    fid_preset: str | None = None
     fid_weights: str | None = None
     fid_metrics: list[str] | None = None
 
@@ -156,6 +158,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw what the command line asks for."""
     texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
     args = parse(Arguments, argv, **texts, first="checkpoint", parts=assemble.parts())
+    if args.fid_extractor is not None:
+        vca.lookup(fid.EXTRACTORS, args.fid_extractor, "fid_extractor")
+    if args.fid_preset is not None:
+        vca.lookup(fid.PRESETS, args.fid_preset, "fid_preset")
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     drawing = prepare(args, state)

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fid
+import vca
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)
+    vca.lookup(fid.EXTRACTORS, config.fid.extractor, "fid.extractor")
+    vca.lookup(fid.PRESETS, config.fid.preset, "fid.preset")
     stop = StopSignal()
     accelerator = make_accelerator(config)
     start = starting_point(config, args.resume)

@@ -39,7 +39,7 @@ from torch_fidelity import metric_fid, utils
 
 import fid
 from fid.frechet import factor, frechet_terms
-from fid.inception import inception_network
+from fid.networks.inception import inception_network
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or else `fid` would be the file beside this one
-from fid.inception import inception_network
-from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+from fid.networks.inception import inception_network
+from fid.networks.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 from vca_engine.precision import ieee_float32
 
 NUM, SIZE = 32, 299

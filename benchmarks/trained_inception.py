@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.inception import inception_network
+from fid.networks.inception import inception_network
 
 FOLDER = "package/dist/models/inception_v3/"
 NUMBER = r"(-?[\d.e-]+)"

@@ -5,16 +5,14 @@ Of the other packages it imports `vca_engine.images` and the small files only. I
 `python -m fid`.
 """
 
-from fid.dinov2 import DINOv2
-from fid.evaluate import compare, evaluate, open_evaluator, statistics
+from fid.commands import compare, evaluate, open_evaluator, statistics
 from fid.evaluator import Evaluator
-from fid.extractors import EXTRACTORS, LABELS, build_extractor
-from fid.features import Classifier, FeatureExtractor
 from fid.frechet import frechet_distance
 from fid.images import Images
-from fid.inception import PRESETS, Inception
 from fid.metrics import METRICS
 from fid.moments import Moments, Statistics
+from fid.networks import EXTRACTORS, LABELS, Classifier, DINOv2, FeatureExtractor, Inception, build_extractor
+from fid.networks.inception import PRESETS
 from fid.pictures import curve, neighbours
 from fid.references import Reference, load_ref, open_reference, save_reference
 from fid.result import Result

@@ -1,15 +1,16 @@
 """Numbers for sets of generated images, by a stated protocol.
 
-    python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz     FID, sFID, IS, precision, recall as in ADM's tables
-    python -m fid stats IMAGES --out ref.npz --crop 256                  a reference of your own images
-    python -m fid compare a.npz b.npz                                    two files of statistics, no network
-    python -m fid curve runs/mine/fid.jsonl --out fid.png                FID against training step
-    python -m fid selfcheck                                              are the weights and the arithmetic right here?
-    torchrun --nproc_per_node 8 -m fid -- eval SAMPLES --ref REF         the same number on all GPUs
+    python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz    FID, sFID, IS, precision, recall of ADM's tables
+    python -m fid stats IMAGES --out ref.npz --crop 256                a reference of your own images
+    python -m fid compare a.npz b.npz                                  two files of statistics, no network
+    python -m fid curve runs/mine/fid.jsonl --out fid.png              FID against training step
+    python -m fid selfcheck                                            are the weights and the arithmetic right here?
+    torchrun --nproc_per_node 8 -m fid -- eval SAMPLES --ref REF       the same number on all GPUs
 
-SAMPLES and IMAGES: a folder (recursive) or .zip of image files, an .npz with arr_0, or an .npy, uint8 (N, H, W, 3). REF: a
-file of statistics (ours, ADM's, pytorch-fid's, EDM's, torch-fidelity's), or images. Numbers go to stdout, progress and
-warnings to stderr. Exit code 0: done; 2: wrong input or usage; 3: no weights or no reference (torchrun makes both 1).
+SAMPLES and IMAGES: a folder (recursive) or .zip of image files, an .npz with arr_0, or an .npy, uint8 (N, H, W, 3).
+REF: a file of statistics (ours, ADM's, pytorch-fid's, EDM's, torch-fidelity's), or images. Numbers go to stdout,
+progress and warnings to stderr. Exit code 0: done; 2: wrong input or usage; 3: no weights or no reference (torchrun
+makes both 1).
 """
 
 import argparse
@@ -25,21 +26,29 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fid.collective import rank_and_size
-from fid.evaluate import compare, evaluate, statistics, statistics_in
+from fid.commands import compare, evaluate, statistics, statistics_in
+from fid.distributed import rank_and_size
 from fid.evaluator import Evaluator
-from fid.extractors import EXTRACTORS, LABELS, build_extractor
 from fid.images import Images
-from fid.inception import PRESETS, Inception
+from fid.metrics import METRICS
+from fid.metrics.rows import ARITHMETICS
+from fid.networks import EXTRACTORS, LABELS, build_extractor
+from fid.networks.inception import PRESETS, Inception
+from fid.networks.resize import tf1_bilinear
 from fid.pictures import curve, neighbours, read_records
-from fid.references import load_ref, open_reference, save_reference
-from fid.resize import tf1_bilinear
+from fid.references import Reference, load_ref, open_reference, save_reference
 from fid.result import Result, versions
 from vca_engine.files import written_aside
 
+MOST_NEIGHBOURS = 50
+
+
+class MissingError(FileNotFoundError):
+    """Weights or a reference that are not there."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line `argv`, by default that of the process."""
+    """Run the command line `argv`, by default that of the process."""
     args = _parser().parse_args(argv)
     try:
         with _processes(getattr(args, "device", None)):
@@ -52,30 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("interrupted.", 130)
 
 
-MOST_NEIGHBOURS = 50
-
-
-class MissingError(FileNotFoundError):
-    """Weights or a reference that are not there."""
-
-
 def _eval(args: argparse.Namespace) -> None:
-    _check_output(args.json if args.json != "-" else None, ".json")
-    _check_output(args.save_stats, ".npz")
-    _check_output(args.save_features, ".npy")
-    _check_output(args.picture, ".png")
-    if args.picture and not args.neighbours:
-        raise ValueError("--picture is where --neighbours K draws; give both.")
-    if args.neighbours > MOST_NEIGHBOURS:
-        raise ValueError(f"--neighbours is {args.neighbours}; a picture has room for {MOST_NEIGHBOURS}.")
-    if args.ref is None and args.metrics is None:
-        raise ValueError("there is no reference; name it with --ref, or ask for what needs none: --metrics is.")
-    choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
+    _check_eval(args)
     if (found := statistics_in(args.samples)) is not None:
         if args.num or args.metrics or args.save_stats or args.save_features or args.neighbours:
             raise ValueError(f"'{args.samples}' holds statistics, not images: they give a distance, and nothing else.")
         _report(_missing(lambda: compare(found, args.ref, args.force)), args)
         return
+    choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
     samples = Images(args.samples, **choices)  # before the network: it fails sooner
     reference = _missing(lambda: open_reference(args.ref, LABELS[args.extractor], **choices))
     if args.neighbours and getattr(reference, "images", reference) is None:
@@ -99,17 +92,36 @@ def _eval(args: argparse.Namespace) -> None:
     _report(result, args)  # whatever happens to the rest
     made = evaluator.statistics() if args.save_stats else None
     if rank_and_size()[0] == 0:
-        if made:
-            save_reference(args.save_stats, made)
-        if args.save_features:
-            with written_aside(args.save_features) as temporary, temporary.open("wb") as file:
-                np.save(file, evaluator.collected.rows["features"].numpy())
-        if args.neighbours:
-            picture = args.picture or "neighbours.png"
-            neighbours(evaluator, samples, picture, k=args.neighbours)
-            searched, all_of = evaluator.reference_images.num, evaluator.identity["reference"]["num_images"]
-            of = f": of the {searched:,} images that the reference keeps, not of all that it is made of"
-            print(f"wrote {picture}{of if searched != all_of else ''}", file=sys.stderr)
+        _write_extras(args, evaluator, samples, made)
+
+
+def _check_eval(args: argparse.Namespace) -> None:
+    """Refuse before the work what could only fail after it."""
+    _check_output(args.json if args.json != "-" else None, ".json")
+    _check_output(args.save_stats, ".npz")
+    _check_output(args.save_features, ".npy")
+    _check_output(args.picture, ".png")
+    if args.picture and not args.neighbours:
+        raise ValueError("--picture is where --neighbours K draws; give both.")
+    if args.neighbours > MOST_NEIGHBOURS:
+        raise ValueError(f"--neighbours is {args.neighbours}; a picture has room for {MOST_NEIGHBOURS}.")
+    if args.ref is None and args.metrics is None:
+        raise ValueError("there is no reference; name it with --ref, or ask for what needs none: --metrics is.")
+
+
+def _write_extras(args: argparse.Namespace, evaluator: Evaluator, samples: Images, made: Reference | None) -> None:
+    """Write statistics, features and the picture of neighbours, as far as they were asked for."""
+    if made:
+        save_reference(args.save_stats, made)
+    if args.save_features:
+        with written_aside(args.save_features) as temporary, temporary.open("wb") as file:
+            np.save(file, evaluator.summary.rows["features"].numpy())
+    if args.neighbours:
+        picture = args.picture or "neighbours.png"
+        neighbours(evaluator, samples, picture, k=args.neighbours)
+        searched, all_of = evaluator.reference_images.num, evaluator.protocol["reference"]["num_images"]
+        of = f": of the {searched:,} images that the reference keeps, not of all that it is made of"
+        print(f"wrote {picture}{of if searched != all_of else ''}", file=sys.stderr)
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -148,7 +160,7 @@ def _curve(args: argparse.Namespace) -> None:
 
 
 def _selfcheck(args: argparse.Namespace) -> None:
-    """Prints what must be the same on every machine; one line to keep for ever."""
+    """Print what must be the same on every machine."""
     row = torch.tensor([0, 1, 4, 9, 16], dtype=torch.uint8).expand(1, 3, 5, 5)
     found = tf1_bilinear(row, 7)[0, 0, 0]
     expected = torch.tensor([0, 5 / 7, 16 / 7, 33 / 7, 58 / 7, 13, 16])
@@ -170,7 +182,7 @@ def _selfcheck(args: argparse.Namespace) -> None:
 
 
 def _synthetic() -> torch.Tensor:
-    """(1, 3, 256, 256): the same image everywhere, of smooth waves and of hard edges, in integers only."""
+    """Make an image (1, 3, 256, 256), the same everywhere, of smooth waves and of hard edges, in integers only."""
     y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     image = torch.stack([(x * y) // 255, (x * x + 3 * y) % 256, ((x // 16 + y // 16) % 2) * 200 + x // 8])
     return image.to(torch.uint8)[None]
@@ -185,84 +197,27 @@ def _report(result: Result, args: argparse.Namespace) -> None:
 
 
 def _count(text: str) -> int:
-    """A whole number from 0, as argparse wants it."""
+    """Read a whole number from 0, as argparse wants it."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
-    network = argparse.ArgumentParser(add_help=False)
-    add = network.add_argument
-    add("--extractor", choices=EXTRACTORS, default="inception", help="network of the features (default: %(default)s)")
-    add(
-        "--weights",
-        metavar="FILE",
-        help="its weights; not given: $FID_INCEPTION_WEIGHTS, torch.hub's cache, a download",
-    )
-    add("--preset", choices=PRESETS, default="adm", help="protocol of Inception (default: %(default)s)")
-    add("--batch", type=int, default=64, metavar="B", help="images in a forward pass (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), help="where the network runs (default: cuda if there is one)")
-    add("--tf32", action="store_true", help="faster on a GPU, and some 0.1 %% off in the features")
-    add("--num", type=int, metavar="N", help="take the first N images; with fewer the command fails")
-    add("--mixed-sizes", action="store_true", help="take images of different sizes, each resized on its own")
-    add("--drop-alpha", action="store_true", help="take images with transparency, and leave it out")
-    output = argparse.ArgumentParser(add_help=False)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(required=True, metavar="eval|stats|compare|curve|selfcheck")
+    network, output, quiet = (argparse.ArgumentParser(add_help=False) for _ in range(3))
+    _add_network(network)
     output.add_argument("--json", metavar="FILE", help="write the record; - prints it in place of the line")
     output.add_argument(
         "--force", action="store_true", help="compare what was made by different protocols all the same"
     )
-    quiet = argparse.ArgumentParser(add_help=False)
     quiet.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__, formatter_class=formatter)
-    commands = parser.add_subparsers(required=True, metavar="eval|stats|compare|curve|selfcheck")
-
-    command = commands.add_parser(
-        "eval", parents=[network, output, quiet], help="metrics of samples against a reference"
-    )
-    add = command.add_argument
-    add("samples", metavar="SAMPLES", help="images, or a file of statistics")
-    add("--ref", metavar="REF", help="the reference: a file of statistics, or images")
-    names = (
-        "fid, sfid, is (Inception Score), pr (precision, recall), dc (density, coverage), kid, mind, fd (any extractor)"
-    )
-    default = "; ".join(f"{name}: {','.join(preset.metrics)}" for name, preset in PRESETS.items())
-    add("--metrics", metavar="NAMES", help=f"with commas between them, of {names} (default: of the preset {default})")
-    add(
-        "--groups",
-        type=_count,
-        default=10,
-        metavar="K",
-        help="groups for the error bar, 0 for none (default: %(default)s)",
-    )
-    add(
-        "--pr-compat",
-        choices=("adm-fp16", "fp32"),
-        default="adm-fp16",
-        help="arithmetic of P and R (default: %(default)s)",
-    )
-    add("--allow-fewer", action="store_true", help="go on if there are fewer than --num images")
-    add("--save-stats", metavar="FILE", help="write the statistics of the samples to this .npz")
-    add("--save-features", metavar="FILE", help="write the features of the samples, (N, D) float32, to this .npy")
-    add(
-        "--neighbours",
-        type=_count,
-        default=0,
-        metavar="K",
-        help="draw the samples nearest to a real image, with K of those",
-    )
-    add("--picture", metavar="FILE", help="where to (default: neighbours.png)")
-    command.set_defaults(command=_eval)
-
-    command = commands.add_parser("stats", parents=[network, quiet], help="make a reference of images")
-    add = command.add_argument
-    add("images", metavar="IMAGES", help="the images, usually those of the training set")
-    add("--out", required=True, metavar="FILE", help="the .npz to write")
-    add("--crop", type=int, metavar="SIZE", help="crop and resize as in training: ADM's centre crop to SIZE pixels")
-    add("--keep-images", type=int, default=0, metavar="K", help="keep K images in the file, for precision and recall")
-    command.set_defaults(command=_stats)
+    text = "metrics of samples against a reference"
+    _add_eval(commands.add_parser("eval", parents=[network, output, quiet], help=text))
+    _add_stats(commands.add_parser("stats", parents=[network, quiet], help="make a reference of images"))
 
     command = commands.add_parser("compare", parents=[output], help="distance of two files of statistics")
     command.add_argument("a", metavar="SAMPLES.npz")
@@ -270,12 +225,8 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_compare)
 
     command = commands.add_parser("curve", help="draw FID against training step")
-    command.add_argument(
-        "records",
-        nargs="+",
-        metavar="RECORD",
-        help="a run's folder or its fid.jsonl, or records of sample.py --fid; those of one folder make one line",
-    )
+    text = "a run's folder or its fid.jsonl, or records of sample.py --fid; those of one folder make one line"
+    command.add_argument("records", nargs="+", metavar="RECORD", help=text)
     command.add_argument("--out", default="fid.png", metavar="FILE", help="the picture (default: %(default)s)")
     command.add_argument("--title", default="", help="a line above it")
     command.set_defaults(command=_curve)
@@ -287,9 +238,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what computes features, and of what images it gets."""
+    add = parser.add_argument
+    add("--extractor", choices=EXTRACTORS, default="inception", help="network of the features (default: %(default)s)")
+    text = "its weights; not given: $FID_INCEPTION_WEIGHTS, torch.hub's cache, a download"
+    add("--weights", metavar="FILE", help=text)
+    add("--preset", choices=PRESETS, default="adm", help="protocol of Inception (default: %(default)s)")
+    add("--batch", type=int, default=64, metavar="B", help="images in a forward pass (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="where the network runs (default: cuda if there is one)")
+    add("--tf32", action="store_true", help="faster on a GPU, and some 0.1 %% off in the features")
+    add("--num", type=int, metavar="N", help="take the first N images; with fewer the command fails")
+    add("--mixed-sizes", action="store_true", help="take images of different sizes, each resized on its own")
+    add("--drop-alpha", action="store_true", help="take images with transparency, and leave it out")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("samples", metavar="SAMPLES", help="images, or a file of statistics")
+    add("--ref", metavar="REF", help="the reference: a file of statistics, or images")
+    names = ", ".join(f"{name} ({metric.title})" if metric.title else name for name, metric in METRICS.items())
+    default = "; ".join(f"{name}: {','.join(preset.metrics)}" for name, preset in PRESETS.items())
+    add("--metrics", metavar="NAMES", help=f"with commas between them, of {names} (default: of the preset {default})")
+    text = "groups for the error bar, 0 for none (default: %(default)s)"
+    add("--groups", type=_count, default=10, metavar="K", help=text)
+    text = "arithmetic of P and R (default: %(default)s)"
+    add("--pr-compat", choices=tuple(ARITHMETICS), default="adm-fp16", help=text)
+    add("--allow-fewer", action="store_true", help="go on if there are fewer than --num images")
+    add("--save-stats", metavar="FILE", help="write the statistics of the samples to this .npz")
+    add("--save-features", metavar="FILE", help="write the features of the samples, (N, D) float32, to this .npy")
+    text = "draw the samples nearest to a real image, with K of those"
+    add("--neighbours", type=_count, default=0, metavar="K", help=text)
+    add("--picture", metavar="FILE", help="where to (default: neighbours.png)")
+    parser.set_defaults(command=_eval)
+
+
+def _add_stats(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("images", metavar="IMAGES", help="the images, usually those of the training set")
+    add("--out", required=True, metavar="FILE", help="the .npz to write")
+    add("--crop", type=int, metavar="SIZE", help="crop and resize as in training: ADM's centre crop to SIZE pixels")
+    add("--keep-images", type=int, default=0, metavar="K", help="keep K images in the file, for precision and recall")
+    parser.set_defaults(command=_stats)
+
+
 @contextmanager
 def _processes(device: str | None) -> Iterator[None]:
-    """Under torchrun, the process group; else nothing."""
+    """Join the process group under torchrun; else do nothing."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
@@ -310,7 +305,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _missing(make):  # noqa: ANN001, ANN202
-    """What `make()` gives; a file that is not there ends in exit code 3."""
+    """Call `make`; a file that is not there ends in exit code 3."""
     try:
         return make()
     except FileNotFoundError as error:
@@ -318,7 +313,7 @@ def _missing(make):  # noqa: ANN001, ANN202
 
 
 def _check_output(path: str | None, suffix: str) -> None:
-    """Before the work, not after it."""
+    """Refuse a path that cannot be written: before the work, not after it."""
     if path is not None and (not path.endswith(suffix) or not Path(path).parent.is_dir()):
         raise ValueError(f"cannot write '{path}': it must end in {suffix or 'a name'}, in a folder that exists.")
     if path is not None and not os.access(Path(path).parent, os.W_OK):

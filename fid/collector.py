@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.collective import all_gather, fail_together, rank_and_size
-from fid.features import FeatureExtractor
-from fid.metrics import Side
-from fid.moments import Moments
+from fid.distributed import all_gather, fail_together, rank_and_size
+from fid.metrics.metric import Side
+from fid.moments import Moments, Sums
+from fid.networks.extractor import FeatureExtractor
 from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
 from vca_engine.seeds import splitmix64
@@ -28,11 +28,11 @@ CHECKS = {  # a column each of what is kept of every image
 
 
 class Collector:
-    """Gathers moments of some outputs of an extractor, and rows of others, over batches and processes.
+    """Moments of some outputs of an extractor, and rows of others, gathered over batches and processes.
 
-    Every batch that the network sees has `batch_size` images, however they came: what is left over waits, and is padded at
-    the end, and the padding's features are dropped. Convolutions of another shape may run in another kernel that rounds
-    otherwise.
+    Every batch that the network sees has `batch_size` images, however they came: what is left over waits, and is padded
+    at the end, and the padding's features are dropped. Convolutions of another shape may run in another kernel that
+    rounds otherwise.
 
     Args:
         extractor: The network.
@@ -67,7 +67,7 @@ class Collector:
         self.waiting: list[tuple[Tensor, int, int]] = []  # images (3, H, W) without their features yet, index, label
 
     def update(self, images: Tensor | list[Tensor], index: Tensor | Sequence[int], labels: Any = None) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
             images: uint8 (B, 3, H, W) of any device and any B, or a list of (3, H, W) of different sizes.
@@ -91,34 +91,15 @@ class Collector:
         self.seen.update(index)
         while len(self.waiting) >= self.batch_size:
             self._take(self.batch_size)
-        new = max(
-            0, len(self.waiting) - len(index)
-        )  # the first that came now; the caller may write into his images again
+        new = max(0, len(self.waiting) - len(index))  # the first that came now; the caller may write into it again
         self.waiting[new:] = [(image.clone(), *rest) for image, *rest in self.waiting[new:]]
 
     @torch.no_grad()
     def _take(self, num: int) -> None:
-        """Gathers the first `num` of the waiting images, which stay there if that fails."""
+        """Gather the first `num` of the waiting images, which stay there if that fails."""
         images, *columns = zip(*self.waiting[:num], strict=True)
         index, labels = (torch.tensor(column) for column in columns)
-        padded = [*images, *[images[-1]] * (self.batch_size - num)]
-        alike = len({image.shape for image in images}) == 1
-        with ieee_float32(getattr(self.extractor, "tf32", False)):
-            found = self.extractor(torch.stack(padded) if alike else padded)
-        if not isinstance(found, dict) or not {*self.moments, *self.rows} <= found.keys():
-            got = list(found) if isinstance(found, dict) else type(found).__name__
-            raise ValueError(
-                f"the extractor gave {got}; it has to give a dict with {sorted({*self.moments, *self.rows})}."
-            )
-        found = {output: found[output][:num].detach() for output in {*self.moments, *self.rows}}
-        for rows in found.values():
-            if not (finite := rows.isfinite().all(dim=1).cpu()).all():
-                rank = rank_and_size(self.process_group)[0]
-                raise ValueError(
-                    f"non-finite features for sample index {int(index[~finite][0])} (rank {rank}); its pixels are finite, "
-                    "so look at the extractor's weights and its precision."
-                )
-        found = {output: rows.cpu() for output, rows in found.items()}
+        found = self._features(images, index)
         for output, moments in self.moments.items():
             moments.update(found[output], index)
         keep = torch.ones(num, dtype=torch.bool)
@@ -128,7 +109,7 @@ class Collector:
             self.row_index.append(index[keep])
             for output, kept in self.rows.items():
                 kept.append(found[output].float()[keep])
-        for group in [torch.stack(images)] if alike else [image[None] for image in images]:
+        for group in [torch.stack(images)] if _of_one_shape(images) else [image[None] for image in images]:
             self._look_at(group)
         self.checks["index"].append(index)
         self.checks["label"].append(labels)
@@ -136,8 +117,27 @@ class Collector:
             _merge_last(parts)
         del self.waiting[:num]
 
+    def _features(self, images: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
+        """Compute the outputs that are gathered, (B, D) each on the CPU, of images (3, H, W) numbered `index` (B,)."""
+        num, wanted = len(images), {*self.moments, *self.rows}
+        padded = [*images, *[images[-1]] * (self.batch_size - num)]
+        with ieee_float32(getattr(self.extractor, "tf32", False)):
+            found = self.extractor(torch.stack(padded) if _of_one_shape(images) else padded)
+        if not isinstance(found, dict) or not wanted <= found.keys():
+            got = list(found) if isinstance(found, dict) else type(found).__name__
+            raise ValueError(f"the extractor gave {got}; it has to give a dict with {sorted(wanted)}.")
+        found = {output: found[output][:num].detach() for output in wanted}
+        for rows in found.values():
+            if not (finite := rows.isfinite().all(dim=1).cpu()).all():
+                rank = rank_and_size(self.process_group)[0]
+                raise ValueError(
+                    f"non-finite features for sample index {int(index[~finite][0])} (rank {rank}); its pixels are "
+                    "finite, so look at the extractor's weights and its precision."
+                )
+        return {output: rows.cpu() for output, rows in found.items()}
+
     def _look_at(self, images: Tensor) -> None:
-        """What the images (B, 3, H, W) themselves tell."""
+        """Note what the images (B, 3, H, W) themselves tell."""
         height, width = images.shape[2:]
         one_colour = (images.amin((2, 3)) == images.amax((2, 3))).all(dim=1)
         self.checks["digest"].append(digests(images).cpu())
@@ -152,7 +152,7 @@ class Collector:
             self._take(len(self.waiting))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that this process gathered, as tensors, to go on from with `load_state_dict`."""
+        """Return all that this process gathered, as tensors, to go on from with `load_state_dict`."""
         self._take_all()
         return {
             "extractor": self.extractor.name,
@@ -164,7 +164,7 @@ class Collector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Adds what another collector gathered; any number of them, of any number of processes.
+        """Add what another collector gathered; any number of them, of any number of processes.
 
         Raises:
             ValueError: It was made with another extractor or for other metrics, or holds an image that is here already.
@@ -186,8 +186,8 @@ class Collector:
         self.pixel_sum = self.pixel_sum + state["pixel_sum"]
         self.seen.update(index)
 
-    def gather(self) -> "Collected":
-        """What all processes have, on each of them; this collector stays as it is. Collective.
+    def gather(self) -> "Summary":
+        """Give each process what all of them have; this collector stays as it is. Collective.
 
         Raises:
             ValueError: Features that are not finite, in any of them, or an image that two of them have.
@@ -198,7 +198,7 @@ class Collector:
         except ValueError as raised:
             error = raised
         fail_together(error, self.process_group)
-        moments = {output: mine.reduced(self.process_group) for output, mine in self.moments.items()}
+        sums = {output: mine.reduced(self.process_group) for output, mine in self.moments.items()}
         checks = {name: self._gather(parts) for name, parts in self.checks.items()}
         numbers, counts = checks["index"].unique(return_counts=True)
         if len(numbers) < len(checks["index"]):
@@ -209,20 +209,26 @@ class Collector:
         rows = {o: self._gather(parts, self.extractor.dims[o])[row_order] for o, parts in self.rows.items()}
         pixel_sum = sum(all_gather(self.pixel_sum[None], self.process_group))[0]
         columns = {name: column[order].numpy() for name, column in checks.items()}
-        return Collected(moments, rows, columns, (pixel_sum / max(len(order), 1)).numpy())
+        return Summary(sums, rows, columns, (pixel_sum / max(len(order), 1)).numpy())
 
     def _gather(self, parts: list[Tensor], dim: int | None = None) -> Tensor:
         return torch.cat(all_gather(_cat(parts, dim), self.process_group))
 
 
-class Collected:
-    """What a whole set of images left behind, in the order of the images' indices."""
+class Summary:
+    """All that is kept of a whole set of images, in the order of their indices.
+
+    Args:
+        sums: Output of the extractor -> the sums of its moments.
+        rows: Output -> (N, D).
+        columns: Name in `CHECKS` -> (N,).
+        mean_colour: (3,), in [0, 255].
+    """
 
     def __init__(
-        self, moments: dict[str, Moments], rows: dict[str, Tensor], columns: dict[str, np.ndarray], colour: np.ndarray
+        self, sums: dict[str, Sums], rows: dict[str, Tensor], columns: dict[str, np.ndarray], mean_colour: np.ndarray
     ) -> None:
-        self.moments, self.rows, self.columns = moments, rows, columns
-        self.mean_colour = colour  # (3,), in [0, 255]
+        self.sums, self.rows, self.columns, self.mean_colour = sums, rows, columns, mean_colour
         self.num = len(columns["index"])
         digests = columns["digest"]
         self.num_duplicates = self.num - len(np.unique(digests))
@@ -236,18 +242,23 @@ class Collected:
         return None if self.labels is None else np.unique(self.labels[self.labels >= 0], return_counts=True)[1]
 
     @property
+    def class_sorted(self) -> bool:
+        """True if the images are in the order of their classes."""
+        return self.labels is not None and bool((np.diff(self.labels) >= 0).all())
+
+    @property
     def fingerprint(self) -> str:
-        """Of the pixels of all images, in order."""
+        """Hash of the pixels of all images, in order."""
         return hashlib.sha256(self.columns["digest"].tobytes()).hexdigest()
 
     @cached_property
     def side(self) -> Side:
-        """For the metrics."""
-        return Side({output: m.statistics() for output, m in self.moments.items()}, self.moments, self.rows)
+        """The images as metrics see them."""
+        return Side({output: sums.statistics() for output, sums in self.sums.items()}, self.sums, self.rows)
 
 
 def digests(images: Tensor) -> Tensor:
-    """A hash of the pixels of each image, uint8 (B, 3, H, W) -> (B,) int64: sums weighted by random numbers, modulo 2^64.
+    """Hash the pixels of each image, uint8 (B, 3, H, W) -> (B,) int64: sums weighted by random numbers, modulo 2^64.
 
     In integers, so it is the same on any device. Two different images have the same with a probability below 1e-15.
     """
@@ -255,18 +266,22 @@ def digests(images: Tensor) -> Tensor:
     return torch.cat([(part.flatten(1).long() * weights).sum(dim=1) for part in images.split(8)])
 
 
+def _of_one_shape(images: Sequence[Tensor]) -> bool:
+    return len({image.shape for image in images}) == 1
+
+
 _cached: dict[torch.device, Tensor] = {}
 
 
 def _weights(num: int, device: torch.device) -> Tensor:
-    """The first `num` of an endless row; as many as were asked for at most are kept."""
+    """Return the first `num` of an endless row, (num,) int64; as many as were asked for at most are kept."""
     if len(_cached.get(device, ())) < num:
         _cached[device] = splitmix64(torch.arange(num)).to(device)
     return _cached[device][:num]
 
 
 def _merge_last(parts: list[Tensor], most: int = 32, large: int = 1024) -> None:
-    """Makes one of many short tensors at the end, whose order stays; each is copied once.
+    """Make one of many short tensors at the end, whose order stays; each is copied once.
 
     Thousands of them would lie scattered, and keep the C library from using again, or giving back, what lies between.
     """

@@ -3,13 +3,13 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-# How far below 0 an eigenvalue may lie by rounding, relative to |cov|_F. Measured at D = 2048 on 2,000 to 20,000 features: a
-# covariance summed up in float32 without a shift is off by 3e-6 to 9e-6 of it, one kept in float32 by 1e-9.
+# How far below 0 an eigenvalue may lie by rounding, relative to |cov|_F. Measured at D = 2048 on 2,000 to 20,000
+# features: a covariance summed up in float32 without a shift is off by 3e-6 to 9e-6 of it, one kept in float32 by 1e-9.
 TOLERANCE = 1e-5
 
 
 def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: ArrayLike) -> float:
-    """|mean1 - mean2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), in float64.
+    """Compute |mean1 - mean2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), in float64.
 
     Args:
         mean1: (D,).
@@ -34,7 +34,7 @@ def frechet_distance(mean1: ArrayLike, cov1: ArrayLike, mean2: ArrayLike, cov2: 
 
 
 def factor(cov: np.ndarray) -> np.ndarray:
-    """H (D, D) with H H^T = cov and orthogonal columns, by an eigensolve: H = V diag(w)^(1/2).
+    """Compute H (D, D) with H H^T = cov and orthogonal columns, by an eigensolve: H = V diag(w)^(1/2).
 
     Args:
         cov: (D, D), as `check_moments` gives it.
@@ -44,7 +44,7 @@ def factor(cov: np.ndarray) -> np.ndarray:
 
 
 def frechet_terms(mean1: np.ndarray, H: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> tuple[float, float]:
-    """The distance between (mean1, H H^T) and (mean2, cov2) as a term of the means and a term of the covariances.
+    """Compute the distance of (mean1, H H^T) and (mean2, cov2) as a term of the means and a term of the covariances.
 
     The eigenvalues of cov1 cov2 = H H^T cov2 are those of M = H^T cov2 H, which is symmetric and has none below 0:
 
@@ -75,7 +75,7 @@ def frechet_terms(mean1: np.ndarray, H: np.ndarray, mean2: np.ndarray, cov2: np.
 
 
 def noise_floor(H: np.ndarray, num: int) -> float:
-    """The expected distance to a Gaussian of `num` perfect samples of it: what no generator can go below on average.
+    """Compute the distance to a Gaussian of `num` perfect samples on average: no generator goes below it.
 
         E = (5/4 sum_i l_i + 1/2 sum_ij l_i l_j / (l_i + l_j)) / num,   l the eigenvalues of the covariance
 
@@ -92,7 +92,7 @@ def noise_floor(H: np.ndarray, num: int) -> float:
 
 
 def jackknife(value: float, left_out: ArrayLike) -> tuple[float, float]:
-    """Error and bias of a value of all N samples, from K values F_(-k), each without one of K groups of them.
+    """Compute error and bias of a value of all N samples, from K values F_(-k), each without one of K groups of them.
 
         F_inf = K F - (K - 1) mean_k F_(-k),   SE = ((K - 1) / K sum_k (F_(-k) - mean)^2)^(1/2)
 
@@ -109,11 +109,12 @@ def jackknife(value: float, left_out: ArrayLike) -> tuple[float, float]:
 
 
 def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Checks a mean and a covariance that come from outside.
+    """Check a mean and a covariance that come from outside.
 
-    Whether an eigenvalue lies below -delta is seen by a Cholesky factorisation of cov + delta I, which fails if and only if
-    one does (to D eps |cov|, far less than delta); for D = 2048 that takes a fifth of the time of an eigensolve. The
-    eigenvalues of M in `frechet_terms` would not do: they do not see where the other Gaussian has no variance.
+    Whether an eigenvalue lies below -delta is seen by a Cholesky factorisation of cov + delta I, which fails if and
+    only if one does (to D eps |cov|, far less than delta); for D = 2048 that takes a fifth of the time of an
+    eigensolve. The eigenvalues of M in `frechet_terms` would not do: they do not see where the other Gaussian has no
+    variance.
 
     Args:
         mean: (D,) real numbers.
@@ -124,8 +125,8 @@ def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarr
         The same in float64, the covariance exactly symmetric.
 
     Raises:
-        ValueError: No real numbers, other shapes, numbers that are not finite or beyond 1e100 (whose squares would not be),
-            or a matrix that is not symmetric, or has an eigenvalue below 0 by more than rounding (`TOLERANCE`).
+        ValueError: No real numbers, other shapes, numbers that are not finite or beyond 1e100 (whose squares would not
+            be), or a matrix that is not symmetric, or has an eigenvalue below 0 by more than rounding (`TOLERANCE`).
     """
     mean, cov = (_real(value, f"{where} has a {name}") for value, name in ((mean, "mean"), (cov, "covariance")))
     if mean.ndim != 1 or mean.size == 0 or cov.shape != (mean.size, mean.size):
@@ -142,13 +143,14 @@ def check_moments(mean: ArrayLike, cov: ArrayLike, where: str) -> tuple[np.ndarr
     except np.linalg.LinAlgError:
         w = np.linalg.eigvalsh(cov)
         raise ValueError(
-            f"{where} has a covariance with the eigenvalue {w[0]:.3g} below 0 (the largest is {w[-1]:.3g}); it is damaged."
+            f"{where} has a covariance with the eigenvalue {w[0]:.3g} below 0 (the largest is {w[-1]:.3g}); it is "
+            "damaged."
         ) from None
     return mean, cov
 
 
 def _real(value: ArrayLike, start: str) -> np.ndarray:
-    """`value` in float64; whatever would lose a part on the way is refused."""
+    """Take `value` as float64; refuse whatever would lose a part on the way."""
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:

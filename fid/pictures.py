@@ -1,16 +1,18 @@
 """Two pictures: the distance over training with its error bar, and the real images that samples are nearest to."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from fid.evaluator import Evaluator
+from fid.evaluator import MAX_REFERENCE_ROWS, Evaluator
 from fid.images import Images
-from fid.scores import nearest
+from fid.metrics.rows import nearest
 from vca_engine.files import written_aside
 from vca_engine.images.pictures import save_picture, sheet
 
@@ -18,14 +20,14 @@ from vca_engine.images.pictures import save_picture, sheet
 def curve(
     records: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]], path: str | Path, title: str = ""
 ) -> None:
-    """Draws the distance of records against their training `step`, with two standard errors as a bar; a line each run.
+    """Draw the distance of records against their training `step`, with two standard errors as a bar; a line each run.
 
     A dashed line is the noise floor: what as many perfect samples are expected to have. Records of another network,
     protocol, reference or number of samples would make a picture of nothing, and are refused.
 
     Args:
-        records: `Result.to_dict()` of each, with the `step` that was given to `Evaluator.compute`, in any order; of several
-            runs, by their names.
+        records: `Result.to_dict()` of each, with the `step` that was given to `Evaluator.compute`, in any order; of
+            several runs, by their names.
         path: File to write, of any format that matplotlib knows.
         title: A line above.
 
@@ -35,40 +37,21 @@ def curve(
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
     runs = records if isinstance(records, dict) else {"": records}
     together = [record for run in runs.values() for record in run]
     name = _check_records(together)
     label, num = together[0]["label"], together[0]["num_samples"]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    least, most = float("inf"), 0.0
+    ends = []  # of all lines, with their error bars above
     for run, found in runs.items():
-        found = sorted(found, key=lambda record: record["step"])
-        steps, values = [r["step"] for r in found], [r[name] for r in found]
-        errors = [2 * (r.get(f"{name}_se") or 0.0) for r in found]
         text = run if len(runs) > 1 else f"{label}, ± 2 standard errors"
-        line = axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=text)
-        best = min(range(len(values)), key=values.__getitem__)
-        axes.annotate(
-            f"{values[best]:.3g}",
-            (steps[best], values[best] - errors[best]),
-            textcoords="offset points",
-            xytext=(0, -14),
-            ha="center",
-            color=line[0].get_color() if len(runs) > 1 else "black",
-        )
-        least, most = min(least, *values), max([most, *(v + e for v, e in zip(values, errors, strict=True))])
+        ends.append(_draw_run(axes, found, name, text, own_colour=len(runs) > 1))
     floor = together[-1].get(f"{name}_noise_floor")
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle="--", label=f"expected of {num} perfect samples, {floor:.3g}")
-    if most > 5 * least > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-    else:
-        axes.set_ylim(0, 1.1 * most)
+    _scale(axes, min(least for least, _ in ends), max(most for _, most in ends))
     axes.set_xlabel("training step")
     axes.set_ylabel(f"{label} of {num} samples{', ± 2 standard errors' if len(runs) > 1 else ''}")
     axes.set_title(title or together[0]["protocol"])
@@ -83,8 +66,41 @@ def curve(
         pyplot.close(figure)
 
 
+def _draw_run(
+    axes: Any, records: Sequence[dict[str, Any]], name: str, label: str, own_colour: bool
+) -> tuple[float, float]:
+    """Draw the line of a run and the number of its best point; return the least value, and the most with its error."""
+    records = sorted(records, key=lambda record: record["step"])
+    steps, values = [r["step"] for r in records], [r[name] for r in records]
+    errors = [2 * (r.get(f"{name}_se") or 0.0) for r in records]
+    line = axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=label)
+    best = min(range(len(values)), key=values.__getitem__)
+    axes.annotate(
+        f"{values[best]:.3g}",
+        (steps[best], values[best] - errors[best]),
+        textcoords="offset points",
+        xytext=(0, -14),
+        ha="center",
+        color=line[0].get_color() if own_colour else "black",
+    )
+    return min(values), max(v + e for v, e in zip(values, errors, strict=True))
+
+
+def _scale(axes: Any, least: float, most: float) -> None:
+    """Make the vertical axis logarithmic where values differ by far, or else begin at 0."""
+    from matplotlib import ticker
+
+    if most > 5 * least > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    else:
+        axes.set_ylim(0, 1.1 * most)
+
+
 def _check_records(records: Sequence[dict[str, Any]]) -> str:
-    """Which distance the records hold; a ValueError if they do not make one picture."""
+    """Find which distance the records hold, `fid` or `fd`; a ValueError if they do not make one picture."""
     if not records:
         raise ValueError("no records to draw; name a run's folder, or the JSON files of `sample.py --fid`.")
     without = [record for record in records if record.get("step") is None]
@@ -107,7 +123,7 @@ def _check_records(records: Sequence[dict[str, Any]]) -> str:
 
 
 def read_records(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
-    """Folder -> the records in it: a JSON file each or, in .jsonl files, a line each. A folder stands for all it has.
+    """Read records, by their folders: a JSON file each or, in .jsonl files, a line each. A folder means all it has.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -137,7 +153,7 @@ def read_records(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]
 def neighbours(
     evaluator: Evaluator, samples: Images, path: str | Path, k: int = 5, num: int = 10
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the samples that lie nearest to a real image, each with its k nearest real images: do they repeat them?
+    """Draw the samples that lie nearest to a real image, each with its k nearest real images: do they repeat them?
 
     Args:
         evaluator: After `compute`, made with `keep_features=True` and a reference that has images.
@@ -146,8 +162,8 @@ def neighbours(
         k: Neighbours of each sample.
         num: Number of samples, those with the smallest distance.
 
-    All images of the reference are looked at, not only those that the metrics take; of a file of statistics, those that it
-    keeps.
+    All images of the reference are looked at, not only those that the metrics take; of a file of statistics, those that
+    it keeps.
 
     Returns:
         Distances (num, k), and indices (num, k) of the real images in the reference.
@@ -156,19 +172,19 @@ def neighbours(
         ValueError: Features of one of the sides were not kept.
     """
     reference = evaluator.reference_images
-    mine = evaluator.collected.rows.get("features") if evaluator.collected else None
+    mine = evaluator.summary.rows.get("features") if evaluator.summary else None
     if reference is None or mine is None:
         raise ValueError("neighbours need the reference's images, and keep_features=True of the evaluator.")
     distances, index = torch.empty(len(mine), 0), torch.empty(len(mine), 0, dtype=torch.int64)
     first, device = 0, evaluator.options.device
-    for real in evaluator.reference_features():
+    for real in _features_of(evaluator, reference):
         d, i = nearest(mine, real, min(k, len(real)), device)
         distances, order = torch.cat([distances, d], dim=1).sort(dim=1)  # (N, k) and more
         index = torch.cat([index, i + first], dim=1).gather(1, order)
         distances, index, first = distances[:, :k], index[:, :k], first + len(real)
     chosen = distances[:, 0].argsort()[:num]
     distances, index = distances[chosen], index[chosen]
-    order = torch.from_numpy(evaluator.collected.columns["index"])[chosen]
+    order = torch.from_numpy(evaluator.summary.columns["index"])[chosen]
     shown, pictures = _arrays(samples, order.tolist()), _arrays(reference, index.flatten().tolist())
     lines = []
     for i, row in enumerate(order.tolist()):
@@ -181,7 +197,25 @@ def neighbours(
     return distances.numpy(), index.numpy()
 
 
+def _features_of(evaluator: Evaluator, images: Images) -> Iterator[Tensor]:
+    """Yield features (M, D) of all images of the reference, in order, 10,000 at a time; one process makes them."""
+    kept = evaluator.reference_side.rows.get("features", ())
+    if images.num == len(kept):
+        yield kept
+        return
+    hidden = not evaluator.options.progress or None
+    bar = tqdm(total=images.num, desc=f"features of {images.source}", unit="image", disable=hidden)
+    collector = evaluator.new_collector({}, ["features"])
+    for index, batch in images.batches(evaluator.options.batch_size):
+        collector.update(batch, index)
+        bar.update(len(batch))
+        if len(collector.seen) >= MAX_REFERENCE_ROWS or int(index[-1]) == images.num - 1:
+            yield collector.state_dict()["rows"]["features"]
+            collector = evaluator.new_collector({}, ["features"])
+    bar.close()
+
+
 def _arrays(images: Images, wanted: list[int]) -> dict[int, np.ndarray]:
-    """Index -> the image (H, W, 3) uint8 with that index."""
+    """Read the images (H, W, 3) uint8 with these indices, by their indices."""
     indices = sorted(set(wanted))
     return {i: image.permute(1, 2, 0).numpy() for i, image in zip(indices, images.take(indices), strict=True)}

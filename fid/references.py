@@ -1,14 +1,11 @@
-"""Reference files: statistics of real images as the tools of the field write them, read without running any code in them."""
+"""Reference files: statistics of real images as the tools of the field write them; no code in them is run."""
 
-import io
-import pickle
-import re
 import zipfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +13,7 @@ from torch import Tensor
 from fid.frechet import check_moments
 from fid.images import Images
 from fid.moments import Statistics
+from fid.pickles import unpickle
 from vca_engine.files import sha256_of, written_aside
 
 REFERENCE_FORMAT = 1  # of the file
@@ -64,14 +62,24 @@ class Reference:
 
     @cached_property
     def sha256(self) -> str | None:
-        """Of the file, in hexadecimal digits; None if it was not read from one."""
+        """Hash of the file, in hexadecimal digits; None if it was not read from one."""
         if not Path(self.source).is_file():
             return None
         return sha256_of(self.source)
 
 
+def describe(reference: Reference | Images | None) -> dict[str, Any] | None:
+    """Describe a reference for the record of a result."""
+    if reference is None:
+        return None
+    if isinstance(reference, Images):
+        return {"path": reference.source, "sha256": None, "kind": reference.kind, "num_images": reference.num}
+    found = {"path": reference.source, "sha256": reference.sha256, "kind": reference.kind}
+    return {**found, "num_images": reference.num_images, "protocol": reference.preset, "crop": reference.crop}
+
+
 def holds_statistics(path: str | Path) -> bool:
-    """Whether `path` is a file of statistics, by its content; if not, it can only be images."""
+    """Tell by its content whether `path` is a file of statistics; if not, it can only be images."""
     path = Path(path)
     if path.suffix.lower() in (".pkl", ".pt"):
         return path.is_file()
@@ -82,7 +90,7 @@ def holds_statistics(path: str | Path) -> bool:
 
 
 def load_ref(path: str | Path, label: str = "FID") -> Reference:
-    """Reads a file of statistics.
+    """Read a file of statistics.
 
     Args:
         path: .npz of ours, ADM, pytorch-fid, EDM, MAR or MeanFlow; .pkl of EDM2; .pt of torch-fidelity.
@@ -117,7 +125,7 @@ def load_ref(path: str | Path, label: str = "FID") -> Reference:
 
 
 def open_reference(ref: Any, label: str = "FID", **choices: bool) -> Reference | Images | None:
-    """What `ref` names; images are opened and counted, but not read yet. `choices` are those of `Images`."""
+    """Open what `ref` names; images are counted, but not read yet. `choices` are those of `Images`."""
     if ref is None or isinstance(ref, Reference | Images):
         return ref
     if isinstance(ref, Tensor | np.ndarray):
@@ -135,7 +143,7 @@ def check_protocol(
     force: bool = False,
     samples: str = "the extractor gives",
 ) -> list[str]:
-    """Whether a reference was made as samples are: by features of the same network, of images prepared in the same way.
+    """Check that a reference was made as samples are: by the same network, of images prepared in the same way.
 
     Args:
         reference: Statistics.
@@ -175,7 +183,7 @@ def check_protocol(
 
 
 def save_reference(path: str | Path, reference: Reference, images: np.ndarray | None = None) -> None:
-    """Writes an .npz with the keys of ADM's files, which other tools read, and ours: whole or not at all.
+    """Write an .npz with the keys of ADM's files, which other tools read, and ours: whole or not at all.
 
     Args:
         path: The file.
@@ -195,7 +203,7 @@ def save_reference(path: str | Path, reference: Reference, images: np.ndarray | 
 
 
 def _whole(value: Any, start: str, least: int) -> int | None:
-    """`value` as an integer; None stays None. A file may keep it as an array of one number."""
+    """Take `value` as an integer; None stays None. A file may keep it as an array of one number."""
     if value is None:
         return None
     array = np.asarray(value)
@@ -231,84 +239,8 @@ def _names(path: Path) -> list[str]:
         raise ValueError(f"'{path}' is not an .npz file, or is cut short.") from error
 
 
-class _ArrayState:
-    """What a pickle says of an array; the array itself is made of that by `np.frombuffer`, never by the pickle."""
-
-    def __init__(self) -> None:
-        self.value: np.ndarray | None = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran_order, content = state
-        self.value = _array(content, dtype, shape, "F" if fortran_order else "C")
-
-
-class _TypeState:
-    """What a pickle says of a type of numbers."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        if not re.fullmatch(r"[<>|=]?[biuf][1-8]", code):
-            raise pickle.UnpicklingError(f"it has an array of {code!r}, which are not numbers")
-        self.code = code.lstrip("<>|=")
-
-    def __setstate__(self, state: tuple) -> None:
-        if any(part is not None for part in state[2:5]):
-            raise pickle.UnpicklingError("it has an array of records")
-        self.code = f"{state[1]}{self.code}"
-
-
-def _array(content: Any, dtype: _TypeState, shape: tuple, order: str = "C") -> np.ndarray:
-    if not isinstance(dtype, _TypeState):
-        raise pickle.UnpicklingError("it has an array without a type")
-    return np.frombuffer(bytes(content), np.dtype(dtype.code)).reshape(shape, order=order)
-
-
-class _Arrays(pickle.Unpickler):
-    """Numbers, texts, and arrays of numbers only.
-
-    A pickle may name any function of Python to be called, and even numpy's own may be called so that they follow an address
-    in the file. Here each name stands for something that can do neither.
-    """
-
-    _STAND_INS: ClassVar = {
-        "ndarray": object,
-        "_reconstruct": lambda *_: _ArrayState(),
-        "dtype": _TypeState,
-        "scalar": lambda dtype, content: _array(content, dtype, (1,))[0],
-        "_frombuffer": lambda content, dtype, shape, order: _array(content, dtype, shape, order),
-        "encode": lambda text, encoding: text.encode("latin1"),
-        "OrderedDict": dict,
-        "EasyDict": dict,
-    }
-    _MODULES = re.compile(r"numpy|numpy\._?core\.(multiarray|numeric)|_codecs|collections|dnnlib\.util")
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for the few names that an array needs."""
-        if not self._MODULES.fullmatch(module) or name not in self._STAND_INS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not an array")
-        return self._STAND_INS[name]
-
-
-def _unpickle(content: bytes, path: Path) -> dict[str, Any]:
-    """The dict in a pickle, with its arrays."""
-    try:
-        found = _plain(_Arrays(io.BytesIO(content)).load())
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"'{path}' is not a file of statistics, and nothing in it was run: {error}.") from error
-    except Exception as error:  # what is no pickle, or was made to do harm, may raise anything
-        raise ValueError(f"'{path}' is not a file of statistics, and nothing in it was run.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"'{path}' holds a {type(found).__name__}; statistics are a dict with mu and sigma.")
-    return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return value.value if isinstance(value, _ArrayState) else value
-
-
 def _read_pickle(path: Path, label: str) -> tuple[dict[str, Any], str]:
-    found = _unpickle(path.read_bytes(), path)
+    found = unpickle(path.read_bytes(), path)
     part = "fd_dinov2" if label == "FD-DINOv2" else "fid"
     if part not in found and "mu" in found:
         return found, "edm2"
@@ -324,4 +256,4 @@ def _read_pt(path: Path, label: str) -> tuple[dict[str, Any], str]:
             content = archive.read(name)
     except (OSError, StopIteration, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"'{path}' is not a PyTorch file of statistics, or is cut short.") from error
-    return _unpickle(content, path), "torch-fidelity"
+    return unpickle(content, path), "torch-fidelity"

@@ -37,7 +37,7 @@ def as_in_a_new_process(request, monkeypatch):
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """A file of random weights of the FID's Inception, whose features are as large and as varied as the real one's."""
-    from fid.inception import inception_network
+    from fid.networks.inception import inception_network
 
     torch.manual_seed(0)
     network = inception_network()

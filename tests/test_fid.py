@@ -1,11 +1,13 @@
 """Distances and moments against closed forms and numpy, the evaluator and its record, the command line."""
 
 import argparse
+import importlib
 import json
 import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,11 @@ import fid
 from fid.__main__ import _parser, main
 from fid.collector import Collector, digests
 from fid.frechet import TOLERANCE, factor, frechet_terms, jackknife, noise_floor
+from fid.metrics.inception_score import inception_score
+from fid.metrics.metric import Side
+from fid.metrics.mind import mind
+from fid.metrics.precision_recall import precision_recall
+from fid.options import Options
 from fid.pictures import read_records
 from vca_engine.seeds import splitmix64
 
@@ -380,7 +387,7 @@ def test_splitmix64_is_the_published_generator():
 
 TWO_PROCESSES = """
 import sys, numpy as np, torch, torch.distributed as dist, fid
-from fid.collective import all_gather
+from fid.distributed import all_gather
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 x = np.load(sys.argv[1])
@@ -475,11 +482,11 @@ def test_evaluator_against_numpy(tmp_path):
     assert result.fd_mean_term == pytest.approx(np.square(x.mean(0) - y.mean(0)).sum(), rel=1e-6)
     assert result.fd_mean_term + result.fd_cov_term == pytest.approx(result.fd)
     rows_x, rows_y = torch.from_numpy(x), torch.from_numpy(y)
-    assert (result.precision, result.recall) == fid.scores.precision_recall(rows_y, rows_x, arithmetic="adm-fp16")
-    assert result.mind == pytest.approx(fid.scores.mind(rows_y, rows_x), rel=1e-5)
+    assert (result.precision, result.recall) == precision_recall(rows_y, rows_x, arithmetic="adm-fp16")
+    assert result.mind == pytest.approx(mind(rows_y, rows_x), rel=1e-5)
     with torch.no_grad():
         logits = Mean()(torch.from_numpy(mine).permute(0, 3, 1, 2))["logits"]
-    assert result.inception_score == pytest.approx(fid.scores.inception_score(logits)[0], rel=1e-6)
+    assert result.inception_score == pytest.approx(inception_score(logits)[0], rel=1e-6)
     assert (result.record["step"], result.record["num_samples"]) == (12, 300)
     result.to_json(tmp_path / "x.json")
     again = fid.Result.from_json(tmp_path / "x.json")
@@ -707,7 +714,7 @@ def test_a_reference_of_another_protocol_is_refused(tmp_path):
     fid.save_reference(path, reference_of(one, 20, "inception-pytorch-fid-0", "pytorch-fid"))
     with pytest.raises(ValueError, match="preset 'pytorch-fid', samples with 'adm'; FID would mix two resizes"):
         fid.Evaluator(path, extractor=other)
-    assert "mix two resizes" in fid.Evaluator(path, extractor=other, force=True)._warnings[0]
+    assert "mix two resizes" in fid.Evaluator(path, extractor=other, force=True).warnings[0]
     fid.save_reference(path, reference_of(one, 20, "inception-adm-1", "adm"))
     with pytest.raises(ValueError, match="made with inception-adm-1, samples with inception-adm-0"):
         fid.Evaluator(path, extractor=other)
@@ -719,7 +726,7 @@ def test_a_reference_of_another_protocol_is_refused(tmp_path):
     with pytest.raises(ValueError, match="preset 'adm', samples with 'pytorch-fid'; FID would mix two resizes"):
         fid.compare(tmp_path / "y.npz", tmp_path / "adm.npz")
     np.savez(path, mu=mean, sigma=cov)
-    assert "does not say by which protocol" in fid.Evaluator(path, extractor=other)._warnings[0]
+    assert "does not say by which protocol" in fid.Evaluator(path, extractor=other).warnings[0]
     moments = fid.Moments(6)
     moments.update(torch.from_numpy(gaussian(6, 20)[2]))
     moments.save(tmp_path / "z.npz")
@@ -734,8 +741,8 @@ def test_what_the_reference_lacks(tmp_path):
     judge.metrics = ("fd", "pr")
     ev = fid.Evaluator(tmp_path / "x.npz", extractor=judge)
     assert ev.metrics == ("fd",)
-    assert "left out pr: " in ev._warnings[-1]
-    assert "has no images (arr_0)" in ev._warnings[-1]
+    assert "left out pr: " in ev.warnings[-1]
+    assert "has no images (arr_0)" in ev.warnings[-1]
     with pytest.raises(ValueError, match=r"cannot compute pr: .* has no images"):
         fid.Evaluator(tmp_path / "x.npz", extractor=Mean(), metrics=("pr",))
 
@@ -860,7 +867,7 @@ def test_neighbours_are_found_and_drawn(files, tmp_path, monkeypatch):
     monkeypatch.setattr(fid.evaluator, "MAX_REFERENCE_ROWS", 10)  # what the metrics take; copies are found all the same
     ev = fid.Evaluator(tmp_path / "real.npz", extractor=Mean(), keep_features=True, batch_size=7)
     fid.evaluate(samples, evaluator=ev)
-    assert len(ev.reference_rows["features"]) == 10
+    assert len(ev.reference_side.rows["features"]) == 10
     again, same = fid.neighbours(ev, samples, tmp_path / "n.png", k=2, num=3)
     assert same.tolist() == index.tolist()
     np.testing.assert_allclose(again, distances, atol=1e-6)
@@ -970,6 +977,39 @@ def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, code, files, mo
     assert sentence in capsys.readouterr().err
     assert ended.value.code == code
     assert not (files / "x.npz").exists()
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+@pytest.mark.parametrize(
+    ("key", "word", "meant"), [("extractor", "clasifier", "classifier"), ("preset", "cleann", "clean")]
+)
+def test_the_programs_know_networks_and_protocols_by_the_same_lists(program, key, word, meant, tmp_path, capsys):
+    option = f"--fid.{key}" if program == "train" else f"--fid_{key}"
+    config = Path(__file__).resolve().parents[1] / "configs" / "digits_sit.yaml"
+    given = ["--config", str(config), "--run_dir", str(tmp_path)] if program == "train" else [str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(program).main([*given, option, word])
+    assert ended.value.code == 2
+    assert f"{key} is {word!r}; did you mean {meant!r}? choose one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", fid.METRICS)
+def test_a_metric_says_which_numbers_it_gives(name):
+    """By their names, `Result.from_json` tells numbers from the rest of a record."""
+    metric, rng = fid.METRICS[name], np.random.default_rng(0)
+    sides = []
+    for _ in range(2):
+        rows = torch.from_numpy(rng.normal(size=(60, 5)))
+        moments = fid.Moments(5, 10)
+        moments.update(rows)
+        side = Side({metric.output: moments.statistics()}, {metric.output: moments.sums}, {metric.output: rows})
+        sides.append(side)
+    values = metric.compute(*sides, Options())
+    assert tuple(values) == metric.numbers
+    assert set(metric.columns) <= set(values)
+    cells = metric.cells(values, {"label": "FID", "num_samples": 60})
+    assert len(cells) == len(metric.columns)
+    assert all(cells)
 
 
 def test_fewer_samples_when_that_is_asked_for(files, capsys):

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fid
-from fid import inception
-from fid.features import fingerprint
-from fid.inception import WEIGHTS_FILES
-from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+from fid.networks import inception
+from fid.networks.extractor import fingerprint
+from fid.networks.inception import WEIGHTS_FILES
+from fid.networks.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 from vca_engine.precision import ieee_float32
 
 torch.set_num_threads(1)
@@ -224,7 +224,7 @@ def test_a_whole_evaluation_equals_torch_fidelity(adm, theirs, inception_weights
         real, extractor=adm, metrics=("fid", "sfid", "is", "pr"), device="cpu", groups=0, pr_compat="fp32"
     )
     result = ev.update(mine).compute()
-    rows, real_rows = ev.collected.rows, ev.reference_rows
+    rows, real_rows = ev.summary.rows, ev.reference_side.rows
     isc = isc_features_to_metric(rows["logits"])
     options = {"prc_neighborhood": 3, "prc_batch_size": 10_000, "save_cpu_ram": False, "verbose": False}
     prc = prc_features_to_metric(rows["features"], real_rows["features"], **options)
@@ -250,7 +250,7 @@ def test_statistics_files_keep_what_sfid_needs(adm, tmp_path):
         assert {"mu", "sigma", "mu_s", "sigma_s", "protocol", "num_images"} <= set(file.files)
     ev = fid.Evaluator(tmp_path / "x.npz", extractor=adm, device="cpu", groups=0)
     assert ev.metrics == ("fid", "sfid", "is")
-    assert "P/R needs arr_0 (use VIRTUAL_imagenet256_labeled.npz). Continuing with fid, sfid, is." in ev._warnings[0]
+    assert "P/R needs arr_0 (use VIRTUAL_imagenet256_labeled.npz). Continuing with fid, sfid, is." in ev.warnings[0]
     result = ev.update(images).compute()
     assert result.fid < 1e-6 * np.trace(made.statistics["features"].cov)
     assert result.sfid < 1e-6 * np.trace(made.statistics["spatial"].cov)
@@ -418,7 +418,7 @@ def classifier():
 def test_classifier_round_trip(classifier, tmp_path):
     images = random_images(5, 16)
     classifier.save(tmp_path / "x.safetensors")
-    found = fid.EXTRACTORS["classifier"](tmp_path / "x.safetensors")
+    found = fid.EXTRACTORS["classifier"].load(tmp_path / "x.safetensors")
     assert (found.num_classes, found.image_size, found.accuracy) == (10, 16, None)
     assert found.name == classifier.name
     assert torch.equal(found(images)["features"], classifier(images)["features"])

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from fid import scores
-from fid.scores import density_coverage, inception_score, kid, mind, nearest, precision_recall
+from fid.metrics import rows as fid_rows
+from fid.metrics.density_coverage import density_coverage
+from fid.metrics.inception_score import inception_score
+from fid.metrics.kid import kid
+from fid.metrics.mind import mind
+from fid.metrics.precision_recall import precision_recall
+from fid.metrics.rows import nearest, squared_distances, sum_as_tensorflow
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 
@@ -204,16 +209,16 @@ def test_precision_recall_against_a_plain_version(k):
 def test_float16_distances_are_bit_equal_to_a_plain_version():
     real, fake = coarse(25, 1), coarse(30, 2)
     want = distances(real, fake, "adm-fp16")
-    assert (scores._squared_distances(real, fake, "adm-fp16").numpy() == want).all()
+    assert (squared_distances(real, fake, "adm-fp16").numpy() == want).all()
     assert (want != distances(real, fake)).mean() > 0.1  # it does round
-    again = scores._squared_distances(real, real, "adm-fp16").numpy()
+    again = squared_distances(real, real, "adm-fp16").numpy()
     assert (again == distances(real, real, "adm-fp16")).all()  # with 0 where rounding would leave less
     assert (want != distances(fake, real, "adm-fp16").T).any()  # the real rows come first: |x|^2 - 2 x.y, then + |y|^2
 
 
 def test_no_distance_is_below_0():
     rows = 3 + normal(50, 64)
-    assert scores._squared_distances(rows, rows.clone(), "fp32").min() == 0
+    assert squared_distances(rows, rows.clone(), "fp32").min() == 0
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -238,7 +243,7 @@ def test_norms_in_float16_are_those_of_tensorflow(dim, norms):
     """Taken from `tf.reduce_sum(tf.square(rows), 1)` in float16, of TensorFlow 2.21 on an x86 processor."""
     i, j = np.ogrid[:5, :dim]
     rows = torch.from_numpy((7 * i * i + 13 * j + i * j) % 61 / 64).half()
-    assert scores._sum_as_tensorflow(rows * rows).tolist() == norms
+    assert sum_as_tensorflow(rows * rows).tolist() == norms
 
 
 @pytest.mark.parametrize(("seed", "precise", "recalled"), [(0, 339, 254), (1, 350, 273), (2, 342, 260), (3, 346, 259)])
@@ -269,7 +274,7 @@ def test_what_float16_cannot_hold_is_done_in_float32(scale):
 
 def test_a_product_beyond_float16_alone_is_done_in_float32():
     rows = torch.full((2, 4), 100.0)  # norms 40000 fit, twice the product does not
-    assert scores._squared_distances(rows, rows + 1, "adm-fp16").tolist() == [[4, 4], [4, 4]]
+    assert squared_distances(rows, rows + 1, "adm-fp16").tolist() == [[4, 4], [4, 4]]
 
 
 def test_what_float32_cannot_hold_is_refused():
@@ -305,7 +310,7 @@ def test_the_other_scores_work_in_blocks_too(monkeypatch):
     real, fake = coarse(60, 1), coarse(90, 2)
     want, (far, which) = density_coverage(real, fake), nearest(fake, real, k=4)
     for block in (3, 50):
-        monkeypatch.setattr(scores, "BLOCK", block)
+        monkeypatch.setattr(fid_rows, "BLOCK", block)
         assert density_coverage(real, fake) == want
         again, found = nearest(fake, real, k=4)
         assert torch.equal(again, far)

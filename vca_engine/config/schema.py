@@ -218,8 +218,8 @@ class FidConfig(Strict):
 
     Args:
         reference: What they are compared with: a file of statistics, or images (a folder, .zip, .npz, .npy).
-        extractor: Network of the features: inception, dinov2, classifier.
-        preset: Protocol of Inception: adm, pytorch-fid, clean.
+        extractor: Network of the features, e.g. inception or dinov2; python -m fid eval --help lists them.
+        preset: Protocol of Inception, e.g. adm or clean; python -m fid eval --help lists them.
         weights: Its file of weights; not given means where python -m fid looks for them.
         metrics: Names of metrics, as python -m fid eval --help lists them; not given means those of the preset.
         every: Training steps between two evaluations of the averaged weights; not given means never.
@@ -227,8 +227,8 @@ class FidConfig(Strict):
     """
 
     reference: str | None = None
-    extractor: Literal["inception", "dinov2", "classifier"] = "inception"
-    preset: Literal["adm", "pytorch-fid", "clean"] = "adm"
+    extractor: str = "inception"  # a program that may import fid checks these two
+    preset: str = "adm"
     weights: str | None = None
     metrics: list[str] | None = None
     every: int | None = None

@@ -1,4 +1,4 @@
-"""What processes tell each other; without a process group, each is what one process knows."""
+"""Processes that share an evaluation; without a process group there is one, and each function gives what it has."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch import Tensor
 
 
 def rank_and_size(process_group: Any = None) -> tuple[int, int]:
-    """Number of this process, and how many there are."""
+    """Return the number of this process, and how many there are."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(process_group), dist.get_world_size(process_group)
 
 
 def all_reduce(tensor: Tensor, process_group: Any = None) -> Tensor:
-    """The sum over all processes, on the CPU."""
+    """Add up a tensor (...) over all processes, on the CPU."""
     if rank_and_size(process_group)[1] == 1:
         return tensor
     total = tensor.to(_device(process_group), copy=True).contiguous()
@@ -24,7 +24,7 @@ def all_reduce(tensor: Tensor, process_group: Any = None) -> Tensor:
 
 
 def all_gather(rows: Tensor, process_group: Any = None) -> list[Tensor]:
-    """The tensors of all processes, in the order of their ranks, on the CPU; their lengths may differ."""
+    """Collect the tensors (N, ...) of all processes, by rank, on the CPU; N may differ between them."""
     size = rank_and_size(process_group)[1]
     if size == 1:
         return [rows]
@@ -40,7 +40,7 @@ def all_gather(rows: Tensor, process_group: Any = None) -> list[Tensor]:
 
 
 def from_first(value: Any, process_group: Any = None) -> Any:
-    """What the first process of the group has, for all of them; a picklable object."""
+    """Give all processes the picklable object that the first one has."""
     if rank_and_size(process_group)[1] == 1:
         return value
     box = [value]
@@ -49,7 +49,7 @@ def from_first(value: Any, process_group: Any = None) -> Any:
 
 
 def gather_objects(value: Any, process_group: Any = None) -> list[Any]:
-    """What each process has, in the order of their ranks; picklable objects."""
+    """Collect a picklable object from each process, by rank."""
     size = rank_and_size(process_group)[1]
     if size == 1:
         return [value]
@@ -59,7 +59,7 @@ def gather_objects(value: Any, process_group: Any = None) -> list[Any]:
 
 
 def fail_together(error: Exception | None, process_group: Any = None) -> None:
-    """Raises the first process's error in all of them, where each would otherwise wait for the others for ever."""
+    """Raise the first error of any process in all of them; without it, those that have none would wait for ever."""
     for found in gather_objects(error, process_group):
         if found is not None:
             raise found

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fid.features import FeatureExtractor
+from fid.networks.extractor import FeatureExtractor
 from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
 
@@ -19,9 +19,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 class DINOv2(FeatureExtractor):
     """The class token of DINOv2's ViT-L/14, 1024 features, of images at 224 x 224 pixels, as EDM2 computes it.
 
-    Images are resized in floating point (bicubic, antialiased, neither rounded nor clipped) and normalised by ImageNet's
-    mean and deviation; the embedding of 37 x 37 positions is resized to 16 x 16 as DINOv2's own code does it. The network
-    is timm's; `pip install timm`.
+    Images are resized in floating point (bicubic, antialiased, neither rounded nor clipped) and normalised by
+    ImageNet's mean and deviation; the embedding of 37 x 37 positions is resized to 16 x 16 as DINOv2's own code does
+    it. The network is timm's; `pip install timm`.
 
     Args:
         weights: Local file of weights, .safetensors or .pth, with timm's keys or DINOv2's own; not given means timm's
@@ -32,7 +32,8 @@ class DINOv2(FeatureExtractor):
         FileNotFoundError: No such file, or it cannot be had from the hub.
         ValueError: timm is missing, or the file holds something else.
 
-    Source: Oquab et al., arXiv:2304.07193; as a distance, Stein et al., arXiv:2306.04675; Karras et al., arXiv:2312.02696.
+    Source: Oquab et al., arXiv:2304.07193; as a distance, Stein et al., arXiv:2306.04675, and Karras et al.,
+    arXiv:2312.02696.
     """
 
     label = "FD-DINOv2"
@@ -68,7 +69,7 @@ class DINOv2(FeatureExtractor):
 
     @ieee_float32()
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W), or a list of (3, H, W), -> features (B, 1024)."""
+        """Compute features (B, 1024) of uint8 (B, 3, H, W), or of a list of (3, H, W)."""
         resized = []
         for part in [image[None] for image in images] if isinstance(images, list) else [images]:
             check_uint8(part)
@@ -77,12 +78,12 @@ class DINOv2(FeatureExtractor):
         return {"features": self.network(x)}
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
 
 def _resize_positions(embedding: Tensor, side: int) -> Tensor:
-    """(1, 1 + n n, D), of the class token and of n x n patches, -> (1, 1 + side side, D), bicubic.
+    """Resize (1, 1 + n n, D), of the class token and of n x n patches, to (1, 1 + side side, D), bicubic.
 
     DINOv2 resizes by (side + 0.1) / n and not by side / n, without antialiasing; timm does neither.
     """

@@ -1,6 +1,5 @@
-"""Networks that turn images into the features which a distance compares."""
+"""A small classifier as an extractor, for images that Inception does not know, such as handwritten digits."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -9,87 +8,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vca_engine.files import sha256_of_weights, written_aside
+from fid.networks.extractor import FeatureExtractor, fingerprint
+from vca_engine.files import written_aside
 from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
-
-
-class FeatureExtractor(nn.Module):
-    """What images are looked at with; your own is a subclass with `dims` and `forward`.
-
-        class Colours(fid.FeatureExtractor):
-            dims = {"features": 3}
-
-            def forward(self, images):                                  # uint8 (B, 3, H, W)
-                return {"features": images.float().mean(dim=(2, 3))}    # (B, 3)
-
-        fid.evaluate("samples", "real_images", Colours())
-
-    To take images of different sizes it has to accept a list of (3, H, W), too. The evaluator runs it in IEEE float32,
-    whatever autocast and TF32 are set; to have that elsewhere, decorate `forward` with
-    `@vca_engine.precision.ieee_float32()`.
-    """
-
-    dims: dict[str, int]  # width of each output, `features` among them
-    label = "Frechet distance"  # what the distance is called, as in a table
-    preset: str | None = None  # the protocol, if there are several for this network
-    metrics: tuple[str, ...] = ("fd",)  # what is computed unless something else is asked for
-
-    @property
-    def dim(self) -> int:
-        """Width D of `features`."""
-        return self.dims["features"]
-
-    @cached_property
-    def name(self) -> str:
-        """Of the class, with the `fingerprint` of the weights, so that statistics of different networks never meet."""
-        return f"{type(self).__name__.lower()}-{fingerprint(self)}"
-
-
-class Described(FeatureExtractor):
-    """Any module from uint8 (B, 3, H, W) to {"features": (B, D), ...}, with what the evaluator wants to know of it.
-
-    Args:
-        module: The module; what it says of itself (`name`, `label`, `preset`, `metrics`, `dims`) is believed.
-        device: Where an image is run through it if it has no `dims`, to see their widths.
-
-    Raises:
-        ValueError: It gives something else.
-    """
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        super().__init__()
-        self.module = module
-        if not hasattr(module, "dims"):
-            try:
-                with torch.no_grad():
-                    found = module.to(device).eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device))
-                dims = {output: rows.shape[1] for output, rows in found.items()}
-            except Exception as error:  # anything may stand in it
-                raise ValueError(
-                    f"the extractor {type(module).__name__} failed on an image of 64x64 pixels ({error}); derive it from "
-                    "fid.FeatureExtractor and give it dims."
-                ) from error
-        self.dims = getattr(module, "dims", None) or dims
-        if "features" not in self.dims:
-            raise ValueError(f"the extractor {type(module).__name__} gives {list(self.dims)}; it has to give features.")
-        self.label = getattr(module, "label", self.label)
-        self.preset = getattr(module, "preset", self.preset)
-        self.metrics = getattr(module, "metrics", self.metrics)
-
-    @cached_property
-    def name(self) -> str:
-        """The module's, or that of its class with the fingerprint of the weights."""
-        return getattr(self.module, "name", f"{type(self.module).__name__.lower()}-{fingerprint(self)}")
-
-    def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
-        """What the module gives."""
-        return self.module(images)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Shorten the SHA-256 of all weights of a network to eight hexadecimal digits."""
-    return sha256_of_weights(module)[:8]
 
 
 class Classifier(FeatureExtractor):
@@ -138,12 +60,12 @@ class Classifier(FeatureExtractor):
 
     @property
     def name(self) -> str:
-        """As that of any extractor, of the weights as they are now: it may be in training."""
+        """`classifier` and the fingerprint of the weights as they are now: it may be in training."""
         return f"classifier-{fingerprint(self)}"
 
     @ieee_float32()
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W), or a list of (3, H, W), -> features (B, 64) and logits (B, num_classes)."""
+        """Compute features (B, 64) and logits (B, num_classes) of uint8 (B, 3, H, W), or of a list of (3, H, W)."""
         if isinstance(images, list):
             found = [self(image[None]) for image in images]
             return {output: torch.cat([rows[output] for rows in found]) for output in self.dims}
@@ -153,7 +75,7 @@ class Classifier(FeatureExtractor):
         return {"features": features, "logits": self.head(features)}
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file whose metadata holds the arguments of the constructor."""
+        """Write a safetensors file whose metadata holds the arguments of the constructor."""
         metadata = {"num_classes": self.num_classes, "image_size": self.image_size, "accuracy": self.accuracy}
         content = save(self.state_dict(), {key: str(value) for key, value in metadata.items() if value is not None})
         with written_aside(path) as temporary:
@@ -161,7 +83,7 @@ class Classifier(FeatureExtractor):
 
     @classmethod
     def load(cls, path: str | Path | None) -> Self:
-        """Reads what `save` wrote, in evaluation mode.
+        """Read what `save` wrote, in evaluation mode.
 
         Raises:
             FileNotFoundError: No file there, or none given: there are no published weights to fall back on.
@@ -173,7 +95,8 @@ class Classifier(FeatureExtractor):
             raise FileNotFoundError(f"the classifier's weights '{path}' do not exist.")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
                 f"'{path}' is no safetensors file, as `Classifier.save` writes, or is cut short: {error}."

@@ -1,7 +1,7 @@
 """Whole evaluations in one call: of images, of two sets of statistics, and of what is to be a reference."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fid.collective import gather_objects, rank_and_size
+from fid.distributed import gather_objects, rank_and_size
 from fid.evaluator import Evaluator
-from fid.extractors import LABELS, build_extractor
-from fid.features import FeatureExtractor
 from fid.frechet import noise_floor
 from fid.images import Images
-from fid.metrics import METRICS, Options, Side
-from fid.references import Reference, check_protocol, holds_statistics, load_ref, open_reference
-from fid.result import Result, short_count, versions
+from fid.metrics import METRICS
+from fid.metrics.frechet_distance import short_count
+from fid.metrics.metric import Side
+from fid.networks import LABELS, build_extractor
+from fid.networks.extractor import FeatureExtractor
+from fid.options import Options
+from fid.references import Reference, check_protocol, describe, holds_statistics, load_ref, open_reference
+from fid.result import Result, versions
 
 
 def open_evaluator(
@@ -44,7 +47,7 @@ def open_evaluator(
         FileNotFoundError: No such reference or weights.
         ValueError: An unknown name, or a reference that cannot be read.
     """
-    opened = open_reference(reference, LABELS[extractor])  # before the network: it fails sooner
+    opened = open_reference(reference, LABELS.get(extractor, "FID"))  # before the network: it fails sooner
     return Evaluator(opened, extractor=build_extractor(extractor, weights, preset), metrics=metrics, device=device)
 
 
@@ -55,32 +58,28 @@ def evaluate(
     *,
     num: int | None = None,
     allow_fewer: bool = False,
-    mixed_sizes: bool = False,
-    drop_alpha: bool = False,
     evaluator: Evaluator | None = None,
     record: dict[str, Any] | None = None,
     **options: Any,
 ) -> Result:
-    """Metrics of samples against a reference, in one call.
+    """Measure samples against a reference, in one call.
 
     Args:
-        samples: Images in any form that `Images` takes, or an iterator of uint8 batches, (B, 3, H, W) or (B, H, W, 3), or
-            of pairs of them and their labels, as a DataLoader gives.
+        samples: Images in any form that `Images` takes, or an iterator of uint8 batches, (B, 3, H, W) or (B, H, W, 3),
+            or of pairs of them and their labels, as a DataLoader gives.
         ref: As `Evaluator` takes it.
         extractor: Another network than Inception.
         num: The first `num` samples; not given means all.
         allow_fewer: Take what there is if there are fewer than `num`.
-        mixed_sizes: Take images of different sizes, each resized on its own.
-        drop_alpha: Take images with transparency, and leave it out.
         evaluator: One that is there already, in place of `ref`, `extractor` and `options`; it is reset first.
         record: More for the record; see `Evaluator.compute`. What sample.py wrote beside the samples is in it anyway.
-        options: Of `Evaluator`.
+        options: `mixed_sizes` and `drop_alpha`, of `Images`, and those of `Evaluator`.
 
     Raises:
         FileNotFoundError: No such samples, reference or weights.
         ValueError: What `Images` or `Evaluator` refuse, or fewer samples than `num`.
     """
-    choices = {"mixed_sizes": mixed_sizes, "drop_alpha": drop_alpha}
+    choices = {name: options.pop(name) for name in ("mixed_sizes", "drop_alpha") if name in options}
     reference = evaluator.reference if evaluator else open_reference(ref, getattr(extractor, "label", "FID"), **choices)
     if (found := statistics_in(samples)) is not None:
         if num is not None:
@@ -96,33 +95,43 @@ def evaluate(
         evaluator = Evaluator(reference, extractor=extractor, **options)
     evaluator.reset()
     evaluator.prepare()
-    if not isinstance(samples, Images):
-        for batch in samples:
-            images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
-            left = len(images) if num is None else min(len(images), num - len(evaluator.seen))
-            evaluator.update(images[:left], labels=None if labels is None else labels[:left])
-            if len(evaluator.seen) == num:
-                break
-        if num is not None and not allow_fewer and len(evaluator.seen) < num:
-            raise ValueError(too_few("the iterator", len(evaluator.seen), num, reference))
-        return evaluator.compute(**(record or {}))
-    evaluator.feed(samples)
-    described = {"kind": samples.kind, "path": samples.source, "lossy": samples.lossy}
-    record = {**beside(samples.source), **(record or {})}
+    if isinstance(samples, Images):
+        evaluator.feed(samples)
+        return evaluator.compute(samples.num, **_record_of(samples, record or {}, num, evaluator.process_group))
+    _feed_batches(evaluator, samples, num)
+    if num is not None and not allow_fewer and len(evaluator.seen) < num:
+        raise ValueError(too_few("the iterator", len(evaluator.seen), num, reference))
+    return evaluator.compute(**(record or {}))
+
+
+def _feed_batches(evaluator: Evaluator, batches: Iterable[Any], num: int | None) -> None:
+    """Add batches, or pairs of them and their labels, up to `num` images."""
+    for batch in batches:
+        images, labels = batch if isinstance(batch, tuple | list) else (batch, None)
+        left = len(images) if num is None else min(len(images), num - len(evaluator.seen))
+        evaluator.update(images[:left], labels=None if labels is None else labels[:left])
+        if len(evaluator.seen) == num:
+            break
+
+
+def _record_of(samples: Images, record: dict[str, Any], num: int | None, process_group: Any) -> dict[str, Any]:
+    """Add to a record all that is known of the samples' files, with warnings. Collective."""
+    record = {**sample_record_of(samples.source), **record}
     promised = record.get("sample", {}).get("num")
-    first = rank_and_size(evaluator.process_group)[0] == 0
-    said = [text for part in gather_objects(samples.warnings(first), evaluator.process_group) for text in part]
+    first = rank_and_size(process_group)[0] == 0
+    said = [text for part in gather_objects(samples.warnings(first), process_group) for text in part]
     if promised and num is None and promised != samples.num:
         said.append(f"'{samples.source}' has {samples.num} images, and what stands beside it says {promised}.")
     if samples.lossy:
         said.append(f"images of '{samples.source}' are in a lossy format, which moves every distance.")
-    return evaluator.compute(samples.num, input=described, warnings=list(dict.fromkeys(said)), **record)
+    described = {"kind": samples.kind, "path": samples.source, "lossy": samples.lossy}
+    return {"input": described, "warnings": list(dict.fromkeys(said)), **record}
 
 
-def beside(source: str) -> dict[str, Any]:
-    """What stands beside samples of how they were made, for the record of their metrics: `sample` and `labels_mode`.
+def sample_record_of(source: str) -> dict[str, Any]:
+    """Read how samples were made, for the record of their metrics: `sample` and `labels_mode`.
 
-    sample.py writes it, as FILE.json or in FOLDER/samples.json; {} where there is nothing of that kind.
+    sample.py writes it beside them, as FILE.json or in FOLDER/samples.json; {} where there is nothing of that kind.
     """
     path = Path(source)
     file = path / "samples.json" if path.is_dir() else path.with_name(f"{path.name}.json")
@@ -136,7 +145,7 @@ def beside(source: str) -> dict[str, Any]:
 
 
 def statistics_in(samples: Any) -> Reference | None:
-    """The statistics that `samples` names, if it is a file of them and holds no images."""
+    """Read the statistics that `samples` names, if it is a file of them and holds no images."""
     if isinstance(samples, str | Path) and holds_statistics(samples):
         found = load_ref(samples)
         return found if found.images is None else None
@@ -144,7 +153,7 @@ def statistics_in(samples: Any) -> Reference | None:
 
 
 def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
-    """The Frechet distance between two sets of statistics, without a network.
+    """Compute the Frechet distance between two sets of statistics, without a network.
 
     Args:
         a: File of statistics, of the samples.
@@ -172,7 +181,8 @@ def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
     for name in ("fid" if inception else "fd", "sfid"):
         if METRICS[name].output in a.statistics.keys() & b.statistics.keys():
             values |= METRICS[name].compute(*sides, Options())
-    described = {"path": b.source, "sha256": b.sha256, "kind": b.kind, "num_images": b.num_images, "protocol": b.preset}
+    described = describe(b)
+    del described["crop"]
     record = {
         "label": "FID" if inception else "Frechet distance",
         "num_samples": a.num_images,
@@ -190,7 +200,7 @@ def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
 def statistics(
     images: Any, extractor: FeatureExtractor | None = None, *, num: int | None = None, **options: Any
 ) -> Reference:
-    """The statistics of images, fit to be a reference.
+    """Compute the statistics of images, fit to be a reference.
 
     Args:
         images: As `Images` takes them.
@@ -205,7 +215,7 @@ def statistics(
 
 
 def too_few(what: str, found: int, num: int, reference: Any = None) -> str:
-    """The sentence for fewer samples than asked for, with the difference that is due to their number alone."""
+    """Write the sentence for fewer samples than asked for, with the difference that is due to their number alone."""
     names = f"FID-{short_count(found)} is not comparable with FID-{short_count(num)}"
     bias = ""
     if isinstance(reference, Reference) and found > 0:

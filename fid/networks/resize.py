@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def tf1_bilinear(images: Tensor, size: int) -> Tensor:
-    """TensorFlow 1's `resize_bilinear` without half-pixel centres, as the graph of 2015 was used; in float32.
+    """Resize as TensorFlow 1's `resize_bilinear` without half-pixel centres, with which the graph of 2015 was used.
 
         s = in / out,   p_i = i s,   l = floor(p_i),   h = min(l + 1, in - 1),   f = p_i - l
         y_i = x_l + (x_h - x_l) f           along the width first, then along the height
@@ -20,7 +20,7 @@ def tf1_bilinear(images: Tensor, size: int) -> Tensor:
         size: Side of the result.
 
     Returns:
-        (B, 3, size, size) float32 in [0, 255].
+        (B, 3, size, size) float32 in [0, 255], computed in float32.
     """
     x = images.float()
     for axis in (3, 2):
@@ -37,7 +37,7 @@ def tf1_bilinear(images: Tensor, size: int) -> Tensor:
 
 
 def half_pixel_bilinear(images: Tensor, size: int) -> Tensor:
-    """PyTorch's bilinear resize with half-pixel centres and without antialiasing, of x / 255, as pytorch-fid does.
+    """Resize x / 255 as pytorch-fid does: PyTorch's bilinear, half-pixel centres, no antialiasing.
 
     Args:
         images: (B, 3, H, W), uint8.
@@ -50,7 +50,7 @@ def half_pixel_bilinear(images: Tensor, size: int) -> Tensor:
 
 
 def clean_bicubic(images: Tensor, size: int) -> Tensor:
-    """Pillow's antialiased bicubic resize of each channel in floating point, clipped and not rounded.
+    """Resize each channel by Pillow's antialiased bicubic in floating point, clipped and not rounded.
 
     Args:
         images: (B, 3, H, W), uint8.

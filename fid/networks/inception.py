@@ -13,8 +13,8 @@ from pytorch_fid import inception as blocks
 from torch import Tensor
 from torchvision.models import Inception3
 
-from fid.features import FeatureExtractor, fingerprint
-from fid.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+from fid.networks.extractor import FeatureExtractor, fingerprint
+from fid.networks.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 from vca_engine.files import sha256_of
 from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
@@ -98,7 +98,7 @@ class Inception(FeatureExtractor):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What is reported by this preset unless something else is asked for."""
+        """The metrics of this preset, unless others are asked for."""
         return PRESETS[self.preset].metrics
 
     @property
@@ -110,7 +110,7 @@ class Inception(FeatureExtractor):
         return {"features": 2048, "spatial": SPATIAL_CHANNELS * side**2, "logits": len(self.classifier)}
 
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
-        """Features of images.
+        """Compute the features of images.
 
         Args:
             images: uint8 (B, 3, H, W), or a list of (3, H, W) of different sizes, each resized on its own.
@@ -134,12 +134,12 @@ class Inception(FeatureExtractor):
             return {"features": features, "spatial": spatial, "logits": features @ self.classifier.T}
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode, whatever module it is part of: with batch statistics the features mean nothing."""
+        """Stay in evaluation mode, whatever module this is part of: with batch statistics the features mean nothing."""
         return super().train(False)
 
 
 def inception_network() -> Inception3:
-    """Torchvision's Inception with the pooling of the graph of 2015, as `pytorch_fid.inception.fid_inception_v3`."""
+    """Make torchvision's Inception with the pooling of the graph of 2015, as `pytorch_fid.inception` does."""
     network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     network.Mixed_5b = blocks.FIDInceptionA(192, pool_features=32)
     network.Mixed_5c = blocks.FIDInceptionA(256, pool_features=64)
@@ -154,7 +154,7 @@ def inception_network() -> Inception3:
 
 
 def _find_weights(given: str | Path | None) -> Path:
-    """The file of weights, downloaded if there is none: by one process, while the others wait for it."""
+    """Find the file of weights, or download it if there is none: one process does, while the others wait."""
     given = given or os.environ.get("FID_INCEPTION_WEIGHTS")
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     tried = [Path(given)] if given else [cache / name for name in WEIGHTS_FILES]
@@ -171,14 +171,14 @@ def _find_weights(given: str | Path | None) -> Path:
     except (OSError, RuntimeError) as error:  # offline, or a download of another hash
         raise FileNotFoundError(
             f"FID Inception weights not found ({error}). Tried: {', '.join(map(str, tried))}. Get {WEIGHTS_FILES[0]} "
-            f"(95 MB) from the pytorch-fid release 'fid_weights' ({blocks.FID_WEIGHTS_URL}) on a machine with internet, "
-            "and pass --weights or set $FID_INCEPTION_WEIGHTS."
+            f"(95 MB) from the pytorch-fid release 'fid_weights' ({blocks.FID_WEIGHTS_URL}) on a machine with "
+            "internet, and pass --weights or set $FID_INCEPTION_WEIGHTS."
         ) from error
     return tried[0]
 
 
 def _load(path: Path) -> tuple[Inception3, str]:
-    """The network with the weights of a file, and the file's SHA-256."""
+    """Make the network with the weights of a file; return it and the file's SHA-256."""
     digest = sha256_of(path)
     if path.name in WEIGHTS_FILES and not digest.startswith(PUBLISHED):
         raise ValueError(f"'{path}' is damaged: its SHA-256 does not begin with {PUBLISHED}; remove it.")
