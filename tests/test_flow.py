@@ -442,10 +442,10 @@ def test_without_assertions_they_end_too():
     program = """if True:
         import sys, torch
         sys.path[:0] = [".", "tests"]
-        from test_flow import Transport, blow_up, spoilt
+        from test_flow import ODE, Transport, blow_up, spoilt
         for predict in (spoilt, blow_up):
             try:
-                sampler_of(Transport(), "ode")(predict, torch.zeros(2, 1, 2, 2))
+                ODE(Transport())(predict, torch.zeros(2, 1, 2, 2))
             except FloatingPointError as error:
                 print(error)
     """
@@ -622,7 +622,7 @@ def moments_error(monkeypatch, path, prediction, num_points, **options):
     """
     sde = SDE(Transport(path=path, prediction=prediction), num_steps=num_points, **options)
     numbers = iter(torch.eye(num_points + 1, num_points, dtype=FLOAT).T.reshape(num_points, -1, 1, 1, 1))
-    monkeypatch.setattr("sit_vca.sampler.randn_tensor", lambda *_, **__: next(numbers))
+    monkeypatch.setattr("sit_vca.sampler.normal_like", lambda *_: next(numbers))
     out = sde(gaussian_network(path, prediction), next(numbers)).flatten()
     assert next(numbers, None) is None
 
@@ -786,7 +786,7 @@ def test_bits_per_dim_take_a_generator_for_each_sample(method):
 def test_a_zero_that_is_drawn_leaves_no_dimension_out_of_the_divergence(monkeypatch):
     x, network = torch.randn(4, 1, 2, 2, dtype=FLOAT), gaussian_network("linear", "velocity")
     expected = ODE(Transport()).bits_per_dim(network, x)
-    monkeypatch.setattr("sit_vca.sampler.randn_tensor", lambda shape, **_: torch.zeros(shape, dtype=FLOAT))
+    monkeypatch.setattr("sit_vca.sampler.normal_like", lambda x, _: torch.zeros(x.shape, dtype=FLOAT))
     torch.testing.assert_close(ODE(Transport()).bits_per_dim(network, x), expected)
 
 
