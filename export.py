@@ -9,10 +9,7 @@ It has to be a diffusion with attention mhsa, in the latents of an AutoencoderKL
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from typing import TYPE_CHECKING, Any
 
 from dit_vca import DiT
 from vca_engine import assemble
@@ -31,6 +28,9 @@ from vca_engine.weights.diffusers import (
     to_diffusers,
     with_null_row,
 )
+
+if TYPE_CHECKING:
+    from diffusers import DiTPipeline
 
 INSTEAD = "Pipeline.save_pretrained saves any model of this program"
 USAGE = """
@@ -73,6 +73,8 @@ def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
         FileNotFoundError: There is no such run, or its autoencoder is not where it was.
         ValueError: `out` is not empty, or the run is none that diffusers' pipeline can draw from: says why.
     """
+    import diffusers  # slow to import, as all of it: see docs/architecture.md, start-up
+
     require_free(out)
     folder = checkpoint.find(run)
     record = checkpoint.read_record(folder)
@@ -92,8 +94,10 @@ def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
     return notes
 
 
-def _pipeline(folder: Path, record: dict[str, Any], weights: str) -> tuple[DiTPipeline, DiT]:
+def _pipeline(folder: Path, record: dict[str, Any], weights: str) -> tuple["DiTPipeline", DiT]:
     """diffusers' pipeline of a checkpoint, and its network."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
     config = from_dict(Config, record["config"], str(folder / checkpoint.RECORD))
     shape = from_dict(DataInfo, record["shape"], f"{folder / checkpoint.RECORD}, shape")
     if config.process["name"] != "diffusion":

@@ -19,13 +19,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from vca import Maps, Streams, VisualContrastAttention, contrast_layers, keep_inputs, lambda_init, maps_of, streams_of
@@ -39,6 +35,9 @@ from vca_engine.sampling.pictures import on_the_way
 from vca_engine.sampling.pipeline import Pipeline, chosen_device
 from vca_engine.training.ema import name_of
 from vca_engine.weights import checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LINES = {  # axis -> field of `Streams` -> how it is called
     "root mean square": {"positive": "$e^+$", "negative": "$e^-$"},
@@ -224,7 +223,7 @@ def figures(
     labels: Sequence[int],
     heads: Sequence[int],
     query: tuple[int, int],
-) -> Iterator[tuple[str, Figure]]:
+) -> Iterator[tuple[str, "Figure"]]:
     """All figures, each with the name of its file without the ending."""
     for (i, label), block, head in itertools.product(enumerate(labels), moments[0].maps, heads):
         name = f"class-{label}-block-{block}-head-{head}"
@@ -334,8 +333,12 @@ def over_training(pipe: Pipeline) -> list[tuple[int, list[Streams]]]:
 
 
 @styled
-def draw_streams(over_depth: Sequence[Streams], training: Sequence[tuple[int, Sequence[Streams]]]) -> Figure:
+def draw_streams(over_depth: Sequence[Streams], training: Sequence[tuple[int, Sequence[Streams]]]) -> "Figure":
     """The sizes of e+ and e-, their cosine, and both lambdas: over the blocks, and below over training, if it is known."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = new_figure(WIDE, 3.4 if training else 1.9, 1 + bool(training), 3)
     blocks = np.arange(len(over_depth))
     colours = ScalarMappable(BoundaryNorm(np.arange(len(blocks) + 1) - 0.5, 256), "viridis")

@@ -7,6 +7,8 @@ rounded stride), so DDPM and DDIM get the betas of the kept steps, for which the
 original numbers of these steps. Latents are never clipped.
 
 The solvers step in the logarithm of alpha / sigma, need no betas in between, and take the schedulers' own points.
+
+diffusers is slow to import, and so is imported where a scheduler is made: a mistake in an option is told at once.
 """
 
 import itertools
@@ -15,7 +17,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from vca import lookup
@@ -104,17 +105,23 @@ def with_signal(betas: Tensor) -> Tensor:
     return betas[(abar / (1 - abar)).log() > 2 * LEAST_LOG_RATIO]
 
 
+def make_scheduler(name: str, **options: Any) -> Any:
+    """Make the scheduler of diffusers that is called `name`."""
+    import diffusers
+
+    return getattr(diffusers, name)(**options)
+
+
 class _Respaced:
     """A scheduler of diffusers on the kept steps, and the loop."""
 
-    scheduler_class: type
+    scheduler_name: str
     config: dict[str, Any]
 
     def __init__(self, diffusion: "Diffusion", num_steps: int, spacing: Spacing) -> None:
         self.steps, betas = respace(diffusion.betas, num_steps, spacing)
-        self.scheduler = self.scheduler_class(
-            num_train_timesteps=num_steps, trained_betas=betas.tolist(), timestep_spacing="linspace", **self.config
-        )
+        points = {"num_train_timesteps": num_steps, "trained_betas": betas.tolist(), "timestep_spacing": "linspace"}
+        self.scheduler = make_scheduler(self.scheduler_name, **points, **self.config)
         self.scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64; the scheduler rounds the betas
         self.scheduler.set_timesteps(num_steps)
 
@@ -143,7 +150,7 @@ class DDPM(_Respaced):
     Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; Nichol & Dhariwal 2021, arXiv:2102.09672.
     """
 
-    scheduler_class = DDPMScheduler
+    scheduler_name = "DDPMScheduler"
     config = {"variance_type": "learned_range", "clip_sample": False}  # noqa: RUF012
 
     def __init__(self, diffusion: "Diffusion", *, num_steps: int = 250, spacing: Spacing = "even") -> None:
@@ -167,7 +174,7 @@ class DDIM(_Respaced):
     Source: Song et al. 2021, arXiv:2010.02502, equations 12 and 16.
     """
 
-    scheduler_class = DDIMScheduler
+    scheduler_name = "DDIMScheduler"
     config = {"clip_sample": False}  # noqa: RUF012
 
     def __init__(
@@ -187,7 +194,7 @@ class DDIM(_Respaced):
 class _Solver:
     """A multistep solver of diffusers, and the loop: from the last of M steps, evenly, to the clean latent itself."""
 
-    scheduler_class: type
+    scheduler_name: str
 
     def __init__(self, diffusion: "Diffusion", num_steps: int, order: int, orders: int, **config: Any) -> None:
         betas = with_signal(diffusion.betas)
@@ -209,7 +216,8 @@ class _Solver:
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        scheduler = self.scheduler_class(**self.config)  # a new one each time: it remembers the last outputs
+        # a new one each time: it remembers the last outputs
+        scheduler = make_scheduler(self.scheduler_name, **self.config)
         scheduler.alphas_cumprod = self.abar
         scheduler.set_timesteps(self.num_steps)
         x = noise
@@ -235,7 +243,7 @@ class DPMSolver(_Solver):
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2 and section 5.
     """
 
-    scheduler_class = DPMSolverMultistepScheduler
+    scheduler_name = "DPMSolverMultistepScheduler"
 
     def __init__(self, diffusion: "Diffusion", *, num_steps: int = 20, order: int = 2, sde: bool = False) -> None:
         # diffusers' third order of the SDE diverges: its last coefficient has -1/2 for +1/2
@@ -258,7 +266,7 @@ class UniPC(_Solver):
     Source: Zhao et al. 2023, arXiv:2302.04867.
     """
 
-    scheduler_class = UniPCMultistepScheduler
+    scheduler_name = "UniPCMultistepScheduler"
 
     def __init__(self, diffusion: "Diffusion", *, num_steps: int = 20, order: int = 2) -> None:
         super().__init__(diffusion, num_steps, order, 3, solver_type="bh2")

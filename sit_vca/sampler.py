@@ -2,7 +2,8 @@
 
 `predict` is the network with labels and guidance applied: (B, C, H, W), (B,) -> (B, C, H, W). A sampler starts at t0 of
 its interval, ends at t1, and takes `num_steps` points linspace(t0, t1, num_steps), so num_steps - 1 steps, as published;
-`time_shift` moves the points towards noise.
+`time_shift` moves the points towards noise. torchdiffeq and diffusers are slow to import, and so are imported where they
+are used: a mistake in an option is told at once.
 
 Source: Ma et al. 2024, arXiv:2401.08740, sections 2.3 and 3.4; table 9 for the diffusion coefficients.
 """
@@ -13,8 +14,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torchdiffeq
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sit_vca.path import Coefficients
@@ -60,6 +59,13 @@ def time_points(interval: tuple[float, float], num_steps: int, shift: float, lik
     data = torch.linspace(0, 1, num_steps, **options)  # 1 - n
     data = data / (data + shift * (1 - data))  # 1 - n', exact at both ends
     return t0 * (1 - data) + t1 * data
+
+
+def normal_like(x: Tensor, generator: Generator) -> Tensor:
+    """Draw standard normal numbers of the shape of x (B, C, H, W); of a list of generators, each draws those of a sample."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 
 def check_time_shift(time_shift: float) -> float:
@@ -165,8 +171,7 @@ class ODE:
 
         Source: arXiv:2401.08740, appendix; Grathwohl et al. 2019, arXiv:1810.01367.
         """
-        normal = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        probe = torch.where(normal < 0, -1.0, 1.0).to(x.dtype)  # not sign(), which is 0 at 0
+        probe = torch.where(normal_like(x, generator) < 0, -1.0, 1.0).to(x.dtype)  # not sign(), which is 0 at 0
 
         def reverse(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -186,11 +191,13 @@ class ODE:
 
     def _integrate(self, derivative: Callable[[Tensor, Any], Any], state: Any, points: Tensor) -> Any:
         """The state, a tensor or a tuple of them, at the last point."""
+        from torchdiffeq import odeint
+
         # order 4; the default, 11, is stable only in very small steps
         options = {"max_order": 5} if self.solver["method"] in EVEN else None
         if self.solver["method"] in ADAPTIVE:
             derivative = _Checked(derivative, self.solver["method"])
-        path = torchdiffeq.odeint(derivative, state, points, **self.solver, options=options)
+        path = odeint(derivative, state, points, **self.solver, options=options)
         return path[-1] if isinstance(state, Tensor) else tuple(part[-1] for part in path)
 
 
@@ -321,8 +328,7 @@ class SDE:
         x = noise
         for t, after in itertools.pairwise(points):
             dt = after - t
-            z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            jump = (2 * self.w(x, t) * dt).sqrt() * z
+            jump = (2 * self.w(x, t) * dt).sqrt() * normal_like(x, generator)
             if self.heun:
                 x = x + jump
                 k1 = self.drift(predict, x, t)

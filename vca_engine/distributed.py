@@ -1,4 +1,7 @@
-"""Tensors that FSDP2 has cut into a shard a process: made whole to be saved or sampled with, and cut again."""
+"""Tensors that FSDP2 has cut into a shard a process: made whole to be saved or sampled with, and cut again.
+
+torch.distributed.tensor is imported where it is used: see docs/architecture.md, start-up.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,29 +9,37 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor, of any shape, is cut into a shard a process."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every process, which all have to call this; another tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Give the whole of a sharded tensor of any shape, on every process, which all have to call this; another, itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The tensors made whole one by one, sharded ones on the CPU; nothing where not `keep`. All processes call this."""
+    """Make tensors whole one by one, sharded ones on the CPU; keep none where not `keep`. All processes call this."""
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+            found[name] = full.cpu() if is_sharded(tensor) else full
     return found
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same on all processes, on the device of `parameter` and sharded as that is."""
+    """Put a whole tensor, the same on all processes, on the device of `parameter`, of its shape, and shard it as that."""
     tensor = tensor.to(parameter.device)
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 

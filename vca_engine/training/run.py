@@ -19,7 +19,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 import fid
@@ -65,6 +64,8 @@ def accelerator_of(config: Config) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.timeout))],
     )
     if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         # accelerate's would round weights, inputs and exchanged gradients to bf16; ours is autocast, as without shards.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     return accelerator

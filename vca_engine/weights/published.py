@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights
 
 from dit_vca import BETAS
 from vca import SIZES, Transformer, before_joint, check_type, defaults_of, lookup
@@ -172,5 +171,7 @@ def _schedule(config: Mapping[str, Any]) -> Spec:
 def _class_names(num_classes: int) -> list[str]:
     """Of ImageNet's 1000 classes; of others, their numbers."""
     if num_classes == 1000:
+        from torchvision.models import ResNet18_Weights  # slow to import: see docs/architecture.md, start-up
+
         return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
     return [str(k) for k in range(num_classes)]
