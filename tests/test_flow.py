@@ -884,10 +884,10 @@ def test_a_last_step_longer_than_the_interval_gets_a_sentence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "ode", "num_steps": "50"}, "num_steps is '50'; it must be int"),
-        ({"name": "ode", "num_steps": 50.5}, "num_steps is 50.5; it must be int"),
-        ({"name": "sde", "num_steps": True}, "num_steps is True; it must be int"),
-        ({"name": "sde", "last_step_size": "x"}, "last_step_size is 'x'; it must be float"),
+        ({"name": "ode", "num_steps": "50"}, "num_steps is '50'; it must be a whole number"),
+        ({"name": "ode", "num_steps": 50.5}, "num_steps is 50.5; it must be a whole number"),
+        ({"name": "sde", "num_steps": True}, "num_steps is True; it must be a whole number"),
+        ({"name": "sde", "last_step_size": "x"}, "last_step_size is 'x'; it must be a number"),
         ({"name": ["ode"]}, "choose one of"),
     ],
 )
