@@ -2,8 +2,8 @@
 
 `predict` is the network with labels and guidance applied: (B, C, H, W), (B,) integer steps -> (B, 2C, H, W).
 
-The schedulers' own respacing is not the published one (their defaults start below the last step, and DDIM steps back by a
-rounded stride), so DDPM and DDIM get the betas of the kept steps, for which theirs is exact, and the network gets the
+The schedulers' own respacing is not the published one (their defaults start below the last step, and DDIM steps back by
+a rounded stride), so DDPM and DDIM get the betas of the kept steps, for which theirs is exact, and the network gets the
 original numbers of these steps. Latents are never clipped.
 
 The solvers step in the logarithm of alpha / sigma, need no betas in between, and take the schedulers' own points.
@@ -13,35 +13,25 @@ diffusers is slow to import, and so is imported where a scheduler is made: a mis
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from vca import lookup
+from vca import Generator, Predict, lookup
 
 if TYPE_CHECKING:
     from dit_vca.diffusion import Diffusion
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-Generator = torch.Generator | list[torch.Generator] | None
 
 LEAST_LOG_RATIO = -5.1
 
 
-class Sampler(Protocol):
-    """Noise (B, C, H, W) -> samples (B, C, H, W); a list of generators draws each sample's randomness separately."""
-
-    def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """See the class."""
-
-
 def even_steps(num_timesteps: int, num_steps: int) -> list[int]:
-    """`num_steps` K of T steps, from 0 to T - 1: the running sum of the stride (T-1) / (K-1), rounded.
+    """Choose `num_steps` K of T steps, from 0 to T - 1: the running sum of the stride (T-1) / (K-1), rounded.
 
-    It has to be summed up in floats, as published: where a place falls on one half, the product i (T-1) / (K-1) may round
-    to the other side, which of 1000 steps it does for 278 of the 999 counts K.
+    It has to be summed up in floats, as published: where a place falls on one half, the product i (T-1) / (K-1) may
+    round to the other side, which of 1000 steps it does for 278 of the 999 counts K.
 
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 4, and its code.
     """
@@ -50,7 +40,7 @@ def even_steps(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def strided_steps(num_timesteps: int, num_steps: int) -> list[int]:
-    """0, s, 2 s, ... below T, for the smallest integer stride s that gives `num_steps` K of them.
+    """Choose the steps 0, s, 2 s, ... below T, for the smallest integer stride s that gives `num_steps` K of them.
 
     The published code calls it "ddimK". It ends below T - 1.
 
@@ -62,8 +52,8 @@ def strided_steps(num_timesteps: int, num_steps: int) -> list[int]:
     if len(steps) != num_steps:
         more = len(range(0, num_timesteps, stride - 1))
         raise ValueError(
-            f"sample.sampler.num_steps is {num_steps}, but no whole stride through {num_timesteps} steps gives so many; "
-            f"choose {len(steps)} or {more}, or sample.sampler.spacing even."
+            f"sample.sampler.num_steps is {num_steps}, but no whole stride through {num_timesteps} steps gives so "
+            f"many; choose {len(steps)} or {more}, or sample.sampler.spacing even."
         )
     return list(steps)
 
@@ -94,10 +84,11 @@ def respace(betas: Tensor, num_steps: int, spacing: Spacing = "even") -> tuple[T
 
 
 def with_signal(betas: Tensor) -> Tensor:
-    """The betas (M,) of (T,) up to the last step with log(alpha / sigma) > -5.1: all linear ones, 996 of 1000 cosine ones.
+    """Cut the betas (T,) after the last step with log(alpha / sigma) > -5.1: (M,).
 
-    Beyond it there is only noise, and the clean latent, which divides by alpha, would multiply an error of the network by
-    up to 20,000. What steps by the clean latent in few steps starts below, with the noise that it is given.
+    All linear ones stay, and 996 of 1000 cosine ones. Beyond it there is only noise, and the clean latent, which
+    divides by alpha, would multiply an error of the network by up to 20,000. What steps by the clean latent in few
+    steps starts below, with the noise that it is given.
 
     Source: Lu et al. 2022, arXiv:2206.00927, whose code clips at the same number.
     """
@@ -126,7 +117,7 @@ class _Respaced:
         self.scheduler.set_timesteps(num_steps)
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Turn noise (B, C, H, W) into samples (B, C, H, W)."""
         x = noise
         for index in self.scheduler.timesteps.tolist():
             t = torch.full((len(x),), int(self.steps[index]), device=x.device)  # (B,) original steps
@@ -134,7 +125,7 @@ class _Respaced:
         return x
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
-        """X of the kept step before `index`."""
+        """Give x (B, C, H, W) of the kept step before `index`, from the network's output (B, 2C, H, W) at `index`."""
         raise NotImplementedError
 
 
@@ -144,8 +135,8 @@ class DDPM(_Respaced):
     Args:
         diffusion: The process.
         num_steps: Steps, respaced from those of training.
-        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on, which
-            the published code calls "ddimN".
+        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on,
+            which the published code calls "ddimN".
 
     Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; Nichol & Dhariwal 2021, arXiv:2102.09672.
     """
@@ -157,7 +148,7 @@ class DDPM(_Respaced):
         super().__init__(diffusion, num_steps, spacing)
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
-        """One ancestral step."""
+        """Do one ancestral step of x (B, C, H, W), with the output (B, 2C, H, W)."""
         return self.scheduler.step(output, index, x, generator=generator).prev_sample
 
 
@@ -167,8 +158,8 @@ class DDIM(_Respaced):
     Args:
         diffusion: The process.
         num_steps: Steps, respaced from those of training.
-        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on, which
-            the published code calls "ddimN".
+        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on,
+            which the published code calls "ddimN".
         eta: Share of the noise, 0 ... 1.
 
     Source: Song et al. 2021, arXiv:2010.02502, equations 12 and 16.
@@ -186,7 +177,7 @@ class DDIM(_Respaced):
         self.eta = eta
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
-        """One implicit step; the learned variance is not used."""
+        """Do one implicit step of x (B, C, H, W), with the output (B, 2C, H, W), whose learned variance is not used."""
         predicted = output[:, : x.shape[1]]
         return self.scheduler.step(predicted, index, x, eta=self.eta, generator=generator).prev_sample
 
@@ -215,7 +206,7 @@ class _Solver:
         }
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Turn noise (B, C, H, W) into samples (B, C, H, W)."""
         # a new one each time: it remembers the last outputs
         scheduler = make_scheduler(self.scheduler_name, **self.config)
         scheduler.alphas_cumprod = self.abar
@@ -227,7 +218,7 @@ class _Solver:
         return x
 
     def step(self, scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor, generator: Generator) -> Tensor:
-        """X of the step after t, from the predicted noise; a solver that draws nothing needs no generator."""
+        """Give x (B, C, H, W) of the step after t, from the predicted noise; who draws nothing needs no generator."""
         return scheduler.step(predicted, t, x).prev_sample
 
 
@@ -251,7 +242,7 @@ class DPMSolver(_Solver):
         super().__init__(diffusion, num_steps, order, orders, algorithm_type=algorithm)
 
     def step(self, scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor, generator: Generator) -> Tensor:
-        """One step, which draws from `generator` if it is one of the SDE."""
+        """Do one step of x (B, C, H, W), which draws from `generator` if it is one of the SDE."""
         return scheduler.step(predicted, t, x, generator=generator).prev_sample
 
 

@@ -19,6 +19,7 @@ from vca.registry import (
     options_of,
 )
 from vca.transformer import ATTENTIONS, SIZES, Transformer, before_joint, parse_size, resolved_attention
+from vca.types import Generator, Model, Predict, Sampler
 
 __all__ = [
     "ATTENTIONS",
@@ -26,9 +27,13 @@ __all__ = [
     "AgentAttention",
     "Differential",
     "DifferentialAttention",
+    "Generator",
     "LabelEmbedding",
     "LinearAttention",
     "Maps",
+    "Model",
+    "Predict",
+    "Sampler",
     "SelfAttention",
     "Streams",
     "TimestepEmbedding",

@@ -11,7 +11,7 @@ import dit_vca
 import sit_vca
 from dit_vca import Diffusion, DiT
 from sit_vca import PATHS, TIMES, SiT, Transport
-from vca import ATTENTIONS, Transformer, create, defaults_of, lookup, options_of, parse_size
+from vca import ATTENTIONS, Sampler, Transformer, create, defaults_of, lookup, options_of, parse_size
 from vca_engine.config.schema import Config
 from vca_engine.images.codecs import CODECS, draw
 from vca_engine.images.datasets import DATASETS, Images
@@ -65,7 +65,7 @@ def process(config: Config) -> Process:
     return create(PARTS["process"], config.process, "process")
 
 
-def sampler(config: Config, process: Process) -> Callable[..., Tensor]:
+def sampler(config: Config, process: Process) -> Sampler:
     """Make the sampler of `sample.sampler`; where that has no name, the published one of the process.
 
     Raises:

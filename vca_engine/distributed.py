@@ -19,12 +19,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Give the whole of a sharded tensor of any shape, on every process, which all have to call this; another, itself."""
+    """Give the whole of a sharded tensor, of any shape, and another itself. All processes call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Make tensors whole one by one, sharded ones on the CPU; keep none where not `keep`. All processes call this."""
+    """Make tensors whole one by one, sharded ones on the CPU; nothing where not `keep`. All processes call this."""
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
@@ -34,7 +34,7 @@ def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Put a whole tensor, the same on all processes, on the device of `parameter`, of its shape, and shard it as that."""
+    """Shard a whole tensor, the same on all processes, like `parameter`, which has its shape, and on its device."""
     tensor = tensor.to(parameter.device)
     if not is_sharded(parameter):
         return tensor
