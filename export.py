@@ -9,9 +9,7 @@ It has to be a diffusion with attention mhsa, in the latents of an AutoencoderKL
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-import diffusers
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from typing import TYPE_CHECKING
 
 from vca_engine.config.cli import report_errors
 from vca_engine.files import folder_written_aside, require_free
@@ -26,6 +24,9 @@ from vca_engine.weights.diffusers import (
     to_diffusers,
     with_null_row,
 )
+
+if TYPE_CHECKING:
+    from diffusers import DiTPipeline
 
 INSTEAD = "Pipeline.save_pretrained saves any model of this program"
 USAGE = """
@@ -68,6 +69,8 @@ def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
         FileNotFoundError: There is no such run, or its autoencoder is not where it was.
         ValueError: `out` is not empty, or the run is none that diffusers' pipeline can draw from: says why.
     """
+    import diffusers  # slow to import, as all of it: see docs/architecture.md, start-up
+
     require_free(out)
     folder = checkpoint.find(run)
     ours = Pipeline.from_pretrained(folder, weights=weights, device="cpu")
@@ -87,12 +90,14 @@ def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
     return notes
 
 
-def pipeline_of_diffusers(ours: Pipeline) -> DiTPipeline:
+def pipeline_of_diffusers(ours: Pipeline) -> "DiTPipeline":
     """Make diffusers' pipeline of a pipeline of this program.
 
     Raises:
         ValueError: It is none that diffusers' pipeline can draw from: says why.
     """
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
     process, codec, model = ours.config.process["name"], ours.codec, ours.network
     if process != "diffusion":
         raise ValueError(f"the process is {process!r}, and diffusers draws from a diffusion; {INSTEAD}.")

@@ -19,10 +19,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from vca import Streams, VisualContrastAttention, contrast_layers, keep_inputs, maps_of, streams_of
@@ -38,6 +37,9 @@ from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.tables import on_the_way
 from vca_engine.training.ema import name_of
 from vca_engine.weights import checkpoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def figures(
     labels: Sequence[int],
     heads: Sequence[int],
     query: tuple[int, int],
-) -> Iterator[tuple[str, Figure]]:
+) -> Iterator[tuple[str, "Figure"]]:
     """Make all figures, each with the name of its file without the ending."""
     for (i, label), block, head in itertools.product(enumerate(labels), moments[0].maps, heads):
         name = f"class-{label}-block-{block}-head-{head}"

@@ -1,10 +1,10 @@
 r"""Attention layers beside full attention: time and memory by the number of tokens, and how far they are from the floor.
 
-    python benchmarks/attention.py --rounds 2 --grids 8 16                            # a look: a minute
-    python benchmarks/attention.py --passes "forward + backward" --rounds 10          # one busy CPU core: 7 minutes
-    python benchmarks/attention.py --device cuda --compile --grids 8 16 24 32 48 64 96 128 \
+    python -m benchmarks.attention --rounds 2 --grids 8 16                            # a look: a minute
+    python -m benchmarks.attention --passes "forward + backward" --rounds 10          # one busy CPU core: 7 minutes
+    python -m benchmarks.attention --device cuda --compile --grids 8 16 24 32 48 64 96 128 \
         --widths 384 768 1152 --contrast 16 64 256 N/4 --out benchmarks/results/attention_gpu.json
-    python benchmarks/attention.py --draw                                             # the plot of --out anew
+    python -m benchmarks.attention --draw                                             # the plot of --out anew
 
 Every attention of `vca.ATTENTIONS` in its forms; `mhsa, again` is `mhsa` a second time: how far its ratios are from 1 is
 how noisy the others are. All of a cell (width, grid) take turns, after a warm-up; a ratio is that to `mhsa` of the same
@@ -31,17 +31,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from report import aim, run_parts, take_turns, wall
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.report import aim, run_parts, take_turns, wall
 from vca import ATTENTIONS
 
 HEADS = {384: 6, 768: 12, 1152: 16}  # of S, B and XL

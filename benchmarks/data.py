@@ -1,7 +1,7 @@
 """Latents read and made, beside what the field does: one file a latent, and images decoded in every step.
 
-    python benchmarks/data.py                                        # two CPU cores: about 6 minutes
-    python benchmarks/data.py --device cuda --images 2048 --batch 32 --parts caching --out benchmarks/results/data_gpu.json
+    python -m benchmarks.data                                        # two CPU cores: about 6 minutes
+    python -m benchmarks.data --device cuda --images 2048 --batch 32 --parts caching --out ...
 
 It reports
 
@@ -19,7 +19,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -33,10 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from report import aim, peak_kib, run_parts
-
+from benchmarks.report import aim, child_command, peak_kib, run_parts
 from vca_engine.config.schema import CacheConfig
 from vca_engine.images.codecs import PixelCodec, VAECodec
 from vca_engine.images.datasets import Folder
@@ -231,7 +227,7 @@ def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 content = io.BytesIO()
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(content, format="PNG")
                 archive.writestr(f"{i % 10}/{i:06d}.png", content.getvalue())
-        command = [sys.executable, __file__, "--child", str(folder / f"{num}.zip"), str(folder / str(num))]
+        command = child_command("data", "--child", folder / f"{num}.zip", folder / str(num))
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         peaks.append(int(output.split()[-1]) / 1024)
     ratio = peaks[1] / peaks[0]

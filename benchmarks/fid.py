@@ -1,7 +1,7 @@
 """The evaluator beside pytorch-fid and torch-fidelity: the same images, the same random weights, one run.
 
-    python benchmarks/fid.py                                                         # two CPU cores: about 20 minutes
-    python benchmarks/fid.py --device cuda --images 4096 --out benchmarks/results/fid_cuda.json
+    python -m benchmarks.fid                                                         # two CPU cores: about 20 minutes
+    python -m benchmarks.fid --device cuda --images 4096 --out benchmarks/results/fid_cuda.json
 
 Needs torch-fidelity. It reports
 
@@ -24,8 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or else `fid` would be this file
-
 import numpy as np
 import pytorch_fid.fid_score as pytorch_fid
 import pytorch_fid.inception as pytorch_fid_inception
@@ -33,11 +31,11 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from report import aim, peak_kib, run_parts
 from torch import Tensor, nn
 from torch_fidelity import metric_fid, utils
 
 import fid
+from benchmarks.report import aim, child_command, peak_kib, run_parts
 from fid.frechet import factor, frechet_terms
 from fid.networks.inception import inception_network
 
@@ -159,7 +157,7 @@ def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for who, source in (("fid", "png.npz"), ("pytorch-fid", "png")):
         peaks = []
         for num in args.sizes:
-            command = [sys.executable, __file__, "--child", who, str(folder / source), str(num)]
+            command = child_command("fid", "--child", who, folder / source, num)
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             peaks.append(int(output.split()[-1]) / 1024)
         found[who] = {"peak MiB": peaks, "ratio": peaks[1] / peaks[0]}

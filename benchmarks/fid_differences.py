@@ -1,7 +1,7 @@
 """How far the choices in which evaluators differ move Inception's features. These are no FIDs, but tell large from small.
 
-    python benchmarks/fid_differences.py --out benchmarks/results/fid_differences_random.json
-    python benchmarks/fid_differences.py --weights trained.pth --out benchmarks/results/fid_differences_trained.json
+    python -m benchmarks.fid_differences --out benchmarks/results/fid_differences_random.json
+    python -m benchmarks.fid_differences --weights trained.pth --out benchmarks/results/fid_differences_trained.json
 
 32 crops, 256 x 256, of the two photographs that come with scikit-learn, through a random network of the FID's architecture
 or through given weights: the FID's, or what trained_inception.py makes. For each choice: the mean of |f' - f| / |f|, and of
@@ -11,7 +11,6 @@ or through given weights: the FID's, or what trained_inception.py makes. For eac
 import argparse
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or else `fid` would be the file beside this one
 from fid.networks.inception import inception_network
 from fid.networks.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 from vca_engine.precision import ieee_float32

@@ -1,10 +1,10 @@
 r"""Whole networks: images a second and memory of training and sampling, by attention, beside the published trainer's step.
 
-    python benchmarks/model.py --rounds 2 --attentions mhsa vca                       # a look
-    python benchmarks/model.py                                                        # one CPU core: S/2 at 256 pixels
-    python benchmarks/model.py --device cuda --compile --batch 64 --out benchmarks/results/model_gpu.json \
+    python -m benchmarks.model --rounds 2 --attentions mhsa vca                       # a look
+    python -m benchmarks.model                                                        # one CPU core: S/2 at 256 pixels
+    python -m benchmarks.model --device cuda --compile --batch 64 --out benchmarks/results/model_gpu.json \
         --cases S/2:256 B/2:256
-    python benchmarks/model.py --device cuda --compile --batch 16 --out benchmarks/results/model_large_gpu.json \
+    python -m benchmarks.model --device cuda --compile --batch 16 --out benchmarks/results/model_large_gpu.json \
         --cases XL/2:256 S/2:512 B/2:512 XL/2:512 S/2:1024
 
 - training: a step of what train.py does to a DiT: the hybrid loss, backward, the norm of the gradient, AdamW, an average of
@@ -33,14 +33,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import timm.layers
 import torch
-from report import aim, peak_kib, run_parts, take_turns, wall
 from torch import nn
 
+from benchmarks.report import aim, child_command, peak_kib, run_parts, take_turns, wall
 from dit_vca.diffusion import Diffusion
 from vca import ATTENTIONS, Transformer, parse_size
 from vca_engine.precision import set_tf32
@@ -232,19 +230,10 @@ JOBS = {"training": train_job, "sampling": sample_job}
 
 def child(args: argparse.Namespace, **job: str) -> float | str:
     """`peak_mib` of a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--device",
-        args.device,
-        "--batch",
-        str(args.batch),
-        "--child",
-        json.dumps(job),
-    ]
-    command += ["--depth", str(args.depth)] if args.depth else []
-    command += ["--compile"] if args.compile else []
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = ["--device", args.device, "--batch", args.batch, "--child", json.dumps(job)]
+    words += ["--depth", args.depth] if args.depth else []
+    words += ["--compile"] if args.compile else []
+    done = subprocess.run(child_command("model", *words), capture_output=True, text=True)
     return f"exit code {done.returncode}" if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,11 @@ def run_parts(parser: argparse.ArgumentParser, parts: dict[str, Callable], args:
     args.out.write_text(json.dumps(found, indent=2) + "\n")
     for one in (one for name in chosen for one in found[name]["aims"]):
         print(f"{'met' if one['met'] else 'NOT MET'}: {one['aim']}: {one['value']:.3g}")
+
+
+def child_command(benchmark: str, *words: Any) -> list[str]:
+    """Give the command that runs a benchmark of this folder in a process of its own."""
+    return [sys.executable, "-m", f"benchmarks.{benchmark}", *map(str, words)]
 
 
 def aim(what: str, value: float, least: float = 0.0, most: float = float("inf")) -> dict[str, Any]:

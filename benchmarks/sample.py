@@ -1,8 +1,8 @@
 """Drawing beside the bare network: what a sampler, guidance, decoding and a file of images cost.
 
-    python benchmarks/sample.py                                                      # one busy CPU core: 11 minutes
-    python benchmarks/sample.py --device cuda --out benchmarks/results/sample_gpu.json
-    python benchmarks/sample.py --device cuda --size XL/2 --group_size 64 --parts drawing,switches --out ...
+    python -m benchmarks.sample                                                      # one busy CPU core: 11 minutes
+    python -m benchmarks.sample --device cuda --out benchmarks/results/sample_gpu.json
+    python -m benchmarks.sample --device cuda --size XL/2 --group_size 64 --parts drawing,switches --out ...
 
 - drawing: of each sampler, evaluations of the network an image, images/s, these over what as many bare forward passes
   would give, and the share of the time that the network's forward passes have, measured within `Drawer.latents`.
@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,15 +31,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from report import aim, peak_kib, run_parts, take_turns, wall
 from torch import Tensor, nn
 
 import fid
+from benchmarks.report import aim, child_command, peak_kib, run_parts, take_turns, wall
 from vca_engine import assemble
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, SampleConfig
@@ -346,9 +343,9 @@ def memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def child(args: argparse.Namespace, *command: Any) -> dict[str, float]:
     """What `measured` gives of a command of sample.py."""
-    command = [sys.executable, __file__, "--device", args.device, "--child", *command, "--device", args.device]
+    command = child_command("sample", "--device", args.device, "--child", *command, "--device", args.device)
     quiet = os.environ | {"TQDM_DISABLE": "1"}
-    output = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, env=quiet, text=True, check=True).stdout
+    output = subprocess.run(command, stdout=subprocess.PIPE, env=quiet, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
 

@@ -1,8 +1,8 @@
 """Training beside the bare network: what a step, a switch and a checkpoint cost.
 
-    python benchmarks/train.py                                                       # one CPU core: about 15 minutes
-    python benchmarks/train.py --device cuda --parts overhead,saving --out benchmarks/results/train_gpu.json
-    python benchmarks/train.py --device cuda --parts speed --out benchmarks/results/train_speed_gpu.json
+    python -m benchmarks.train                                                       # one CPU core: about 15 minutes
+    python -m benchmarks.train --device cuda --parts overhead,saving --out benchmarks/results/train_gpu.json
+    python -m benchmarks.train --device cuda --parts speed --out benchmarks/results/train_speed_gpu.json
 
 - overhead: a step of train.py over forward, loss, backward and torch's AdamW of the same network on one batch; the same
   without averages; and, within one step, each thing that the bare one does not do.
@@ -29,17 +29,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import convert_outputs_to_fp32
-from report import aim, peak_kib, run_parts, take_turns, wall
 from torch import Tensor
 
 import train as program
+from benchmarks.report import aim, child_command, peak_kib, run_parts, take_turns, wall
 from vca_engine import assemble
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config
@@ -189,7 +187,7 @@ def speed(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for _, name in itertools.product(range(args.repeats or 1), runs):
             job = {"folder": str(folder), "model": model, "side": side, "batch_size": batch}
             job = json.dumps(job | yaml.safe_load(f"{{{name}}}"))
-            command = [sys.executable, __file__, "--device", args.device, "--child", job]
+            command = child_command("train", "--device", args.device, "--child", job)
             done = subprocess.run(command, capture_output=True, text=True)
             said = [line for line in done.stderr.splitlines() if "Error" in line]
             error = (

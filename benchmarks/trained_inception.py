@@ -1,7 +1,7 @@
 """Weights of a trained Inception-v3 for `fid_differences.py --weights`, where the FID's own are not at hand.
 
     npm pack nsfwjs@4.3.0
-    python benchmarks/trained_inception.py nsfwjs-4.3.0.tgz trained.pth
+    python -m benchmarks.trained_inception nsfwjs-4.3.0.tgz trained.pth
 
 It is Keras's Inception-v3, trained further for another task by the npm package nsfwjs (MIT), in 8-bit weights: the FID's
 architecture with trained filters, and another network than the FID's. Its classifier is random.
@@ -10,11 +10,7 @@ architecture with trained filters, and another network than the FID's. Its class
 import argparse
 import base64
 import re
-import sys
 import tarfile
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # or else `fid` would be the file beside this one
 
 import numpy as np
 import torch

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def of_sampling(settings: Sequence[str], but: str | None = None) -> list[str]:
-    """The options that begin with --sample., as sample.py takes them: a run that is done may be drawn in another way."""
+    """Turn options that begin with --sample. into those of sample.py, so that a run can be drawn in another way."""
     found = []
     for i, word in enumerate(settings):
         if word.startswith("--sample.") and word.partition("=")[0] != f"--sample.{but}":

@@ -1,4 +1,4 @@
-"""Train a small diffusers `AutoencoderKL` on the images of a config: the miniature of the autoencoder of Stable Diffusion.
+"""Train a small diffusers `AutoencoderKL` on the images of a config: the miniature of Stable Diffusion's autoencoder.
 
     python -m demo.autoencoder --config configs/mnist_sit.yaml
 
@@ -25,7 +25,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
 
 @report_errors("demo.autoencoder")
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Run the command line `argv`, by default that of the process."""
     config = parse(Config, argv, prog="python -m demo.autoencoder", description=__doc__, parts=assemble.parts())
     folder = Path(config.codec.get("path", ""))
     if config.codec["name"] != "vae" or folder.exists():
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKL, images: torch.utils.data.Dataset) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents of all images, (C,) each."""
+    """Compute mean and standard deviation of the latents of all images, (C,) each."""
     indices = [(i, False) for i in range(len(images))]
     z = torch.cat([vae.encode(x).latent_dist.mean for x, _ in DataLoader(images, batch_size=250, sampler=indices)])
     return z.mean(dim=(0, 2, 3)), z.std(dim=(0, 2, 3))

@@ -24,7 +24,7 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE = 10, 64, 5e-3
 
 @dataclass(frozen=True)
 class Arguments(Strict):
-    """What to train on.
+    """The images to train on.
 
     Args:
         data: Images by name, mnist or digits.
@@ -39,7 +39,7 @@ class Arguments(Strict):
 
 @report_errors("demo.classifier")
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Run the command line `argv`, by default that of the process."""
     args = parse(Arguments, argv, prog="python -m demo.classifier", description=__doc__, parts={"data": DATASETS})
     train, test = (create(DATASETS, {**args.data, "split": split}, "data") for split in ("train", "test"))
     torch.manual_seed(args.seed)
@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def pixels(images: ImageDataset) -> Tensor:
-    """All images as (N, 3, H, W) uint8."""
+    """Stack all images: (N, 3, H, W) uint8."""
     array = np.stack([images.pixels(i) for i in range(len(images))])  # (N, H, W, C)
     return torch.from_numpy(array).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
 
 
 def fit(classifier: Classifier, images: Tensor, labels: Tensor, shift: int) -> None:
-    """Cross-entropy on images (N, 3, H, W) uint8, each moved by up to `shift` pixels in either direction."""
+    """Minimise the cross-entropy on images (N, 3, H, W) uint8, each moved by up to `shift` pixels either way."""
     steps = EPOCHS * (len(images) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
@@ -79,7 +79,7 @@ def fit(classifier: Classifier, images: Tensor, labels: Tensor, shift: int) -> N
 
 @torch.no_grad()
 def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
-    """Share of images (N, 3, H, W) uint8 whose class is recognised."""
+    """Compute the share of images (N, 3, H, W) uint8 whose class is recognised."""
     right = [
         (classifier(x)["logits"].argmax(1) == y).sum()
         for x, y in zip(images.split(250), labels.split(250), strict=True)

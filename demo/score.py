@@ -31,7 +31,7 @@ from vca_engine.weights import checkpoint
 
 @dataclass(frozen=True)
 class Arguments(Strict):
-    """What to score.
+    """The samples to score.
 
     Args:
         checkpoint: The run that drew the samples; says where its data comes from.
@@ -46,7 +46,7 @@ class Arguments(Strict):
 
 @report_errors("demo.score")
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Run the command line `argv`, by default that of the process."""
     args = parse(Arguments, argv, prog="python -m demo.score", description=__doc__)
     folder = checkpoint.find(args.checkpoint)
     config = from_dict(Config, checkpoint.read_record(folder)["config"], str(folder))
@@ -88,9 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def render(table: dict[str, dict[str, float]], num_test: int, classifier: fid.Classifier) -> str:
-    """The table as text."""
+    """Write the table as text."""
+    right = f"{classifier.accuracy:.1%} right"
     lines = [
-        f"Digits score (not FID-50K): features and labels of a small classifier ({classifier.accuracy:.1%} right on the",
+        f"Digits score (not FID-50K): features and labels of a small classifier ({right} on the",
         f"{num_test} real test images, to which every row is compared). Distances of other classifiers do not compare.",
         "",
         f"{'images':<26}{'number':>8}{'right class':>14}{'Frechet distance':>19}",
@@ -101,7 +102,7 @@ def render(table: dict[str, dict[str, float]], num_test: int, classifier: fid.Cl
 
 
 def nchw(images: np.ndarray) -> Tensor:
-    """(N, H, W, 3) uint8 -> (N, 3, H, W) uint8."""
+    """Turn (N, H, W, 3) uint8 into (N, 3, H, W) uint8."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 

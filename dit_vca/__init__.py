@@ -1,4 +1,4 @@
-"""Diffusion: DiT, its betas and hybrid loss, and samplers on diffusers' schedulers. Time is an integer, 0 the cleanest."""
+"""Diffusion: DiT, its betas and loss, and samplers on diffusers' schedulers. Time is an integer, 0 the cleanest."""
 
 from dit_vca.diffusion import BETAS, Diffusion
 from dit_vca.model import DiT

@@ -6,25 +6,25 @@ Source: Ho et al. 2020, arXiv:2006.11239; Nichol & Dhariwal 2021, arXiv:2102.096
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from vca import lookup
-
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+from vca import Model, lookup
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
-    """1e-4 ... 0.02 for 1000 steps; both ends times 1000 / T for T steps. (T,) float64. Source: arXiv:2006.11239."""
+    """Give T betas (T,), float64: 1e-4 ... 0.02 for 1000 steps, else both times 1000 / T. Source: arXiv:2006.11239."""
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
 
 
 def cosine_betas(num_timesteps: int) -> Tensor:
-    """beta_t = min(1 - f(t+1) / f(t), 0.999), f(t) = cos^2((t/T + 0.008) / 1.008 pi/2). Source: arXiv:2102.09672, eq. 17."""
+    """Give T betas (T,), float64: beta_t = min(1 - f(t+1) / f(t), 0.999), f(t) = cos^2((t/T + 0.008) / 1.008 pi/2).
+
+    Source: Nichol & Dhariwal 2021, arXiv:2102.09672, equation 17.
+    """
     t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -35,7 +35,7 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What the formulas need of the betas at each step: (T,) float64, or (B, 1, 1, 1) after `Diffusion.at`."""
+    """The coefficients of the formulas at each step: (T,) float64, or (B, 1, 1, 1) after `Diffusion.at`."""
 
     sqrt_abar: Tensor  # sqrt(abar_t)
     sqrt_1m_abar: Tensor  # sqrt(1 - abar_t)
@@ -45,7 +45,7 @@ class Coefficients:
     log_posterior: Tensor  # the smallest, log beta~_t, with its value at t = 1 in place of -infinity at t = 0
 
     def clean(self, predicted: Tensor, x_t: Tensor) -> Tensor:
-        """The clean latent x of x_t = sqrt_abar x + sqrt_1m_abar noise, for the predicted noise."""
+        """Solve x_t = sqrt_abar x + sqrt_1m_abar noise for x with the predicted noise, all (B, C, H, W)."""
         return (x_t - self.sqrt_1m_abar * predicted) / self.sqrt_abar
 
 
@@ -70,8 +70,8 @@ class Diffusion:
         self.betas = lookup(BETAS, betas, "process.betas")(num_timesteps)  # (T,) float64
         if self.betas.max() >= 1:
             raise ValueError(
-                f"process.num_timesteps is {num_timesteps}; so few {betas} betas reach {float(self.betas.max()):.3g}, and "
-                f"they must stay below 1. Choose more, as a rule 1000."
+                f"process.num_timesteps is {num_timesteps}; so few {betas} betas reach {float(self.betas.max()):.3g}, "
+                f"and they must stay below 1. Choose more, as a rule 1000."
             )
         abar = torch.cumprod(1 - self.betas, dim=0)
         previous = torch.cat([abar.new_ones(1), abar[:-1]])
@@ -87,7 +87,7 @@ class Diffusion:
         self._table = torch.stack([getattr(table, f.name) for f in fields(table)])  # (6, T)
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """The coefficients at steps t (B,), each (B, 1, 1, 1) in the dtype of `like` (B, C, H, W)."""
+        """Give the coefficients at steps t (B,), each (B, 1, 1, 1) in the dtype of `like` (B, C, H, W)."""
         self._table = self._table.to(t.device)
         rows = self._table[:, t].to(like.dtype)
         return Coefficients(*rows.reshape(*rows.shape, *[1] * (like.ndim - 1)))
@@ -95,13 +95,13 @@ class Diffusion:
     def loss(
         self, model: Model, x: Tensor, y: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """The hybrid loss mse + vb of each sample, (B,), not averaged over the batch; see `losses`."""
+        """Compute the hybrid loss mse + vb of each sample, (B,), not averaged over the batch; see `losses`."""
         return self.losses(model, x, y, t=t, noise=noise)["loss"]
 
     def losses(
         self, model: Model, x: Tensor, y: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The hybrid loss and its two parts, each (B,).
+        """Compute the hybrid loss and its two parts, each (B,).
 
         Args:
             model: `model(x_t, t, y)` -> (B, 2C, H, W): the noise, and v.
@@ -135,15 +135,15 @@ class Diffusion:
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def times(self, u: Tensor) -> Tensor:
-        """The steps of training (B,), int64 and uniform, of which u (B,) in (0, 1), float64, are the quantiles."""
+        """Give the steps of training (B,), int64 and uniform, of which u (B,) in (0, 1), float64, are the quantiles."""
         return (u * self.num_timesteps).long()
 
     def clean(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latent (B, C, H, W) that the network's `output` (B, 2C, H, W) at x_t and the steps t (B,) implies."""
+        """Give the clean latent (B, C, H, W) that the `output` (B, 2C, H, W) at x_t and the steps t (B,) implies."""
         return self.at(t, like=x_t).clean(output[:, : x_t.shape[1]], x_t)
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """The place of t, (B,) or (), between the cleanest step, 0, and the last, 1: t / (T - 1)."""
+        """Give the place of t, (B,) or (), between the cleanest step, 0, and the last, 1: t / (T - 1)."""
         return t / (self.num_timesteps - 1)
 
     def _bound(self, x: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, c: Coefficients) -> Tensor:
@@ -158,16 +158,16 @@ class Diffusion:
 
 
 def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise."""
+    """Compute KL(N(mean1, variance1) || N(mean2, variance2)) in nats, elementwise: all (B, C, H, W)."""
     gap = log_variance1 - log_variance2
     return 0.5 * (gap.exp() - 1 - gap + (mean1 - mean2).square() * torch.exp(-log_variance2))
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log probability, in nats, of the bin of width 2/255 around x under N(mean, std^2), elementwise.
+    """Compute the log probability, in nats, of the bin of width 2/255 around x under N(mean, std^2): all (B, C, H, W).
 
-    The bins at |x| > 0.999 are open. The normal CDF is the tanh approximation, its probabilities floored at 1e-12, as in
-    the published code. Source: arXiv:2006.11239, equation 13.
+    The bins at |x| > 0.999 are open. The normal CDF is the tanh approximation, its probabilities floored at 1e-12, as
+    in the published code. Source: arXiv:2006.11239, equation 13.
     """
 
     def cdf(z: Tensor) -> Tensor:

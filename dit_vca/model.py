@@ -23,8 +23,9 @@ class DiT(
         in_channels: Channels C of the latents.
         **backbone: The other keywords of `vca.Transformer`.
 
-    `save_pretrained(folder)` writes the keywords that were given, which so have to be plain values, as config.json, and the
-    weights as model.safetensors; `from_pretrained(folder or name)` builds the model of them, `push_to_hub(name)` shares it.
+    `save_pretrained(folder)` writes the keywords that were given, which so have to be plain values, as config.json, and
+    the weights as model.safetensors; `from_pretrained(folder or name)` builds the model of them, `push_to_hub(name)`
+    shares it.
 
     Source: Peebles & Xie 2023, arXiv:2212.09748; Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15.
     """
@@ -36,6 +37,6 @@ class DiT(
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> Self:
-        """The mixin's, which by default lets a tensor that is missing be random; and files of before the joint softmax."""
+        """Load as the mixin does, but refuse a file that lacks a tensor, and read files of before the joint softmax."""
         options["attention"] = before_joint(options.get("attention", "vca"))
         return super()._from_pretrained(strict=strict, **options)

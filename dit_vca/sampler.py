@@ -2,45 +2,36 @@
 
 `predict` is the network with labels and guidance applied: (B, C, H, W), (B,) integer steps -> (B, 2C, H, W).
 
-The schedulers' own respacing is not the published one (their defaults start below the last step, and DDIM steps back by a
-rounded stride), so DDPM and DDIM get the betas of the kept steps, for which theirs is exact, and the network gets the
+The schedulers' own respacing is not the published one (their defaults start below the last step, and DDIM steps back by
+a rounded stride), so DDPM and DDIM get the betas of the kept steps, for which theirs is exact, and the network gets the
 original numbers of these steps. Latents are never clipped.
 
 The solvers step in the logarithm of alpha / sigma, need no betas in between, and take the schedulers' own points.
+
+diffusers is slow to import, and so is imported where a scheduler is made: a mistake in an option is told at once.
 """
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from vca import lookup
+from vca import Generator, Predict, lookup
 
 if TYPE_CHECKING:
     from dit_vca.diffusion import Diffusion
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-Generator = torch.Generator | list[torch.Generator] | None
 
 LEAST_LOG_RATIO = -5.1
 
 
-class Sampler(Protocol):
-    """Noise (B, C, H, W) -> samples (B, C, H, W); a list of generators draws each sample's randomness separately."""
-
-    def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """See the class."""
-
-
 def even_steps(num_timesteps: int, num_steps: int) -> list[int]:
-    """`num_steps` K of T steps, from 0 to T - 1: the running sum of the stride (T-1) / (K-1), rounded.
+    """Choose `num_steps` K of T steps, from 0 to T - 1: the running sum of the stride (T-1) / (K-1), rounded.
 
-    It has to be summed up in floats, as published: where a place falls on one half, the product i (T-1) / (K-1) may round
-    to the other side, which of 1000 steps it does for 278 of the 999 counts K.
+    It has to be summed up in floats, as published: where a place falls on one half, the product i (T-1) / (K-1) may
+    round to the other side, which of 1000 steps it does for 278 of the 999 counts K.
 
     Source: Nichol & Dhariwal 2021, arXiv:2102.09672, section 4, and its code.
     """
@@ -49,7 +40,7 @@ def even_steps(num_timesteps: int, num_steps: int) -> list[int]:
 
 
 def strided_steps(num_timesteps: int, num_steps: int) -> list[int]:
-    """0, s, 2 s, ... below T, for the smallest integer stride s that gives `num_steps` K of them.
+    """Choose the steps 0, s, 2 s, ... below T, for the smallest integer stride s that gives `num_steps` K of them.
 
     The published code calls it "ddimK". It ends below T - 1.
 
@@ -61,8 +52,8 @@ def strided_steps(num_timesteps: int, num_steps: int) -> list[int]:
     if len(steps) != num_steps:
         more = len(range(0, num_timesteps, stride - 1))
         raise ValueError(
-            f"sample.sampler.num_steps is {num_steps}, but no whole stride through {num_timesteps} steps gives so many; "
-            f"choose {len(steps)} or {more}, or sample.sampler.spacing even."
+            f"sample.sampler.num_steps is {num_steps}, but no whole stride through {num_timesteps} steps gives so "
+            f"many; choose {len(steps)} or {more}, or sample.sampler.spacing even."
         )
     return list(steps)
 
@@ -93,10 +84,11 @@ def respace(betas: Tensor, num_steps: int, spacing: Spacing = "even") -> tuple[T
 
 
 def with_signal(betas: Tensor) -> Tensor:
-    """The betas (M,) of (T,) up to the last step with log(alpha / sigma) > -5.1: all linear ones, 996 of 1000 cosine ones.
+    """Cut the betas (T,) after the last step with log(alpha / sigma) > -5.1: (M,).
 
-    Beyond it there is only noise, and the clean latent, which divides by alpha, would multiply an error of the network by
-    up to 20,000. What steps by the clean latent in few steps starts below, with the noise that it is given.
+    All linear ones stay, and 996 of 1000 cosine ones. Beyond it there is only noise, and the clean latent, which
+    divides by alpha, would multiply an error of the network by up to 20,000. What steps by the clean latent in few
+    steps starts below, with the noise that it is given.
 
     Source: Lu et al. 2022, arXiv:2206.00927, whose code clips at the same number.
     """
@@ -104,22 +96,28 @@ def with_signal(betas: Tensor) -> Tensor:
     return betas[(abar / (1 - abar)).log() > 2 * LEAST_LOG_RATIO]
 
 
+def make_scheduler(name: str, **options: Any) -> Any:
+    """Make the scheduler of diffusers that is called `name`."""
+    import diffusers
+
+    return getattr(diffusers, name)(**options)
+
+
 class _Respaced:
     """A scheduler of diffusers on the kept steps, and the loop."""
 
-    scheduler_class: type
+    scheduler_name: str
     config: dict[str, Any]
 
     def __init__(self, diffusion: "Diffusion", num_steps: int, spacing: Spacing) -> None:
         self.steps, betas = respace(diffusion.betas, num_steps, spacing)
-        self.scheduler = self.scheduler_class(
-            num_train_timesteps=num_steps, trained_betas=betas.tolist(), timestep_spacing="linspace", **self.config
-        )
+        points = {"num_train_timesteps": num_steps, "trained_betas": betas.tolist(), "timestep_spacing": "linspace"}
+        self.scheduler = make_scheduler(self.scheduler_name, **points, **self.config)
         self.scheduler.alphas_cumprod = torch.cumprod(1 - betas, dim=0)  # float64; the scheduler rounds the betas
         self.scheduler.set_timesteps(num_steps)
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Turn noise (B, C, H, W) into samples (B, C, H, W)."""
         x = noise
         for index in self.scheduler.timesteps.tolist():
             t = torch.full((len(x),), int(self.steps[index]), device=x.device)  # (B,) original steps
@@ -127,7 +125,7 @@ class _Respaced:
         return x
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
-        """X of the kept step before `index`."""
+        """Give x (B, C, H, W) of the kept step before `index`, from the network's output (B, 2C, H, W) at `index`."""
         raise NotImplementedError
 
 
@@ -137,20 +135,20 @@ class DDPM(_Respaced):
     Args:
         diffusion: The process.
         num_steps: Steps, respaced from those of training.
-        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on, which
-            the published code calls "ddimN".
+        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on,
+            which the published code calls "ddimN".
 
     Source: Ho et al. 2020, arXiv:2006.11239, algorithm 2; Nichol & Dhariwal 2021, arXiv:2102.09672.
     """
 
-    scheduler_class = DDPMScheduler
+    scheduler_name = "DDPMScheduler"
     config = {"variance_type": "learned_range", "clip_sample": False}  # noqa: RUF012
 
     def __init__(self, diffusion: "Diffusion", *, num_steps: int = 250, spacing: Spacing = "even") -> None:
         super().__init__(diffusion, num_steps, spacing)
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
-        """One ancestral step."""
+        """Do one ancestral step of x (B, C, H, W), with the output (B, 2C, H, W)."""
         return self.scheduler.step(output, index, x, generator=generator).prev_sample
 
 
@@ -160,14 +158,14 @@ class DDIM(_Respaced):
     Args:
         diffusion: The process.
         num_steps: Steps, respaced from those of training.
-        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on, which
-            the published code calls "ddimN".
+        spacing: `even`, from the first step of training to the last; or `stride`, every s-th step from the first on,
+            which the published code calls "ddimN".
         eta: Share of the noise, 0 ... 1.
 
     Source: Song et al. 2021, arXiv:2010.02502, equations 12 and 16.
     """
 
-    scheduler_class = DDIMScheduler
+    scheduler_name = "DDIMScheduler"
     config = {"clip_sample": False}  # noqa: RUF012
 
     def __init__(
@@ -179,7 +177,7 @@ class DDIM(_Respaced):
         self.eta = eta
 
     def step(self, output: Tensor, index: int, x: Tensor, generator: Generator) -> Tensor:
-        """One implicit step; the learned variance is not used."""
+        """Do one implicit step of x (B, C, H, W), with the output (B, 2C, H, W), whose learned variance is not used."""
         predicted = output[:, : x.shape[1]]
         return self.scheduler.step(predicted, index, x, eta=self.eta, generator=generator).prev_sample
 
@@ -187,7 +185,7 @@ class DDIM(_Respaced):
 class _Solver:
     """A multistep solver of diffusers, and the loop: from the last of M steps, evenly, to the clean latent itself."""
 
-    scheduler_class: type
+    scheduler_name: str
 
     def __init__(self, diffusion: "Diffusion", num_steps: int, order: int, orders: int, **config: Any) -> None:
         betas = with_signal(diffusion.betas)
@@ -208,8 +206,9 @@ class _Solver:
         }
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        scheduler = self.scheduler_class(**self.config)  # a new one each time: it remembers the last outputs
+        """Turn noise (B, C, H, W) into samples (B, C, H, W)."""
+        # a new one each time: it remembers the last outputs
+        scheduler = make_scheduler(self.scheduler_name, **self.config)
         scheduler.alphas_cumprod = self.abar
         scheduler.set_timesteps(self.num_steps)
         x = noise
@@ -219,7 +218,7 @@ class _Solver:
         return x
 
     def step(self, scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor, generator: Generator) -> Tensor:
-        """X of the step after t, from the predicted noise; a solver that draws nothing needs no generator."""
+        """Give x (B, C, H, W) of the step after t, from the predicted noise; who draws nothing needs no generator."""
         return scheduler.step(predicted, t, x).prev_sample
 
 
@@ -235,7 +234,7 @@ class DPMSolver(_Solver):
     Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2 and section 5.
     """
 
-    scheduler_class = DPMSolverMultistepScheduler
+    scheduler_name = "DPMSolverMultistepScheduler"
 
     def __init__(self, diffusion: "Diffusion", *, num_steps: int = 20, order: int = 2, sde: bool = False) -> None:
         # diffusers' third order of the SDE diverges: its last coefficient has -1/2 for +1/2
@@ -243,7 +242,7 @@ class DPMSolver(_Solver):
         super().__init__(diffusion, num_steps, order, orders, algorithm_type=algorithm)
 
     def step(self, scheduler: Any, predicted: Tensor, t: Tensor, x: Tensor, generator: Generator) -> Tensor:
-        """One step, which draws from `generator` if it is one of the SDE."""
+        """Do one step of x (B, C, H, W), which draws from `generator` if it is one of the SDE."""
         return scheduler.step(predicted, t, x, generator=generator).prev_sample
 
 
@@ -258,7 +257,7 @@ class UniPC(_Solver):
     Source: Zhao et al. 2023, arXiv:2302.04867.
     """
 
-    scheduler_class = UniPCMultistepScheduler
+    scheduler_name = "UniPCMultistepScheduler"
 
     def __init__(self, diffusion: "Diffusion", *, num_steps: int = 20, order: int = 2) -> None:
         super().__init__(diffusion, num_steps, order, 3, solver_type="bh2")

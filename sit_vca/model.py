@@ -38,11 +38,11 @@ class SiT(
         self._hub_mixin_config["attention"] = self.attention
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """(B, C, H, W), (B,) in [0, 1], (B,) -> (B, C, H, W)."""
+        """Predict: x_t (B, C, H, W), t (B,) in [0, 1], y (B,) -> (B, C, H, W)."""
         return super().forward(x_t, t, y)[:, : self.in_channels]
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options: Any) -> Self:
-        """The mixin's, which by default lets a tensor that is missing be random; and files of before the joint softmax."""
+        """Load as the mixin does, but refuse a file that lacks a tensor, and read files of before the joint softmax."""
         options["attention"] = before_joint(options.get("attention", "vca"))
         return super()._from_pretrained(strict=strict, **options)

@@ -21,17 +21,17 @@ class Coefficients:
 
     @property
     def wronskian(self) -> Tensor:
-        """alpha' sigma - alpha sigma', which joins the velocity to data and noise and is never zero."""
+        """alpha' sigma - alpha sigma', (B, 1, 1, 1), which joins the velocity to data and noise and is never zero."""
         return self.d_alpha * self.sigma - self.alpha * self.d_sigma
 
     @property
     def g(self) -> Tensor:
-        """g = (alpha'/alpha) sigma^2 - sigma sigma', so that velocity = (alpha'/alpha) x_t + g score."""
+        """g = (alpha'/alpha) sigma^2 - sigma sigma', (B, 1, 1, 1), so that velocity = (alpha'/alpha) x_t + g score."""
         return self.sigma * self.wronskian / self.alpha
 
 
 def broadcast(t: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1), with as many ones as `like` needs, in its dtype."""
+    """Reshape t (B,) to (B, 1, 1, 1), with as many ones as `like` needs, in its dtype."""
     return t.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -41,7 +41,8 @@ class Path:
     Attributes:
         pure_noise_at_start: alpha is 0 at t = 0, so what is divided by alpha is infinite there.
         singular_at_data: The derivative of sigma is infinite at t = 1, so training and sampling stop before it.
-        sigma_rounds_to_zero: sigma is exactly 0 at t = 1 in floating point, too, so noise / sigma is not a number there.
+            sigma_rounds_to_zero: sigma is exactly 0 at t = 1 in floating point, too, so noise / sigma is not a number
+            there.
     """
 
     pure_noise_at_start = True
@@ -49,7 +50,7 @@ class Path:
     sigma_rounds_to_zero = True
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """The coefficients at t (B,) in [0, 1], each (B, 1, 1, 1), broadcastable to `like` (B, C, H, W)."""
+        """Give the coefficients at t (B,) in [0, 1], each (B, 1, 1, 1), broadcastable to `like` (B, C, H, W)."""
         raise NotImplementedError
 
 
@@ -57,7 +58,7 @@ class LinearPath(Path):
     """alpha = t, sigma = 1 - t."""
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """The coefficients at t (B,), each (B, 1, 1, 1)."""
+        """Give the coefficients at t (B,), each (B, 1, 1, 1)."""
         t = broadcast(t, like)
         return Coefficients(t, 1 - t, torch.ones_like(t), -torch.ones_like(t))
 
@@ -68,7 +69,7 @@ class GVPPath(Path):
     sigma_rounds_to_zero = False  # cos(pi / 2) in floating point
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """The coefficients at t (B,), each (B, 1, 1, 1)."""
+        """Give the coefficients at t (B,), each (B, 1, 1, 1)."""
         angle = broadcast(t, like) * (math.pi / 2)
         alpha, sigma = angle.sin(), angle.cos()
         return Coefficients(alpha, sigma, math.pi / 2 * sigma, -math.pi / 2 * alpha)
@@ -98,7 +99,7 @@ class VPPath(Path):
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def at(self, t: Tensor, like: Tensor) -> Coefficients:
-        """The coefficients at t (B,), each (B, 1, 1, 1)."""
+        """Give the coefficients at t (B,), each (B, 1, 1, 1)."""
         s = (1 - broadcast(t, like)).clamp(min=1e-5)  # sigma' is infinite at t = 1, and adaptive solvers look beyond it
         span = self.beta_max - self.beta_min
         log_alpha = -(s**2) * span / 4 - s * self.beta_min / 2

@@ -1,4 +1,4 @@
-"""What the network predicts: velocity, noise or score; how to turn it into the others and data; and the loss weights.
+"""The output of the network: velocity, noise or score; how to turn it into the others and data; the loss weights.
 
     velocity u = dx_t/dt = alpha' x + sigma' noise,   score = -noise / sigma,
     u = (alpha'/alpha) x_t + g score,   g = (alpha'/alpha) sigma^2 - sigma sigma'
@@ -17,21 +17,21 @@ LEAST_ALPHA = 1e-3  # that noise and score are divided by: at alpha = 0 they say
 
 
 class Prediction(Protocol):
-    """One meaning of the network's output; all tensors (B, ...), coefficients broadcastable to them."""
+    """One meaning of the network's output; all tensors (B, C, H, W), coefficients broadcastable to them."""
 
     weighted: bool
 
     def error(self, output: Tensor, x: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
-        """What the loss squares."""
+        """Give what the loss squares, (B, C, H, W)."""
 
     def velocity(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """The velocity at x_t that `output` implies."""
+        """Give the velocity (B, C, H, W) at x_t that `output` implies."""
 
     def noise(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """The noise in x_t that `output` implies, finite on the whole path; the score is -noise / sigma."""
+        """Give the noise (B, C, H, W) that `output` implies, finite on the whole path; the score is -noise / sigma."""
 
     def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """The data at the end of the path through x_t that `output` implies, finite on the whole path."""
+        """Give the data (B, C, H, W) that `output` implies at the end of the path, finite on the whole path."""
 
 
 class VelocityPrediction:
@@ -40,19 +40,19 @@ class VelocityPrediction:
     weighted = False
 
     def error(self, output: Tensor, x: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
-        """Output - u."""
+        """Compute output - u, (B, C, H, W)."""
         return output - (c.d_alpha * x + c.d_sigma * noise)
 
     def velocity(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """U itself."""
+        """Give the output, u (B, C, H, W), itself."""
         return output
 
     def noise(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """(alpha' x_t - alpha u) / (alpha' sigma - alpha sigma')."""
+        """Compute (alpha' x_t - alpha u) / (alpha' sigma - alpha sigma'), (B, C, H, W)."""
         return (c.d_alpha * x_t - c.alpha * output) / c.wronskian
 
     def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """(sigma u - sigma' x_t) / (alpha' sigma - alpha sigma')."""
+        """Compute (sigma u - sigma' x_t) / (alpha' sigma - alpha sigma'), (B, C, H, W)."""
         return (c.sigma * output - c.d_sigma * x_t) / c.wronskian
 
 
@@ -62,19 +62,19 @@ class ScorePrediction:
     weighted = True
 
     def error(self, output: Tensor, x: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
-        """Sigma output + noise."""
+        """Compute sigma score + noise, (B, C, H, W)."""
         return c.sigma * output + noise
 
     def velocity(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """(alpha'/alpha) x_t + g score = (alpha' x_t - (alpha' sigma - alpha sigma') noise) / alpha."""
+        """Compute (alpha'/alpha) x_t + g score, (B, C, H, W), as (alpha' x_t - wronskian noise) / alpha."""
         return (c.d_alpha * x_t - c.wronskian * self.noise(output, x_t, c)) / c.alpha
 
     def noise(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """-sigma score."""
+        """Compute -sigma score, (B, C, H, W)."""
         return -c.sigma * output
 
     def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """(x_t + sigma^2 score) / alpha."""
+        """Compute (x_t + sigma^2 score) / alpha, (B, C, H, W)."""
         return (x_t + c.sigma.square() * output) / c.alpha.clamp(min=LEAST_ALPHA)
 
 
@@ -82,15 +82,15 @@ class NoisePrediction(ScorePrediction):
     """output = noise = -sigma score."""
 
     def error(self, output: Tensor, x: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
-        """Output - noise."""
+        """Compute output - noise, (B, C, H, W)."""
         return output - noise
 
     def noise(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """The output itself."""
+        """Give the output (B, C, H, W) itself."""
         return output
 
     def clean(self, output: Tensor, x_t: Tensor, c: Coefficients) -> Tensor:
-        """(x_t - sigma noise) / alpha."""
+        """Compute (x_t - sigma noise) / alpha, (B, C, H, W)."""
         return (x_t - c.sigma * output) / c.alpha.clamp(min=LEAST_ALPHA)
 
 
@@ -98,17 +98,17 @@ PREDICTIONS = {"velocity": VelocityPrediction, "noise": NoisePrediction, "score"
 
 
 def no_weight(c: Coefficients) -> Tensor:
-    """1."""
+    """Give 1, (B, 1, 1, 1)."""
     return torch.ones_like(c.sigma)
 
 
 def velocity_weight(c: Coefficients) -> Tensor:
-    """(g / sigma)^2: the loss becomes that of the velocity."""
+    """Compute (g / sigma)^2, (B, 1, 1, 1): the loss becomes that of the velocity."""
     return (c.g / c.sigma).square()
 
 
 def likelihood_weight(c: Coefficients) -> Tensor:
-    """g / sigma^2: the loss becomes a bound on the likelihood."""
+    """Compute g / sigma^2, (B, 1, 1, 1): the loss becomes a bound on the likelihood."""
     return c.g / c.sigma.square()
 
 

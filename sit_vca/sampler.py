@@ -1,8 +1,9 @@
 """From noise to data: the probability-flow ODE (torchdiffeq) and the reverse SDE, as functions of `predict(x_t, t)`.
 
 `predict` is the network with labels and guidance applied: (B, C, H, W), (B,) -> (B, C, H, W). A sampler starts at t0 of
-its interval, ends at t1, and takes `num_steps` points linspace(t0, t1, num_steps), so num_steps - 1 steps, as published;
-`time_shift` moves the points towards noise.
+its interval, ends at t1, and takes `num_steps` points linspace(t0, t1, num_steps), so num_steps - 1 steps, as
+published; `time_shift` moves the points towards noise. torchdiffeq and diffusers are slow to import, and so are
+imported where they are used: a mistake in an option is told at once.
 
 Source: Ma et al. 2024, arXiv:2401.08740, sections 2.3 and 3.4; table 9 for the diffusion coefficients.
 """
@@ -10,32 +11,20 @@ Source: Ma et al. 2024, arXiv:2401.08740, sections 2.3 and 3.4; table 9 for the 
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torchdiffeq
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sit_vca.path import Coefficients
-from vca import lookup
+from vca import Generator, Predict, lookup
 
 if TYPE_CHECKING:
     from sit_vca.transport import Transport
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-Generator = torch.Generator | list[torch.Generator] | None
-
-
-class Sampler(Protocol):
-    """Noise (B, C, H, W) -> samples (B, C, H, W); a list of generators draws each sample's randomness separately."""
-
-    def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """See the class."""
-
 
 def check_num_steps(num_steps: int) -> int:
-    """`num_steps` itself.
+    """Give `num_steps` itself.
 
     Raises:
         ValueError: Fewer than 2: a step goes from one point to the next.
@@ -46,7 +35,7 @@ def check_num_steps(num_steps: int) -> int:
 
 
 def time_points(interval: tuple[float, float], num_steps: int, shift: float, like: Tensor) -> Tensor:
-    """Times from t0 to t1, (num_steps,), on the device of `like` and in its dtype or float32.
+    """Give times from t0 to t1, (num_steps,), on the device of `like` and in its dtype or float32.
 
     Evenly spaced if `shift` is 1. Otherwise, with n = (t1 - t) / (t1 - t0) the share of noise left at such a time, it
     becomes n' = shift n / (1 + (shift - 1) n), so that for shift > 1 more of the times lie near noise.
@@ -62,8 +51,15 @@ def time_points(interval: tuple[float, float], num_steps: int, shift: float, lik
     return t0 * (1 - data) + t1 * data
 
 
+def normal_like(x: Tensor, generator: Generator) -> Tensor:
+    """Draw standard normal numbers like x (B, C, H, W); of a list of generators, each draws those of one sample."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+
+
 def check_time_shift(time_shift: float) -> float:
-    """`time_shift` itself.
+    """Give `time_shift` itself.
 
     Raises:
         ValueError: It is not a positive number.
@@ -136,7 +132,7 @@ class ODE:
         self.time_shift = time_shift
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W). The ODE draws nothing, so `generator` is not used.
+        """Turn noise (B, C, H, W) into samples (B, C, H, W). The ODE draws nothing, so `generator` is not used.
 
         Raises:
             FloatingPointError: A method that chooses its own steps meets NaN or infinite values, or finds no step small
@@ -150,7 +146,7 @@ class ODE:
         return self._integrate(velocity, noise, self._points(noise))
 
     def bits_per_dim(self, predict: Predict, x: Tensor, generator: Generator = None) -> Tensor:
-        """Negative log2-likelihood of data x (B, C, H, W), divided by C H W: (B,).
+        """Compute the negative log2-likelihood of data x (B, C, H, W), divided by C H W: (B,).
 
         Integrates from data to noise together with the divergence of the velocity, estimated by Hutchinson's trace with
         one Rademacher vector e a sample: div u = E[e . (du/dx) e]. The ends of the interval count as data and noise.
@@ -165,8 +161,7 @@ class ODE:
 
         Source: arXiv:2401.08740, appendix; Grathwohl et al. 2019, arXiv:1810.01367.
         """
-        normal = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        probe = torch.where(normal < 0, -1.0, 1.0).to(x.dtype)  # not sign(), which is 0 at 0
+        probe = torch.where(normal_like(x, generator) < 0, -1.0, 1.0).to(x.dtype)  # not sign(), which is 0 at 0
 
         def reverse(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
@@ -185,12 +180,14 @@ class ODE:
         return time_points(self.transport.ode_interval, self.num_steps, self.time_shift, like)
 
     def _integrate(self, derivative: Callable[[Tensor, Any], Any], state: Any, points: Tensor) -> Any:
-        """The state, a tensor or a tuple of them, at the last point."""
+        """Integrate to the last point, and give the state there, a tensor or a tuple of them."""
+        from torchdiffeq import odeint
+
         # order 4; the default, 11, is stable only in very small steps
         options = {"max_order": 5} if self.solver["method"] in EVEN else None
         if self.solver["method"] in ADAPTIVE:
             derivative = _Checked(derivative, self.solver["method"])
-        path = torchdiffeq.odeint(derivative, state, points, **self.solver, options=options)
+        path = odeint(derivative, state, points, **self.solver, options=options)
         return path[-1] if isinstance(state, Tensor) else tuple(part[-1] for part in path)
 
 
@@ -212,18 +209,19 @@ class _Checked:
         return found
 
     def callback_step(self, t: Tensor, state: Any, dt: Tensor) -> None:
-        """Called by torchdiffeq before each step.
+        """Check the state and the step; torchdiffeq calls this before each step.
 
         Raises:
-            FloatingPointError: The state is NaN or infinite, or the step, after NaN or otherwise, too small to change t.
+            FloatingPointError: The state is NaN or infinite, or the step, after NaN or otherwise, too small to change
+                t.
         """
         whole = all(part.isfinite().all() for part in _parts(state))
         if t + dt != t and whole:
             self.finite = True
         elif self.finite and whole:
             raise FloatingPointError(
-                f"{self.method} finds no step small enough at t = {float(t):.3g} (underflow in dt): the network's output "
-                "changes too fast there, or sample.sampler.rtol and atol are too small"
+                f"{self.method} finds no step small enough at t = {float(t):.3g} (underflow in dt): the network's "
+                "output changes too fast there, or sample.sampler.rtol and atol are too small"
             )
         else:
             raise FloatingPointError(
@@ -236,12 +234,12 @@ def _parts(state: Any) -> tuple[Tensor, ...]:
 
 
 def over_sigma(w: Tensor, k: Coefficients) -> Tensor:
-    """w / sigma; and 0 where w is 0, as the published code has it at data, where sigma vanishes, too."""
+    """Compute w / sigma, (B, 1, 1, 1); and 0 where w is 0, as the published code does at data, where sigma vanishes."""
     return torch.where(w == 0, 0.0, w / k.sigma)
 
 
-# The diffusion coefficient w(t) over sigma, with `diffusion_norm` c: w score is -(w / sigma) noise, finite at data, too, for
-# all but constant and, unless c is 1, decreasing.
+# The diffusion coefficient w(t) over sigma, with `diffusion_norm` c: w score is -(w / sigma) noise, finite at data,
+# too, for all but constant and, unless c is 1, decreasing.
 DIFFUSION_FORMS = {
     "constant": lambda t, k, c: over_sigma(c * torch.ones_like(t), k),
     "sbdm": lambda t, k, c: c * k.wronskian / k.alpha,  # w = c g
@@ -301,8 +299,8 @@ class SDE:
         self.heun = method == "heun"
         self.last_step = last_step
         self.last_step_size = 0.0 if last_step == "none" else last_step_size
-        # The last step of Heun's method ends in a drift at data, which is infinite if w does not vanish there. On the linear
-        # path the published code divides 0 by 0 even then; on gvp the rounding of cos(pi/2) saves it from that.
+        # The last step of Heun's method ends in a drift at data, which is infinite if w does not vanish there. On the
+        # linear path the published code divides 0 by 0 even then; on gvp the rounding of cos(pi/2) saves it from that.
         w_at_data = {"constant": diffusion_norm, "decreasing": (1 - diffusion_norm) ** 2 / 4}.get(diffusion, 0.0)
         self.interval = transport.sde_interval(
             self.last_step_size,
@@ -311,18 +309,17 @@ class SDE:
         )
         if self.interval[0] >= self.interval[1]:
             raise ValueError(
-                f"sample.sampler.last_step_size is {last_step_size}, which leaves nothing before it: the other steps start "
-                f"at t = {self.interval[0]:g}."
+                f"sample.sampler.last_step_size is {last_step_size}, which leaves nothing before it: the other steps "
+                f"start at t = {self.interval[0]:g}."
             )
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Turn noise (B, C, H, W) into samples (B, C, H, W)."""
         points = time_points(self.interval, self.num_steps, self.time_shift, noise)
         x = noise
         for t, after in itertools.pairwise(points):
             dt = after - t
-            z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            jump = (2 * self.w(x, t) * dt).sqrt() * z
+            jump = (2 * self.w(x, t) * dt).sqrt() * normal_like(x, generator)
             if self.heun:
                 x = x + jump
                 k1 = self.drift(predict, x, t)
@@ -333,12 +330,12 @@ class SDE:
         return self._finish(predict, x, points[-1])
 
     def w(self, x: Tensor, t: Tensor) -> Tensor:
-        """The diffusion coefficient at t (), broadcastable to x."""
+        """Give the diffusion coefficient at t (), (1, 1, 1, 1)."""
         k = self._at(x, t)
         return self.form(t, k, self.norm) * k.sigma
 
     def drift(self, predict: Predict, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity + w score at x (B, C, H, W) and t ()."""
+        """Compute velocity + w score at x (B, C, H, W) and t (): (B, C, H, W)."""
         velocity, noise = self._velocity_and_noise(predict, x, t)
         return velocity - self.form(t, self._at(x, t), self.norm) * noise
 

@@ -1,6 +1,6 @@
 """The flow process: training loss, conversions, and the rules for the time interval."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,16 +8,14 @@ from torch import Tensor
 
 from sit_vca.path import PATHS, Path
 from sit_vca.prediction import PREDICTIONS, WEIGHTS
-from vca import create, lookup
-
-Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+from vca import Model, create, lookup
 
 
 class Uniform:
     """t uniform in (0, 1), as published."""
 
     def __call__(self, u: Tensor) -> Tensor:
-        """The quantile function: (B,) -> (B,)."""
+        """Give the quantiles: (B,) -> (B,)."""
         return u
 
 
@@ -42,7 +40,7 @@ class LogNormal:
         self.mean, self.std = mean, std
 
     def __call__(self, u: Tensor) -> Tensor:
-        """The quantile function: (B,) -> (B,)."""
+        """Give the quantiles: (B,) -> (B,)."""
         return torch.sigmoid(self.std * torch.special.ndtri(u) - self.mean)
 
 
@@ -86,7 +84,7 @@ class Transport:
     def loss(
         self, model: Model, x: Tensor, y: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """The weighted squared error of each sample, averaged over its dimensions.
+        """Compute the weighted squared error of each sample, averaged over its dimensions.
 
         Args:
             model: `model(x_t, t, y)`.
@@ -110,24 +108,24 @@ class Transport:
         return error.flatten(1).mean(1)  # (B,)
 
     def times(self, u: Tensor) -> Tensor:
-        """The times of training (B,), float32, of which u (B,) in (0, 1), float64, are the quantiles."""
+        """Give the times of training (B,), float32, of which u (B,) in (0, 1), float64, are the quantiles."""
         t0, t1 = self.train_interval
         return (t0 + (t1 - t0) * self.time(u)).float()
 
     def velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The velocity (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies."""
+        """Give the velocity (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies."""
         return self.prediction.velocity(output, x_t, self.path.at(t, like=x_t))
 
     def noise(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies, at data, too."""
+        """Give the noise (B, C, H, W) that the network's `output` at x_t and t (B,) implies, at data, too."""
         return self.prediction.noise(output, x_t, self.path.at(t, like=x_t))
 
     def score(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The score (B, C, H, W), -noise / sigma, that the network's `output` at x_t (B, C, H, W) and t (B,) implies."""
+        """Give the score (B, C, H, W), -noise / sigma, that the network's `output` at x_t and t (B,) implies."""
         return -self.noise(output, x_t, t) / self.path.at(t, like=x_t).sigma
 
     def clean(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The clean latent (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies.
+        """Give the clean latent (B, C, H, W) that the network's `output` at x_t (B, C, H, W) and t (B,) implies.
 
         Finite at both ends. At t = 0 of the linear and gvp paths, noise and score say nothing about it; there and just
         after it they are divided by 1e-3 for alpha.
@@ -135,7 +133,7 @@ class Transport:
         return self.prediction.clean(output, x_t, self.path.at(t, like=x_t))
 
     def noise_level(self, t: Tensor) -> Tensor:
-        """The place of t, (B,) or (), between data, 0, and noise, 1: 1 - t."""
+        """Give the place of t, (B,) or (), between data, 0, and noise, 1: 1 - t."""
         return 1 - t
 
     @property
@@ -155,12 +153,13 @@ class Transport:
     def sde_interval(
         self, last_step_size: float, *, diverges_at_noise: bool, diverges_at_data: bool
     ) -> tuple[float, float]:
-        """(t0, t1) of the SDE, which ends one last step before data.
+        """Give (t0, t1) of the SDE, which ends one last step before data.
 
         Args:
             last_step_size: Length of the last step, 0 if there is none.
             diverges_at_noise: The drift is needed at t = 0 and infinite there, so this starts at 1e-3.
-            diverges_at_data: Without a last step the drift is needed at t = 1 and infinite there, so this stops 1e-3 before.
+            diverges_at_data: Without a last step the drift is needed at t = 1 and infinite there, so this stops 1e-3
+                before.
         """
         if self.path.singular_at_data:
             return 0.0, 1 - (last_step_size or 1e-3)

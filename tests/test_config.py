@@ -503,7 +503,7 @@ def test_what_is_left_empty_is_not_the_folder_that_one_is_in(tmp_path, capsys, k
         assert "run_dir is null; it must be text" in sentence(capsys, "--config", tmp_path / "x.yaml")
         assert "run_dir is null; it must be text" in sentence(capsys, "--config", tmp_path / "x.yaml", "--run_dir=")
     else:
-        with pytest.raises(ValueError, match="images is None; it must be str"):
+        with pytest.raises(ValueError, match="images is None; it must be text"):
             assemble.images(read("--config", tmp_path / "x.yaml"))
 
 

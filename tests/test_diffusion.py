@@ -697,7 +697,7 @@ def test_wrong_values_end_in_a_sentence():
         (sampler(num_stps=5), r"sample.sampler 'ddpm' takes no 'num_stps'; did you mean 'num_steps'\?"),
         (sampler(name="dpm-solver", order=5), r"sample.sampler.order is 5; choose 1 ... 3"),
         (sampler(name="dpm-solver", order=3, sde=True), r"sample.sampler.order is 3; choose 1 ... 2"),
-        (sampler(name="dpm-solver", sde=1), r"sample.sampler 'dpm-solver': sde is 1; it must be bool"),
+        (sampler(name="dpm-solver", sde=1), r"sample.sampler 'dpm-solver': sde is 1; it must be true or false"),
         (sampler(name="unipc", order=0), r"sample.sampler.order is 0; choose 1 ... 3"),
         (sampler(name="unipc", num_steps=1000), r"num_steps is 1000; choose 1 ... 999"),
         (

@@ -622,7 +622,7 @@ def moments_error(monkeypatch, path, prediction, num_points, **options):
     """
     sde = SDE(Transport(path=path, prediction=prediction), num_steps=num_points, **options)
     numbers = iter(torch.eye(num_points + 1, num_points, dtype=FLOAT).T.reshape(num_points, -1, 1, 1, 1))
-    monkeypatch.setattr("sit_vca.sampler.randn_tensor", lambda *_, **__: next(numbers))
+    monkeypatch.setattr("sit_vca.sampler.normal_like", lambda *_: next(numbers))
     out = sde(gaussian_network(path, prediction), next(numbers)).flatten()
     assert next(numbers, None) is None
 
@@ -786,7 +786,7 @@ def test_bits_per_dim_take_a_generator_for_each_sample(method):
 def test_a_zero_that_is_drawn_leaves_no_dimension_out_of_the_divergence(monkeypatch):
     x, network = torch.randn(4, 1, 2, 2, dtype=FLOAT), gaussian_network("linear", "velocity")
     expected = ODE(Transport()).bits_per_dim(network, x)
-    monkeypatch.setattr("sit_vca.sampler.randn_tensor", lambda shape, **_: torch.zeros(shape, dtype=FLOAT))
+    monkeypatch.setattr("sit_vca.sampler.normal_like", lambda x, _: torch.zeros(x.shape, dtype=FLOAT))
     torch.testing.assert_close(ODE(Transport()).bits_per_dim(network, x), expected)
 
 
@@ -884,10 +884,10 @@ def test_a_last_step_longer_than_the_interval_gets_a_sentence():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "ode", "num_steps": "50"}, "num_steps is '50'; it must be int"),
-        ({"name": "ode", "num_steps": 50.5}, "num_steps is 50.5; it must be int"),
-        ({"name": "sde", "num_steps": True}, "num_steps is True; it must be int"),
-        ({"name": "sde", "last_step_size": "x"}, "last_step_size is 'x'; it must be float"),
+        ({"name": "ode", "num_steps": "50"}, "num_steps is '50'; it must be a whole number"),
+        ({"name": "ode", "num_steps": 50.5}, "num_steps is 50.5; it must be a whole number"),
+        ({"name": "sde", "num_steps": True}, "num_steps is True; it must be a whole number"),
+        ({"name": "sde", "last_step_size": "x"}, "last_step_size is 'x'; it must be a number"),
         ({"name": ["ode"]}, "choose one of"),
     ],
 )

@@ -7,8 +7,19 @@ from vca.attention import AgentAttention, Differential, VisualContrastAttention,
 from vca.baseline import DifferentialAttention, LinearAttention, SelfAttention
 from vca.embedding import LabelEmbedding, TimestepEmbedding, sincos_2d
 from vca.maps import Maps, Streams, contrast_layers, keep_inputs, maps_of, streams_of
-from vca.registry import annotations_of, check_type, create, defaults_of, lookup, nearest, options_of
+from vca.registry import (
+    annotations_of,
+    check_type,
+    create,
+    defaults_of,
+    describe_type,
+    lookup,
+    members_of,
+    nearest,
+    options_of,
+)
 from vca.transformer import ATTENTIONS, SIZES, Transformer, before_joint, parse_size, resolved_attention
+from vca.types import Generator, Model, Predict, Sampler
 
 __all__ = [
     "ATTENTIONS",
@@ -16,9 +27,13 @@ __all__ = [
     "AgentAttention",
     "Differential",
     "DifferentialAttention",
+    "Generator",
     "LabelEmbedding",
     "LinearAttention",
     "Maps",
+    "Model",
+    "Predict",
+    "Sampler",
     "SelfAttention",
     "Streams",
     "TimestepEmbedding",
@@ -30,10 +45,12 @@ __all__ = [
     "contrast_layers",
     "create",
     "defaults_of",
+    "describe_type",
     "keep_inputs",
     "lambda_init",
     "lookup",
     "maps_of",
+    "members_of",
     "nearest",
     "options_of",
     "parse_size",

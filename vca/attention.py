@@ -89,20 +89,20 @@ class VisualContrastAttention(Attention):
             separate:  A+ = softmax(q t+^T / sqrt d),   A- = softmax(q t-^T / sqrt d)
         out     = W_proj(concat_heads(o) + DWConv3x3(v of the patch tokens as an H x W map))
 
-    No N x N and no N x n map is ever in memory: every softmax is inside `scaled_dot_product_attention`. The joint Stage II
-    is one such call, with the keys [t+; t-] and the values [V^; -lambda2 V^].
+    No N x N and no N x n map is ever in memory: every softmax is inside `scaled_dot_product_attention`. The joint Stage
+    II is one such call, with the keys [t+; t-] and the values [V^; -lambda2 V^].
 
     Which form is whose: the paper's text writes two softmaxes. Two public re-implementations, one of which names the
-    commit of the authors' code that it follows, agree on one softmax, and on e+ and e- that start as N(0, 1). The authors'
-    own files for DiT and SiT were not to be had.
+    commit of the authors' code that it follows, agree on one softmax, and on e+ and e- that start as N(0, 1). The
+    authors' own files for DiT and SiT were not to be had.
 
     Args:
         dim: Channels C.
         num_heads: Heads h; divides C.
         grid_size: (H, W) of the patch tokens, or the side of a square.
         layer_index: Index of the block, from 0; sets lambda_init.
-        contrast_grid: (a, b), at most (H, W). Not given means half of each side, at least 1 and at most 8, so that the cost
-            is linear in the tokens beyond 16x16; "half" means half of each side whatever the size, which costs the
+        contrast_grid: (a, b), at most (H, W). Not given means half of each side, at least 1 and at most 8, so that the
+            cost is linear in the tokens beyond 16x16; "half" means half of each side whatever the size, which costs the
             multiply-adds of full attention.
         num_prefix_tokens: P tokens in front of the patches (a class token). They are keys and queries like the others,
             but are not pooled and have no convolution.
@@ -110,8 +110,8 @@ class VisualContrastAttention(Attention):
         qk_norm: Whether queries (before they are pooled) and keys are normalised, by `HeadNorm`.
         dwc: Whether to add the depth-wise convolution of the values.
         softmax: Of Stage II, `joint` or `separate`; without an effect where that is plain.
-        embed_std: Standard deviation of e+ and e- at the start. At 0.02 both streams start almost equal, and so the layer
-            as agent attention with a convolution.
+        embed_std: Standard deviation of e+ and e- at the start. At 0.02 both streams start almost equal, and so the
+            layer as agent attention with a convolution.
         stages: For Stage I and Stage II, `differential`, or `plain`: the positive stream only, no difference, no norm.
         positive: What t+ is: `pool` (t), `embed` (e+) or `pool+embed` (t + e+).
         negative: The same for t-.
@@ -181,7 +181,7 @@ class VisualContrastAttention(Attention):
         return self.stage2(out, F.scaled_dot_product_attention(q, negative, contrast)) if self.stage2 else out
 
     def contrast_tokens(self, q: Tensor) -> Tensor:
-        """[t+; t-] of the queries, (B, h, P+N, d) -> (B, h, 2n, d); t+ alone, (B, h, n, d), where both stages are plain."""
+        """Pool queries to [t+; t-]: (B, h, P+N, d) -> (B, h, 2n, d); to t+, (B, h, n, d), where no stage has t-."""
         image = to_map(q[:, :, self.num_prefix_tokens :], self.grid_size)  # (B, C, H, W)
         pooled = F.adaptive_avg_pool2d(image, self.contrast_grid)  # (B, C, a, b)
         pooled = pooled.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # (B, h, n, d)
@@ -225,9 +225,10 @@ class VisualContrastAttention(Attention):
 
 
 class AgentAttention(VisualContrastAttention):
-    """Attention through n pooled queries, the agents, without contrast: softmax(q t^T / sqrt d) softmax(t k^T / sqrt d) v.
+    """Attention through n pooled queries t, the agents, without contrast.
 
-    It is `VisualContrastAttention` with both stages plain and t+ = t, its predecessor and nearest control.
+    It computes softmax(q t^T / sqrt d) softmax(t k^T / sqrt d) v: it is `VisualContrastAttention` with both stages
+    plain and t+ = t, its predecessor and nearest control.
 
     Args:
         dim: Channels C.

@@ -92,7 +92,7 @@ class DifferentialAttention(Attention):
         self.differential = Differential(head_dim, layer_index, lambda_dim=head_dim // 2)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `Attention`, each half normalised by itself."""
+        """Project (B, P+N, C) to queries, keys and values, 3 x (B, h, P+N, d), each half normalised by itself."""
         q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, dim=-1))
         halves = (norm(z.unflatten(-1, (2, -1))).flatten(-2) for z, norm in ((q, self.q_norm), (k, self.k_norm)))
         return *halves, v
@@ -111,7 +111,9 @@ class DifferentialAttention(Attention):
 
 
 class LinearAttention(Attention):
-    """Linear attention with ReLU: o_i = relu(q_i) S / (relu(q_i) . z + eps), S = sum_j relu(k_j) v_j^T, z = sum_j relu(k_j).
+    """Linear attention with ReLU.
+
+    o_i = relu(q_i) S / (relu(q_i) . z + eps),   S = sum_j relu(k_j) v_j^T,   z = sum_j relu(k_j)
 
     The sums over the tokens are in float32 at least, whatever autocast does; eps is 1e-6 times the number of tokens.
 

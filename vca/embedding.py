@@ -1,4 +1,4 @@
-"""What enters the transformer beside the patches: position, timestep, and label with the null class."""
+"""Inputs of the transformer beside the patches: position, timestep, and label with the null class."""
 
 import math
 

@@ -1,7 +1,7 @@
-"""What every attention layer here has: heads, their norms, a convolution of the values, the projection, and one call.
+"""The parts of every attention layer: heads, their norms, a convolution of the values, the projection, and one call.
 
-Letters, here and in the other files: B batch, P prefix tokens (a class token, registers), N = H W patch tokens, C channels,
-h heads, d = C / h.
+Letters, here and in the other files: B batch, P prefix tokens (a class token, registers), N = H W patch tokens, C
+channels, h heads, d = C / h.
 """
 
 import math
@@ -58,7 +58,7 @@ def to_map(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 
 class DepthwiseConv(nn.Conv2d):
-    """3x3 depth-wise convolution of the values as an image, added to what attention returns; no prefix token has one."""
+    """3x3 depth-wise convolution of the values as an image, added to the output of attention, but for prefix tokens."""
 
     def __init__(self, dim: int, grid_size: tuple[int, int]) -> None:
         super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
@@ -120,8 +120,8 @@ class Attention(nn.Module):
         """(B, P+N, C) -> (B, P+N, C).
 
         Raises:
-            ValueError: Another number of tokens than the layer was built for; or a mask, which it has not: `attn_mask` and
-                `is_causal` are there because the blocks of timm pass them.
+            ValueError: Another number of tokens than the layer was built for; or a mask, which it has not: `attn_mask`
+                and `is_causal` are there because the blocks of timm pass them.
         """
         self._check(x, attn_mask, is_causal)
         q, k, v = self.heads(x)  # 3 x (B, h, P+N, d)

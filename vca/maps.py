@@ -9,8 +9,8 @@
 Only the input of a layer is kept, by a hook that is gone after the block; the maps are computed from it by the plain
 formula. Nothing in the layer is there for their sake, so it costs nothing when nobody asks.
 
-Letters as in `vca/attention.py`: B batch, P prefix tokens, N = H W patch tokens, C channels, h heads, d = C / h, n = a b
-contrast tokens.
+Letters as in `vca/attention.py`: B batch, P prefix tokens, N = H W patch tokens, C channels, h heads, d = C / h, n = a
+b contrast tokens.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ class Maps:
     """The maps of one layer for one input, of the letters of `VisualContrastAttention`.
 
     Rows of `stage1_positive` and `stage1_negative` sum to 1. With the softmax `joint`, rows of `stage2_positive` and
-    `stage2_negative` sum to 1 together, with `separate` each. Where a stage is plain, it has no negative map and no lambda.
+    `stage2_negative` sum to 1 together, with `separate` each. Where a stage is plain, it has no negative map and no
+    lambda.
 
     Attributes:
         stage1_positive: softmax(t+ k^T / sqrt d), (B, h, n, P+N).
@@ -41,7 +42,8 @@ class Maps:
         stage2_negative: A-, (B, h, P+N, n), or None.
         lambda1: Of Stage I, (), or None.
         lambda2: Of Stage II, (), or None.
-        stage1_norm: What Stage I is divided by, sqrt(mean((V+ - lambda1 V-)^2) + eps), (B, h, n, 1); 1 where it is plain.
+        stage1_norm: What Stage I is divided by, sqrt(mean((V+ - lambda1 V-)^2) + eps), (B, h, n, 1); 1 where it is
+            plain.
         contrast_grid: (a, b), of which contrast token i is in row i // b and column i % b.
         grid_size: (H, W), of which patch token P + i is in row i // W and column i % W.
     """
@@ -58,19 +60,19 @@ class Maps:
 
     @property
     def stage1(self) -> Tensor:
-        """What contrast tokens gather: the positive map - lambda1 the negative, (B, h, n, P+N)."""
+        """The map of the contrast tokens: the positive map - lambda1 the negative, (B, h, n, P+N)."""
         return _difference(self.stage1_positive, self.stage1_negative, self.lambda1)
 
     @property
     def stage2(self) -> Tensor:
-        """What queries gather: A+ - lambda2 A-, (B, h, P+N, n)."""
+        """The map of the queries: A+ - lambda2 A-, (B, h, P+N, n)."""
         return _difference(self.stage2_positive, self.stage2_negative, self.lambda2)
 
     def reach(self, query: int) -> Tensor:
-        """Through both stages, with which weights a query adds up the values of all tokens: (B, h, P+N).
+        """Give the weights with which a query, through both stages, adds up the values of all tokens: (B, h, P+N).
 
-        (A+ - lambda2 A-) V^ is this times v, but for the gain of each channel in the norm of Stage I. It is of one query,
-        since N x N maps are what the layer avoids.
+        (A+ - lambda2 A-) V^ is this times v, but for the gain of each channel in the norm of Stage I. It is of one
+        query, since N x N maps are what the layer avoids.
 
         Args:
             query: Number of its token, 0 ... P+N-1.
@@ -98,24 +100,25 @@ class Streams:
 
 
 def contrast_layers(model: nn.Module) -> dict[str, VisualContrastAttention]:
-    """The layers with contrast tokens by their names in a model, first to last.
+    """Find the layers with contrast tokens by their names in a model, first to last.
 
     Raises:
         ValueError: It has none.
     """
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, VisualContrastAttention)}
     if not found:
-        kinds = sorted({type(layer).__name__ for layer in model.modules() if isinstance(layer, Attention)})
+        names = {type(layer).__name__ for layer in model.modules() if isinstance(layer, Attention)}
+        kind = " and ".join(sorted(names)) or "of another kind"
         raise ValueError(
-            f"{type(model).__name__} has no contrast tokens: its attention is {' and '.join(kinds) or 'of another kind'}; "
-            "choose a model whose attention is vca or agent."
+            f"{type(model).__name__} has no contrast tokens: its attention is {kind}; choose a model whose attention "
+            "is vca or agent."
         )
     return found
 
 
 @contextlib.contextmanager
 def keep_inputs(layers: Mapping[K, VisualContrastAttention]) -> Iterator[dict[K, Tensor]]:
-    """While the block runs, keep what each layer was last called with.
+    """Keep what each layer was last called with, while the block runs.
 
     A model that `torch.compile` has compiled does not see hooks that come later: use it before it is compiled.
 
@@ -142,7 +145,7 @@ def keep_inputs(layers: Mapping[K, VisualContrastAttention]) -> Iterator[dict[K,
 
 
 def maps_of(layer: VisualContrastAttention, x: Tensor) -> Maps:
-    """The maps of a layer for its input, in float32 at least.
+    """Compute the maps of a layer for its input, in float32 at least.
 
     Args:
         layer: Of any options.
@@ -177,7 +180,7 @@ def maps_of(layer: VisualContrastAttention, x: Tensor) -> Maps:
 
 @torch.no_grad()
 def streams_of(layer: VisualContrastAttention) -> Streams:
-    """The embeddings and lambdas of a layer as numbers."""
+    """Sum up the embeddings and lambdas of a layer as numbers."""
     embeddings = [layer.positive_embed, layer.negative_embed]
     sizes = [None if e is None else float(e.double().square().mean().sqrt()) for e in embeddings]
     cosine = None

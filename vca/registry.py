@@ -7,6 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+TYPES = {  # type -> how it is called in an error and in --help
+    int: "a whole number (int)",
+    float: "a number (float)",
+    bool: "true or false (bool)",
+    str: "text",
+    NoneType: "null",
+}
+LISTS = {str: "text", float: "numbers (float)", int: "whole numbers (int)"}  # type of the items -> the same
+
 
 def nearest(word: str, choices: Iterable[str], most: int = 1) -> str:
     """Write `" did you mean 'linear'?"` with the `most` of `choices` that are close to `word`; "" if none is."""
@@ -15,7 +24,7 @@ def nearest(word: str, choices: Iterable[str], most: int = 1) -> str:
 
 
 def lookup(registry: Mapping[str, Any], name: str, where: str) -> Any:
-    """The entry called `name`.
+    """Find the entry called `name`.
 
     Args:
         registry: name -> entry.
@@ -31,7 +40,7 @@ def lookup(registry: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def lookup_spec(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: str) -> tuple[Any, dict[str, Any]]:
-    """The entry that `spec` names, and the spec as a dict with its name.
+    """Find the entry that `spec` names, and give it with the spec as a dict with its name.
 
     Raises:
         ValueError: It has no name, or an unknown one.
@@ -43,19 +52,19 @@ def lookup_spec(registry: Mapping[str, Any], spec: str | Mapping[str, Any], wher
 
 
 def options_of(entry: Callable[..., Any]) -> list[str]:
-    """The names of the keyword-only arguments of a class or function: the options that a config may set."""
+    """List the keyword-only arguments of a class or function: the options that a config may set."""
     parameters = inspect.signature(entry).parameters.values()
     return sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
 def annotations_of(entry: Callable[..., Any]) -> dict[str, Any]:
-    """The options of a class or function, with their types."""
+    """Give the options of a class or function, with their types."""
     parameters = inspect.signature(entry).parameters.values()
     return {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def defaults_of(entry: Callable[..., Any]) -> dict[str, Any]:
-    """The options of a class or function that have a default, with that."""
+    """Give the options of a class or function that have a default, with that."""
     parameters = inspect.signature(entry).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
@@ -80,8 +89,8 @@ def create(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: st
     for option in options:
         if option not in allowed:
             raise ValueError(
-                f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}. If a file says it, "
-                f"{where} as a whole, {{name: {name}}}, replaces that."
+                f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}. "
+                f"If a file says it, {where} as a whole, {{name: {name}}}, replaces that."
             )
         check_type(entry, option, options[option], f"{where} {name!r}")
     parameters = inspect.signature(entry).parameters
@@ -92,20 +101,40 @@ def create(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: st
 
 
 def check_type(entry: Callable[..., Any], option: str, value: Any, where: str) -> None:
-    """Raise ValueError if a value is not of the kind of an option: a number, a word, a truth value, a list or a mapping.
+    """Raise ValueError if a value is not of the type of an option: a number, a word, a truth value, a list, a mapping.
 
     Which numbers and words are right is the entry's own business.
     """
-    kinds = annotations_of(entry)[option]
-    kinds = get_args(kinds) if get_origin(kinds) in (Union, UnionType) else (kinds,)
-    if not any(_is(kind, value) for kind in kinds):
+    kind = annotations_of(entry)[option]
+    if not any(_is(member, value) for member in members_of(kind)):
         finite = not isinstance(value, float) or math.isfinite(value)
-        kind = " or ".join(map(_described, kinds)) if finite else "a finite number"
-        raise ValueError(f"{where}: {option} is {value!r}; it must be {kind}.")
+        allowed = describe_type(kind) if finite else "a finite number"
+        raise ValueError(f"{where}: {option} is {value!r}; it must be {allowed}.")
+
+
+def members_of(kind: Any) -> tuple[Any, ...]:
+    """List the types of a union, or the one type."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def describe_type(kind: Any) -> str:
+    """Put the type of a setting or an option into words, without classes whose objects only a program can make."""
+    return " or ".join(filter(None, map(_describe, members_of(kind)))) or "a value"
+
+
+def _describe(kind: Any) -> str:
+    origin, items = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return f"one of {list(items)}"
+    if origin is tuple:
+        return f"{len(items)} values, written so: [0.1,0.9]"
+    if origin in (list, Sequence):
+        return f"a list of {LISTS.get(items[0], 'values')}, written so: [3,7]"
+    return "a name with options" if origin in (dict, Mapping) else TYPES.get(kind, "")
 
 
 def _is(kind: Any, value: Any) -> bool:
-    """Whether a value is of a kind: a whole or finite number, a truth value, a word, None, a list or a mapping."""
+    """Say whether a value is of a kind: a whole or finite number, a truth value, a word, None, a list or a mapping."""
     if kind in (int, float):
         whole = isinstance(value, int) and not isinstance(value, bool)
         return whole or (kind is float and isinstance(value, float) and math.isfinite(value))
@@ -113,12 +142,5 @@ def _is(kind: Any, value: Any) -> bool:
     allowed = {Literal: str, tuple: list | tuple, Sequence: list | tuple, Mapping: Mapping}.get(origin, kind)
     if allowed in (bool, str, NoneType, list | tuple, Mapping):
         return isinstance(value, allowed)
-    # Of any other kind is an object, which a program has made: no value of a file is one.
+    # Any other kind is that of an object, which a program has made: no value of a file is one.
     return not isinstance(value, bool | int | float | str | None | list | dict)
-
-
-def _described(kind: Any) -> str:
-    if get_origin(kind) in (tuple, Sequence):
-        return "a list"
-    words = {Literal: "a word", Mapping: "a name with options"}.get(get_origin(kind))
-    return words or ("null" if kind is NoneType else getattr(kind, "__name__", str(kind)))

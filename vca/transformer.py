@@ -115,7 +115,7 @@ class AdaLN(nn.Sequential):
 
 
 class Block(nn.Module):
-    """x += gate attn(modulate(LN(x)));  x += gate MLP(modulate(LN(x))), with shift, scale and gate from the condition."""
+    """x += gate attn(modulate(LN(x))); x += gate MLP(modulate(LN(x))); all of the condition."""
 
     def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float) -> None:
         super().__init__()
@@ -164,7 +164,8 @@ class Transformer(nn.Module):
         attention: Name in `ATTENTIONS`, or `{"name": ..., option: value}` with the options of that class.
 
     Attributes:
-        attention: `{"name": ..., option: value}` with every option, so that who writes it down need not know the defaults.
+        attention: `{"name": ..., option: value}` with every option, so that who writes it down need not know the
+            defaults.
         null_class: Index of the null class, or None if the network has none.
         grad_checkpointing: Set it, to keep no activation inside a block for the backward pass, but compute the block
             again there: less memory, about a third more time.

@@ -1,17 +1,15 @@
 """A Config as objects: process, sampler, codec, data, network. Only here do names in a YAML file become objects."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 import dit_vca
 import sit_vca
 from dit_vca import Diffusion, DiT
 from sit_vca import PATHS, TIMES, SiT, Transport
-from vca import ATTENTIONS, Transformer, create, defaults_of, lookup, options_of, parse_size
+from vca import ATTENTIONS, Sampler, Transformer, create, defaults_of, lookup, options_of, parse_size
 from vca_engine.config.schema import Config
 from vca_engine.images.codecs import CODECS
 from vca_engine.images.datasets import DATASETS, ImageDataset
@@ -66,7 +64,7 @@ def process(config: Config) -> Process:
     return create(parts()["process"], config.process, "process")
 
 
-def sampler(config: Config, process: Process) -> Callable[..., Tensor]:
+def sampler(config: Config, process: Process) -> Sampler:
     """Make the sampler of `sample.sampler`; where that has no name, the published one of the process.
 
     Raises:

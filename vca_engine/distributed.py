@@ -1,4 +1,7 @@
-"""Several processes: tensors that FSDP2 has cut into shards, put together and cut again, and a check that all agree."""
+"""Several processes: tensors that FSDP2 has cut into shards, put together and cut again, and a check that all agree.
+
+torch.distributed.tensor is imported where it is used: see docs/architecture.md, start-up.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,12 +9,18 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Say whether a tensor, of any shape, is cut into a shard a process."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """Put a sharded tensor (N, ...) together on every process; pass another on. All processes call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
@@ -20,15 +29,17 @@ def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         full = full_tensor(tensor.detach())
         if keep:
-            found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+            found[name] = full.cpu() if is_sharded(tensor) else full
     return found
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """Bring a tensor (N, ...), the same on all processes, to the device of `parameter`, sharded as that is."""
     tensor = tensor.to(parameter.device)
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 

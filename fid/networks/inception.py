@@ -1,4 +1,7 @@
-"""The Inception-v3 of 2015, with which the FID is defined, and the protocols by which images are given to it."""
+"""The Inception-v3 of 2015, with which the FID is defined, and the protocols by which images are given to it.
+
+torchvision and pytorch_fid are slow to import, and so are imported where the network is made.
+"""
 
 import os
 from collections.abc import Callable
@@ -9,9 +12,7 @@ from typing import Self
 
 import torch
 from filelock import FileLock
-from pytorch_fid import inception as blocks
-from torch import Tensor
-from torchvision.models import Inception3
+from torch import Tensor, nn
 
 from fid.networks.extractor import FeatureExtractor, fingerprint
 from fid.networks.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
@@ -138,8 +139,11 @@ class Inception(FeatureExtractor):
         return super().train(False)
 
 
-def inception_network() -> Inception3:
-    """Make torchvision's Inception with the pooling of the graph of 2015, as `pytorch_fid.inception` does."""
+def inception_network() -> nn.Module:
+    """Make torchvision's Inception with the pooling of the graph of 2015, as `pytorch_fid.inception.fid_inception_v3`."""
+    from pytorch_fid import inception as blocks
+    from torchvision.models import Inception3
+
     network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     network.Mixed_5b = blocks.FIDInceptionA(192, pool_features=32)
     network.Mixed_5c = blocks.FIDInceptionA(256, pool_features=64)
@@ -161,23 +165,25 @@ def _find_weights(given: str | Path | None) -> Path:
     for path in tried:
         if path.is_file():
             return path
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+
     try:
         if given:
             raise FileNotFoundError("that is a folder" if tried[0].is_dir() else "no such file")
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{tried[0]}.lock"):
             if not tried[0].is_file():  # another process may have had the lock before
-                torch.hub.download_url_to_file(blocks.FID_WEIGHTS_URL, str(tried[0]), hash_prefix=PUBLISHED)
+                torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(tried[0]), hash_prefix=PUBLISHED)
     except (OSError, RuntimeError) as error:  # offline, or a download of another hash
         raise FileNotFoundError(
             f"FID Inception weights not found ({error}). Tried: {', '.join(map(str, tried))}. Get {WEIGHTS_FILES[0]} "
-            f"(95 MB) from the pytorch-fid release 'fid_weights' ({blocks.FID_WEIGHTS_URL}) on a machine with "
+            f"(95 MB) from the pytorch-fid release 'fid_weights' ({FID_WEIGHTS_URL}) on a machine with "
             "internet, and pass --weights or set $FID_INCEPTION_WEIGHTS."
         ) from error
     return tried[0]
 
 
-def _load(path: Path) -> tuple[Inception3, str]:
+def _load(path: Path) -> tuple[nn.Module, str]:
     """Make the network with the weights of a file; return it and the file's SHA-256."""
     digest = sha256_of(path)
     if path.name in WEIGHTS_FILES and not digest.startswith(PUBLISHED):

@@ -1,1 +1,1 @@
-"""What a YAML file and the command line may say."""
+"""The settings that a YAML file and the command line may give."""

@@ -9,39 +9,39 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser import parse_from_object
 
+from vca import describe_type
 from vca_engine.config.reading import (
-    MissingError,
-    Parts,
+    MissingSettingError,
+    Registries,
+    Settings,
     Word,
-    check,
-    described,
     is_spec,
     leaves,
     refused,
     typed,
     unknown,
+    validate,
 )
 from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml, read_yaml, write_yaml
 
-T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(
-    cls: type[T],
+    cls: type[Settings],
     argv: Sequence[str] | None,
     *,
     prog: str,
     description: str,
     epilog: str = "",
     first: str | None = None,
-    parts: Parts | None = None,
-) -> T:
-    """An instance of a dataclass from the command line, which may name YAML files by --config; what is later, overrides.
+    parts: Registries | None = None,
+) -> Settings:
+    """Make an instance of a dataclass from the command line, which may name YAML files; what is later overrides.
 
     Args:
         cls: The dataclass; its docstring describes its fields, for --help.
@@ -63,8 +63,8 @@ def parse(
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
         try:
-            found = check(cls, values)
-        except MissingError:
+            found = validate(cls, values)
+        except MissingSettingError:
             if not printed:
                 raise
         if not printed:
@@ -77,7 +77,7 @@ def parse(
 
 
 def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[str, Any], bool]:
-    """What the words say, as nested dicts of words, files merged in where they are named; and whether to print it.
+    """Read the words as nested dicts of words, files merged in where they are named; and say whether to print that.
 
     Raises:
         ValueError: An unknown option, one without a value, or a file that cannot be read.
@@ -120,7 +120,7 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
 
 
 def _owner(key: str, kinds: dict[str, Any]) -> str | None:
-    """The setting that `key` is, or is an option of."""
+    """Find the setting that `key` is, or is an option of."""
     if key in kinds:
         return key
     return next((k for k, kind in kinds.items() if is_spec(kind) and key.startswith(f"{k}.")), None)
@@ -161,14 +161,14 @@ def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
 
 
 def _as_dict(spec: Any) -> dict[str, Any]:
-    """A spec that options can be added to; one that is a name becomes the name in it."""
+    """Copy a spec, so that options can be added to it; one that is a name becomes the name in it."""
     if isinstance(spec, dict):
         return dict(spec)
     return {"name": spec} if isinstance(spec, str) and spec not in NULLS else {}
 
 
 def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """All settings; what has to be given and was not, as null."""
+    """Complete the settings; what has to be given and was not, is null."""
     found = {}
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.type):
@@ -180,12 +180,12 @@ def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default_of(field: dataclasses.Field) -> Any:
-    """The default of a field; dataclasses.MISSING if it has to be given."""
+    """Give the default of a field; dataclasses.MISSING if it has to be given."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _help(cls: type, prog: str, description: str, epilog: str) -> str:
-    """Every setting with its description, type and default, in the groups of the dataclass."""
+    """List every setting with its description, type and default, in the groups of the dataclass."""
     usage = f"{prog} [--config FILE ...] [--SETTING VALUE ...]"
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -212,7 +212,7 @@ def _help(cls: type, prog: str, description: str, epilog: str) -> str:
             metavar = (
                 "{" + ",".join(choices) + "}" if choices else "[{true,false}]" if f.type is bool else f.name.upper()
             )
-            kind = "" if choices or f.type is bool else f"{described(f.type).removesuffix(' or null')}; "
+            kind = "" if choices or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
             known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
             group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)
@@ -222,7 +222,7 @@ def _help(cls: type, prog: str, description: str, epilog: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A default as one would write it."""
+    """Write a default as one would type it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_shown(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):
@@ -231,13 +231,13 @@ def _shown(value: Any) -> str:
 
 
 def _descriptions(cls: type) -> dict[str, str]:
-    """Field -> its text in the docstring of the class, or of the one that it extends."""
+    """Find the text of each field in the docstring of the class, or of the one that it extends."""
     texts = [parse_from_object(c).params for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
     return {p.arg_name: " ".join(p.description.split()) for params in texts for p in params if p.description}
 
 
 def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator of a script's main: a user's mistake ends the program with its sentence and exit code 2, Ctrl-C with 130.
+    """Decorate a program's main: a user's mistake ends it with its sentence and exit code 2, Ctrl-C with 130.
 
     A mistake is a ValueError or OSError that this project's own code raised; any other keeps its traceback.
     """
@@ -263,7 +263,7 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def _origin(error: Exception) -> tuple[Path, str]:
-    """The file that raised an error, and its sentence; torch passes those of its data workers on as text."""
+    """Find the file that raised an error, and its sentence; torch passes those of its data workers on as text."""
     file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
     if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
         file = re.findall(r'File "([^"]+)"', sentence)[-1]

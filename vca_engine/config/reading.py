@@ -1,10 +1,10 @@
-"""What a person types, or a file says, as settings: the type of a field decides what a word is, or a sentence says why not.
+"""Words that a person types, or a file says, as settings: the type of a field decides what a word is.
 
     "010", no, null, 1e3, 12:30    where text is meant: that text
     2e-4, 400_000, 1e6, true, null    where a number, a truth value or nothing is meant: that
 
-A value may be nested dicts and lists of words. It never names a class or function to be called: that is what registries
-are for, in which a word finds an entry of this program or none.
+A value may be nested dicts and lists of words. One that does not fit ends in a sentence. None names a class or
+function to be called: that is what registries are for, in which a word finds an entry of this program or none.
 """
 
 import collections.abc
@@ -13,29 +13,22 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from vca import annotations_of, nearest
+from vca import annotations_of, describe_type, members_of, nearest
 from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml
 
 Spec = dict[str, Any]
-Parts = Mapping[str, Mapping[str, Any]]  # name of a field or option that is a name with options -> its registry
-T = TypeVar("T")
+Registries = Mapping[str, Mapping[str, Any]]  # name of a field or option that is a name with options -> its registry
+Settings = TypeVar("Settings")  # a dataclass
 ITEM = re.compile(r"""\s*(?:'((?:[^']|'')*)'|"([^"]*)"|([^,]*?))\s*(?:,|$)""")  # of a list on a command line
-KINDS = {
-    int: "a whole number (int)",
-    float: "a number (float)",
-    bool: "true or false (bool)",
-    str: "text",
-    NoneType: "null",
-}
 
 
-class MissingError(ValueError):
-    """Settings that have to be given are not; names them."""
+class MissingSettingError(ValueError):
+    """Settings that have to be given and are not; names them."""
 
 
 class Strict:
@@ -50,14 +43,15 @@ class Word(str):
     __slots__ = ()
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str, parts: Parts | None = None) -> T:
-    """An instance of a dataclass from nested dicts, of JSON values or of words.
+def from_dict(cls: type[Settings], values: Mapping[str, Any], where: str, parts: Registries | None = None) -> Settings:
+    """Make an instance of a dataclass from nested dicts, of JSON values or of words.
 
     Args:
         cls: The dataclass.
         values: What differs from its defaults.
         where: Where that stands, for the error.
-        parts: Registries whose entries say of what type the options of specs are; not needed where these are JSON values.
+        parts: Registries whose entries say of what type the options of specs are; not needed where these are JSON
+            values.
 
     Raises:
         ValueError: A key or value that does not fit.
@@ -65,13 +59,13 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str, parts: Parts 
     try:
         if not isinstance(values, dict):
             raise ValueError(f"the settings are {values!r}; they must be names with values")
-        return check(cls, typed(cls, values, parts or {}))
+        return validate(cls, typed(cls, values, parts or {}))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def check(cls: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of a dataclass from nested dicts of JSON values.
+def validate(cls: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Make an instance of a dataclass from nested dicts of JSON values.
 
     Raises:
         ValueError: A key or value that does not fit, with what is allowed there.
@@ -82,8 +76,8 @@ def check(cls: type[T], values: Mapping[str, Any]) -> T:
         raise _mistake(cls, values, error) from None
 
 
-def typed(cls: type, values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
-    """Nested dicts in which each word is what its field takes; a word that cannot be that stays, for `check` to refuse."""
+def typed(cls: type, values: Mapping[str, Any], parts: Registries) -> dict[str, Any]:
+    """Turn each word of nested dicts into what its field takes; another stays as it is, for `validate` to refuse."""
     kinds, found = {f.name: f.type for f in dataclasses.fields(cls)}, {}
     for name, value in values.items():
         kind = kinds.get(name, Any)
@@ -97,8 +91,8 @@ def typed(cls: type, values: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
 
 
 def as_type(value: Any, kind: Any) -> Any:
-    """A value as JSON of the type `kind`, if it is a word, a list or a dict of words that can be that."""
-    kinds = _members(kind)
+    """Turn a word, or a list or dict of words, into JSON of the type `kind`, if it can be that."""
+    kinds = members_of(kind)
     if isinstance(value, Word):
         value = _unpacked(value, kinds)
     if isinstance(value, dict):
@@ -117,7 +111,7 @@ def as_type(value: Any, kind: Any) -> Any:
         return str(value)
     if Any in kinds and isinstance(value, Plain):
         kinds = (int, float, bool) if value.lower() in ("true", "false") or value[:1] in "+-.0123456789" else ()
-    for kind, read in ((int, _whole), (float, _number), (bool, _truth)):
+    for kind, read in ((int, _integer), (float, _number), (bool, _truth)):
         if kind in kinds and (found := read(value)) is not None:
             return found
     number = _number(value) if isinstance(value, Plain) and {int, bool} & {*kinds} else None
@@ -125,36 +119,20 @@ def as_type(value: Any, kind: Any) -> Any:
 
 
 def is_spec(kind: Any) -> bool:
-    """Whether a field or option of this type is a name with options."""
-    return any(get_origin(member) in (dict, collections.abc.Mapping) for member in _members(kind))
+    """Say whether a field or option of this type is a name with options."""
+    return any(get_origin(member) in (dict, collections.abc.Mapping) for member in members_of(kind))
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and type of each setting; of groups of them, too, whose type is a dataclass."""
+    """Yield dotted name and type of each setting; of groups of them, too, whose type is a dataclass."""
     for f in dataclasses.fields(cls):
         yield prefix + f.name, f.type
         if dataclasses.is_dataclass(f.type):
             yield from leaves(f.type, f"{prefix}{f.name}.")
 
 
-def described(kind: Any) -> str:
-    """A type in words."""
-    words = []
-    for member in _members(kind):
-        if get_origin(member) is Literal:
-            words.append(f"one of {list(get_args(member))}")
-        elif get_origin(member) is tuple:
-            words.append(f"{len(get_args(member))} values, written so: [0.1,0.9]")
-        elif get_origin(member) is list:
-            items = {str: "text", float: "numbers (float)", int: "whole numbers (int)"}
-            words.append(f"a list of {items.get(get_args(member)[0], 'values')}, written so: [3,7]")
-        else:
-            words.append("a name with options" if is_spec(member) else KINDS.get(member, "a value"))
-    return " or ".join(words)
-
-
 def unknown(key: str, known: Sequence[str]) -> str:
-    """The sentence for a setting that does not exist."""
+    """Write the sentence for a setting that does not exist."""
     if key in ("steps", "num_steps", "num_sampling_steps") and "sampler" in known:
         return f"{key!r} is not a setting; write --sampler.num_steps."
     last = [name for name in known if name.rpartition(".")[2] == key]  # --lr for --train.lr
@@ -167,13 +145,8 @@ def _adapter(cls: type) -> TypeAdapter:
     return TypeAdapter(cls)
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type."""
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-
-
 def _items(kinds: tuple[Any, ...], num: int) -> list[Any]:
-    """The type of each of the items of a list, where one of `kinds` is a list or tuple."""
+    """List the type of each of the items of a list, where one of `kinds` is a list or tuple."""
     for kind in kinds:
         args = get_args(kind)
         if get_origin(kind) is tuple and len(args) == num:
@@ -184,7 +157,7 @@ def _items(kinds: tuple[Any, ...], num: int) -> list[Any]:
 
 
 def _unpacked(word: Word, kinds: tuple[Any, ...]) -> Any:
-    """A word of a command line: what is in its brackets, or text where text is meant and there is some."""
+    """Take a word of a command line out of its brackets, or as text where text is meant and there is some."""
     origins, ends = {get_origin(kind) for kind in kinds}, word[:1] + word[-1:]
     if ends == "[]" and (Any in kinds or origins & {list, tuple, collections.abc.Sequence}):
         return _split(word[1:-1])
@@ -194,7 +167,7 @@ def _unpacked(word: Word, kinds: tuple[Any, ...]) -> Any:
 
 
 def _split(text: str) -> list[str]:
-    """Words between commas, of which those in quotes may hold commas."""
+    """Split a text into the words between commas, of which those in quotes may hold commas."""
     text, found, end = text.strip(), [], 0
     while end < len(text):
         item = ITEM.match(text, end)
@@ -205,8 +178,8 @@ def _split(text: str) -> list[str]:
     return found
 
 
-def _as_spec(value: Any, part: str, parts: Parts) -> Any:
-    """A name with options, each as the entry that the name finds takes it, or without a name the first entry that has it."""
+def _as_spec(value: Any, part: str, parts: Registries) -> Any:
+    """Turn each option of a spec into what the entry of its name takes; without a name, the first entry with it."""
     if isinstance(value, Word) and value[:1] == "{":
         value = parse_yaml(value)
     if isinstance(value, Plain | Word) and value in NULLS:
@@ -229,8 +202,8 @@ def _as_spec(value: Any, part: str, parts: Parts) -> Any:
     return found
 
 
-def _whole(word: str) -> int | None:
-    """400_000, 0x10 and 1e6, but not 010, which has been 8 and 10."""
+def _integer(word: str) -> int | None:
+    """Read 400_000, 0x10 and 1e6, but not 010, which has been 8 and 10."""
     try:
         return int(word, 0)
     except ValueError:
@@ -239,7 +212,7 @@ def _whole(word: str) -> int | None:
 
 
 def _number(word: str) -> float | None:
-    """2e-4, .5, nan; not 010."""
+    """Read 2e-4, .5, nan; not 010."""
     try:
         return None if re.match(r"[+-]?0[\d_]", word) else float(word)
     except ValueError:
@@ -251,7 +224,7 @@ def _truth(word: str) -> bool | None:
 
 
 def _mistake(cls: type, values: Mapping[str, Any], error: ValidationError) -> ValueError:
-    """The first of those that pydantic found: an unknown setting, then a wrong value, then what is missing."""
+    """Choose among the mistakes that pydantic found: an unknown setting, then a wrong value, then what is missing."""
     kinds, found = dict(leaves(cls)), error.errors(include_url=False)
     missing = [str(e["loc"][0]) for e in found if e["type"].startswith("missing") and len(e["loc"]) == 1]
     wrong = next((e for e in found if e["type"] == "unexpected_keyword_argument"), None)
@@ -260,7 +233,7 @@ def _mistake(cls: type, values: Mapping[str, Any], error: ValidationError) -> Va
     wrong = next((e for e in found if len(e["loc"]) != 1 or not e["type"].startswith("missing")), None)
     if wrong is None:
         more = " They stand in a file of configs/, so give --config FILE; see --help." if "run_dir" in kinds else ""
-        return MissingError(f"the following arguments are required: {', '.join(missing)}.{more}")
+        return MissingSettingError(f"the following arguments are required: {', '.join(missing)}.{more}")
     if wrong["type"] == "value_error":  # of the dataclass itself
         return wrong["ctx"]["error"]
     key, value = "", values
@@ -272,9 +245,9 @@ def _mistake(cls: type, values: Mapping[str, Any], error: ValidationError) -> Va
 
 
 def refused(key: str, value: Any, kind: Any, what: str) -> str:
-    """The sentence for a value that a setting cannot have."""
+    """Write the sentence for a value that a setting cannot have."""
     given = "null" if value is None else repr(value)
-    choices = [word for member in _members(kind) if get_origin(member) is Literal for word in get_args(member)]
+    choices = [word for member in members_of(kind) if get_origin(member) is Literal for word in get_args(member)]
     if what == "json_invalid":
         return "a value is not text in UTF-8."
     if what == "finite_number":
@@ -285,4 +258,4 @@ def refused(key: str, value: Any, kind: Any, what: str) -> str:
         return f"{key} is {given};{nearest(str(value), choices)} choose one of {choices}."
     if is_spec(kind):
         return f"{key} is {given}; it is a name with options, so write {key}.name."
-    return f"{key} is {given}; it must be {described(kind)}."
+    return f"{key} is {given}; it must be {describe_type(kind)}."

@@ -1,7 +1,7 @@
 """A run as data: frozen dataclasses that say, field by field, what a YAML file and the command line may set.
 
-Polymorphic parts (`data`, `codec`, `process`, `model.attention`, `sample.sampler`) are `{name: ..., option: value}`; the
-classes that they name check their options when they are built, before the first step.
+`data`, `codec`, `process`, `model.attention` and `sample.sampler` are specs, `{name: ..., option: value}`; the classes
+that they name check their options when they are built, before the first step.
 """
 
 import dataclasses
@@ -80,8 +80,8 @@ class TrainConfig(Strict):
         grad_checkpointing: Compute the activations of each block again in the backward pass, to save memory.
         channels_last: The autoencoder's convolutions in the layout of memory that GPUs prefer; on a CPU without effect.
         preload: Keep all cached latents in the memory of the device.
-        num_workers: Processes that load data, for each training process; not given means up to 4 for images, and none for
-            cached latents, which are there sooner than another process could hand them over.
+        num_workers: Processes that load data, for each training process; not given means up to 4 for images, and none
+            for cached latents, which are there sooner than another process could hand them over.
         timeout: Minutes that a process waits for data or for another process before the run ends with an error; longer
             than a preview takes.
         log_every: Steps between two lines of metrics.jsonl.
@@ -147,13 +147,13 @@ class TrainConfig(Strict):
         require(norm is None or norm > 0, "train.max_grad_norm", norm, "choose a positive number")
 
     def workers(self, cached: bool = False) -> int:
-        """Processes that load data: of cached latents, or of images."""
+        """Give the number of processes that load data: cached latents, or images."""
         if self.num_workers is not None:
             return self.num_workers
         return 0 if cached else min(4, os.cpu_count() or 1)
 
     def kept(self) -> list[int]:
-        """The steps whose checkpoints are there at the end."""
+        """List the steps whose checkpoints are there at the end."""
         every = self.checkpoint_every
         steps = sorted({*range(every, self.num_steps + 1, every), self.num_steps})
         if not self.keep_checkpoints:
@@ -167,17 +167,19 @@ class SampleConfig(Strict):
     """How images are drawn: in previews, and by sample.py unless it is told otherwise.
 
     Args:
-        sampler: Sampler by name with its options; not given means the published one, 250 steps of ddpm or sde. For ode and
-            sde, num_steps counts points of time, as published, so it is one more than the steps between them.
-        cfg_scale: Guidance, other + cfg_scale (output - other), where the other output is that without a class; 1 is none.
+        sampler: Sampler by name with its options; not given means the published one, 250 steps of ddpm or sde. For ode
+            and sde, num_steps counts points of time, as published, so it is one more than the steps between them.
+        cfg_scale: Guidance, other + cfg_scale (output - other), where the other output is that without a class; 1 is
+            none.
         guided_channels: Guide the first channels only; not given means all, 3 reproduces the published tables.
         guidance_interval: Lowest and highest noise level, from 0 (data) to 1 (noise), at which there is guidance, e.g.
             [0,0.7]; not given means all.
         classes: Classes of a grid, by number or name, a row each; not given means all, or 10 evenly spaced ones.
         per_class: Images of each class in a grid.
         seed: Seed of the images, independent of that of training.
-        group_size: Of N numbered images so many neighbours are drawn together, always all of them, so that no image depends
-            on the batch size or the number of processes, not even by rounding. Larger is faster where the network is small.
+        group_size: Of N numbered images so many neighbours are drawn together, always all of them, so that no image
+            depends on the batch size or the number of processes, not even by rounding. Larger is faster where the
+            network is small.
     """
 
     sampler: Spec | None = None
@@ -202,7 +204,7 @@ class SampleConfig(Strict):
         )
 
     def changed(self, **given: Any) -> "SampleConfig":
-        """The same with what is given and not None; a sampler without a name gives options to the one that is there."""
+        """Change what is given and not None; a sampler without a name gives options to the one that is there."""
         given = {name: value for name, value in given.items() if value is not None}
         if "name" not in given.get("sampler", {"name": None}):
             given["sampler"] = {**(self.sampler or {}), **given["sampler"]}
@@ -246,12 +248,13 @@ class CacheConfig(Strict):
     """How cache_latents.py encodes images.
 
     Args:
-        moments: Keep mean and standard deviation, from which training draws anew in every epoch; else one draw for ever.
+        moments: Keep mean and standard deviation, from which training draws anew in every epoch; else one draw for
+            ever.
         precision: Of the codec's arithmetic.
         batch_size: Images encoded together, on each process.
         shard_size: Images in a file.
-        on_error: At a damaged image, or one that is none, stop; or skip it, and list it in the manifest. What the disk does
-            not give, as a link to nothing, always stops.
+        on_error: At a damaged image, or one that is none, stop; or skip it, and list it in the manifest. What the disk
+            does not give, as a link to nothing, always stops.
     """
 
     moments: bool = True
@@ -308,14 +311,12 @@ class Config(Strict):
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dicts of plain values, fit for YAML and JSON."""
-    return dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
+    """Turn a config into nested dicts of plain values, fit for YAML and JSON; tuples become lists."""
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+    )
 
 
 def save_yaml(config: Any, path: Path) -> None:
     """Write the resolved config."""
     write_text(path, write_yaml(to_dict(config)))
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Files of settings in YAML 1.2: read as words, of which nothing is made; written so that every version reads the same."""
+"""Files of settings in YAML 1.2: read as words that stay words; written so that every version reads the same."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML 1.2
-TAGS = {
+PLAIN_TAGS = {
     f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "timestamp", "seq", "map", "value")
 }
 MOST_VALUES = 100_000  # of a YAML file, whose aliases can make a million of ten lines
@@ -25,7 +25,7 @@ class Plain(str):
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML 1.2 file, as `Plain` words and text in quotes.
+    """Read the settings in a YAML 1.2 file, as `Plain` words and text in quotes.
 
     Raises:
         ValueError: It cannot be read, or is no mapping of settings; says where.
@@ -40,7 +40,7 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> dict[str, Any]:
-    """A mapping written in YAML 1.2, as `Plain` words and text in quotes; nothing in it is made an object.
+    """Read a mapping written in YAML 1.2, as `Plain` words and text in quotes; nothing in it is made an object.
 
     Raises:
         ValueError: It is none.
@@ -53,7 +53,7 @@ def parse_yaml(text: str) -> dict[str, Any]:
         line = f"line {node.start_mark.line + 1}"
         if num_values > MOST_VALUES:
             raise ValueError(f"{line}: it has more than {MOST_VALUES:,} values")
-        if node.tag not in TAGS:
+        if node.tag not in PLAIN_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             raise ValueError(f"{line}: {tag!r} is a tag or a merge; write values out")
         if isinstance(node, ScalarNode):
@@ -85,7 +85,7 @@ def parse_yaml(text: str) -> dict[str, Any]:
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
-    """JSON values as YAML, with quotes around text that some reader of YAML 1.1 or 1.2 may take for something else."""
+    """Write JSON values as YAML, with quotes around text that YAML 1.1 or 1.2 may take for something else."""
     yaml, file = YAML(typ="safe", pure=True), io.StringIO()
     yaml.default_flow_style, yaml.width, yaml.sort_base_mapping_type_on_output = False, 10_000, False
 

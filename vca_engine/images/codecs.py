@@ -8,7 +8,6 @@ draws; where `codec.posterior` is false there is nothing to draw, and it gives t
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from vca_engine.files import sha256_of_weights
@@ -96,6 +95,8 @@ class VAECodec(nn.Module):
 
 def _load_vae(path: str) -> tuple[str, nn.Module, Tensor, Tensor]:
     """The class of an autoencoder, itself, and the shift and scale of its latents, (C,) or ()."""
+    from diffusers import AutoencoderKL, AutoencoderTiny  # slow to import: see docs/architecture.md, start-up
+
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     kind = dict(AutoencoderKL.load_config(path)).get("_class_name", "AutoencoderKL")
     if not isinstance(kind, str) or kind not in kinds:

@@ -1,18 +1,21 @@
-"""Figures for papers: rows of small pictures with one colour bar each, as PNG and PDF."""
+"""Figures for papers: rows of small pictures with one colour bar each, as PNG and PDF.
 
-from collections.abc import Sequence
+matplotlib is imported where it is used: see docs/architecture.md, start-up.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from vca_engine.files import written_aside
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 NARROW, WIDE = 3.25, 5.5  # inches: a column of two on a page, and one
 STYLE = {
@@ -31,7 +34,19 @@ STYLE = {
     "legend.frameon": False,
     "pdf.fonttype": 42,  # letters stay letters
 }
-styled = rc_context(STYLE)  # decorator of what makes or writes a figure
+
+
+def styled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function that makes or writes a figure, so that this has `STYLE`."""
+
+    @functools.wraps(function)
+    def in_style(*args: Any, **options: Any) -> Any:
+        from matplotlib import rc_context
+
+        with rc_context(STYLE):
+            return function(*args, **options)
+
+    return in_style
 
 
 class Panel(NamedTuple):
@@ -68,15 +83,19 @@ class Row(NamedTuple):
     signed: bool = False
 
 
-def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """A figure of so many inches and its axes, (rows, columns)."""
+def new_figure(width: float, height: float, rows: int, columns: int) -> tuple["Figure", np.ndarray]:
+    """Make a figure of so many inches, and its axes, (rows, columns)."""
+    from matplotlib.figure import Figure
+
     figure = Figure((width, height), layout="compressed")  # constrained, and panels of a fixed shape stay together
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 @styled
-def plot_rows(rows: Sequence[Row], width: float, title: str) -> Figure:
-    """A figure of rows, `width` inches wide."""
+def plot_rows(rows: Sequence[Row], width: float, title: str) -> "Figure":
+    """Make a figure of rows, `width` inches wide."""
+    from matplotlib.ticker import MaxNLocator
+
     columns = len(rows[0].panels)
     side = min(1.0, (width - 0.8) / columns)  # of a panel; the colour bars and labels take the rest
     height = 0.4 + sum(side * row.grid[0] / row.grid[1] + 0.15 for row in rows)
@@ -96,7 +115,7 @@ def plot_rows(rows: Sequence[Row], width: float, title: str) -> Figure:
 
 
 @styled
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write path.png, at 300 dots an inch, and path.pdf.
 
     Raises:
@@ -108,7 +127,10 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.set_layout_engine("none")  # the places are found, and finding them takes most of the time
 
 
-def _plot_panel(ax: Axes, panel: Panel, row: Row) -> AxesImage:
+def _plot_panel(ax: "Axes", panel: Panel, row: Row) -> "AxesImage":
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
+
     height, width = row.grid
     is_image = panel.values.ndim == 3
     low, colours = (-row.limit, "RdBu_r") if row.signed else (0, "viridis")

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vca import Predict
 from vca_engine.config.schema import SampleConfig
 from vca_engine.sampling.classes import check_labels
-
-Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

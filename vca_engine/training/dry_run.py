@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from vca_engine import assemble
 from vca_engine.config.schema import Config
+from vca_engine.distributed import is_sharded
 from vca_engine.signals import STOPPED
 from vca_engine.training.log import read_metrics
 from vca_engine.training.outputs import Outputs, peak_memory
@@ -136,6 +135,8 @@ def multiply_adds(network: nn.Module) -> int:
     Args:
         network: On the meta device.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import: see docs/architecture.md, start-up
+
     x, t, y = (
         torch.zeros(1, network.in_channels, *network.input_size, device="meta"),
         torch.zeros(1, device="meta"),
@@ -160,7 +161,7 @@ def count_saved(network: nn.Module) -> Iterator[Saved]:
     What gradient checkpointing keeps is not seen; nor what a compiled block does.
     """
     found = Saved()
-    seen = {p.untyped_storage().data_ptr() for p in network.parameters() if not isinstance(p, DTensor)}
+    seen = {p.untyped_storage().data_ptr() for p in network.parameters() if not is_sharded(p)}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()  # alive as long as the graph, so no other has its address

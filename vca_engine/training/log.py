@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
@@ -17,10 +16,6 @@ from tqdm import tqdm
 from vca_engine.files import write_text, written_aside
 from vca_engine.images import NonFiniteError
 from vca_engine.images.pictures import save_film
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
 
 PROJECT = "vca-diffusion"  # of W&B and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
 
@@ -73,6 +68,12 @@ class Log:
         lines = [line for line in self.lines if line["loss"] is not None]
         if not lines:
             return
+        import matplotlib  # slow to import: see docs/architecture.md, start-up
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+        from matplotlib.ticker import MaxNLocator
+
         steps, loss = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
         window = 2 * (len(loss) // 40) + 1
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from vca_engine import assemble
 from vca_engine.config.schema import Config, to_dict
@@ -48,6 +47,8 @@ def make_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.timeout))],
     )
     if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         # accelerate's would round weights, inputs and exchanged gradients to bf16; ours is autocast, as without shards.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     return accelerator

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from vca_engine.config.schema import TrainConfig
+from vca_engine.distributed import full_tensor
 from vca_engine.seeds import mix, normal, uniform
 
 
@@ -42,7 +42,7 @@ def clip(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     norm = get_total_norm([p.grad for p in parameters])
     if max_norm is not None:
         clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return full_tensor(norm)
 
 
 def step_unless(optimizer: Optimizer, skipped: Tensor) -> None:

@@ -136,7 +136,7 @@ def _read_diffusers_config(folder: Path) -> dict[str, Any]:
 def _class_names(num_classes: int) -> list[str]:
     """Name the 1000 classes of ImageNet; other classes by their numbers."""
     if num_classes == 1000:
-        from torchvision.models import ResNet18_Weights  # slow to import
+        from torchvision.models import ResNet18_Weights  # slow to import: see docs/architecture.md, start-up
 
         return list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
     return [str(k) for k in range(num_classes)]

@@ -1,0 +1,1 @@
+"""Speed and memory beside the aims, each a program: `python -m benchmarks.attention --help`."""
