@@ -282,12 +282,12 @@ def fid(c: Checkout) -> None:
         out, network = TMP / f"{preset}.json", f"--weights {c.inception()} --preset {preset} {sizes}"
         c.run("-m fid", f"{eval_} {network} --metrics fid,sfid,is,pr,dc,kid,mind --json {out} --save-stats {out}.npz")
         c.keep(out)
-    c.run("-m fid", f"{eval_} --weights {c.inception()} {sizes} --json {TMP}/two.json", processes=2)
+    c.run("-m fid", f"{eval_} --weights {c.inception()} {sizes} --json {TMP}/processes.json", processes=2)
     c.note("selfcheck", c.run("-m fid", f"selfcheck --weights {c.inception()}").splitlines())
     run = c.demo("digits_sit")
     c.run("sample.py", f"{run} --num 64 --labels balanced --out {TMP}/score.npz")
     c.run("-m demo.score", f"--checkpoint {run} --samples {TMP}/score.npz --classifier {c.classifier()}")
-    c.keep(TMP / "two.json", run / "score.json")
+    c.keep(TMP / "processes.json", run / "score.json")
 
 
 def others(c: Checkout) -> None:
@@ -315,6 +315,7 @@ def others(c: Checkout) -> None:
         args = argparse.Namespace(model=f"{kind}-S/4", path_type="Linear", prediction="velocity", loss_weight=None)
         torch.save({"ema": state, "model": network.state_dict(), "args": args}, published / f"{kind}.pt")
         draw(published / f"{kind}.pt", vae)
+        network.load_state_dict(state)
         network.save_pretrained(published / f"saved_{kind}")
     process = "--process.name diffusion"
     draw(published / "saved_DiT", f"{vae} {process}")
@@ -346,7 +347,10 @@ def pictures(c: Checkout) -> None:
         c.run("sample.py", f"{run} {cfg} --out {folder}/{kind}_way.png --trajectory --classes [3] --columns 4")
         c.run("sample.py", f"{run} --out {folder}/{kind}_between.gif --interpolate --columns 4")
         c.run("sample.py", f"{run} --out {folder}/{kind}_sweep.png --sweep cfg=1,2")
-        c.run("visualise.py", f"{run} --maps --out {folder}/{kind}_maps --classes [3] --heads [0,1] --query [1,2]")
+        c.run(
+            "visualise.py",
+            f"{run} --maps --out {folder}/{kind}_maps --classes [3] --heads [0,1] --query [1,2] --times [0.7,0.3]",
+        )
     flow = c.demo("digits_sit")
     c.run("sample.py", f"{flow} --out {folder}/methods.png --sweep sampler.method={METHODS} --classes [4,5]")
     for run in (flow, c.demo("mnist_sit")):
