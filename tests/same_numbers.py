@@ -8,7 +8,7 @@ Record both on one machine with one set of packages, and not two at a time. All 
 the system's temporary one, whose name is in some of them; it is removed at the end.
 
 Each file is an item, NAME -> its SHA-256:
-- .json, .jsonl, .yaml, .md: of their text, without the values of CHANGING and with TMP and TREE for the two folders.
+- .json, .jsonl, .yaml, .md: of their text, without what CHANGING and CHANGING_ROWS name, and with TMP and TREE for the two folders.
 - .png, .gif: of the pixels of all frames, and of what stands beside them (text, times), treated in the same way.
 - .safetensors: of the bytes, but with the metadata in the header sorted: safetensors writes those in any order.
 - All others (.npz, .npy, .pdf ...): of the bytes.
@@ -27,8 +27,11 @@ import time
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+LONG = 40_000  # characters
 CHANGING = {"date", "seconds", "images_per_second", "memory_gib", "id", "revision"}
+CHANGING_ROWS = ("| revision of the code |", "| checkpoint |")  # of a model card: a revision, an id
 LEFT_OUT = ("events.out.tfevents*", ".lock", ".tracker-id")
 TMP = Path(tempfile.gettempdir()).resolve() / "same_numbers"
 RENAMED = {  # program -> file that is there where it is called so -> how; one that gets another name gets a line here
@@ -78,14 +81,14 @@ class Checkout:
                 self.note(str(file.relative_to(TMP)), read(file))
 
     def note(self, name: str, content: Any) -> None:
-        """Note the content of an item: bytes, or text and JSON values, which are kept where they are short."""
-        if not isinstance(content, bytes):
-            text = json.dumps(content).replace(str(TMP), "TMP").replace(str(self.tree), "TREE")
-            content = text.encode()
-        item = {"sha256": hashlib.sha256(content).hexdigest()}
-        self.found[name] = item | (
-            {"content": json.loads(text)} if len(content) < 40_000 and "text" in locals() else {}
-        )
+        """Note the content of an item: bytes, or lines and JSON values, which are kept where they are short."""
+        if isinstance(content, bytes):
+            self.found[name] = {"sha256": hashlib.sha256(content).hexdigest()}
+            return
+        text = json.dumps(content).replace(str(TMP), "TMP").replace(str(self.tree), "TREE")
+        item = self.found[name] = {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+        if len(text) < LONG:
+            item["content"] = json.loads(text)
 
     def train(self, name: str, config: str, more: str = "", steps: int = 40, processes: int = 1) -> Path:
         """A run, trained if it is not there."""
@@ -117,7 +120,7 @@ class Checkout:
                     file = (a, b)[i // 25] / f"class {i % 3}" / f"{i:02}.{('png', 'jpg')[i % 2]}"
                     file.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(pixels).resize((int(width), int(height)), Image.Resampling.BICUBIC).save(file)
-                    archive.writestr(zipfile.ZipInfo(str(file.relative_to(TMP))), file.read_bytes())
+                    archive.writestr(zipfile.ZipInfo(str(file.relative_to(file.parents[1]))), file.read_bytes())
         return a, b, both
 
     def vae(self) -> Path:
@@ -151,18 +154,12 @@ class Checkout:
         """Random weights of the FID's Inception, under which no signal dies."""
         import torch
         from pytorch_fid import inception as blocks
-        from torchvision.models import Inception3
 
         file = TMP / "inception.pth"
         if not file.exists():
             torch.manual_seed(0)
-            net = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-            net.Mixed_5b, net.Mixed_5c, net.Mixed_5d = (
-                blocks.FIDInceptionA(n, pool_features=k) for n, k in ((192, 32), (256, 64), (288, 64))
-            )
-            for letter, width in zip("bcde", (128, 160, 160, 192), strict=True):
-                setattr(net, f"Mixed_6{letter}", blocks.FIDInceptionC(768, channels_7x7=width))
-            net.Mixed_7b, net.Mixed_7c = blocks.FIDInceptionE_1(1280), blocks.FIDInceptionE_2(2048)
+            with patch.object(blocks, "load_state_dict_from_url"), patch.object(torch.nn.Module, "load_state_dict"):
+                net = blocks.fid_inception_v3()  # without its download
             for module in net.modules():
                 if isinstance(module, torch.nn.Conv2d):
                     torch.nn.init.normal_(module.weight, std=(2 / module.weight[0].numel()) ** 0.5)
@@ -180,7 +177,7 @@ def read(file: Path) -> Any:
         lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
         return [unchanging(line) for line in lines]
     if file.suffix in (".yaml", ".md"):
-        return file.read_text().splitlines()
+        return [line for line in file.read_text().splitlines() if not line.startswith(CHANGING_ROWS)]
     if file.suffix in (".png", ".gif"):
         from PIL import Image, ImageSequence
 
@@ -294,7 +291,7 @@ def others(c: Checkout) -> None:
     """Images of published files, of folders of diffusers and of save_pretrained; a run's export, and its average."""
     sys.path.insert(0, str(c.tree))
     import torch
-    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     import dit_vca
     import sit_vca
@@ -317,15 +314,12 @@ def others(c: Checkout) -> None:
         draw(published / f"{kind}.pt", vae)
         network.load_state_dict(state)
         network.save_pretrained(published / f"saved_{kind}")
-    process = "--process.name diffusion"
-    draw(published / "saved_DiT", f"{vae} {process}")
+    draw(published / "saved_DiT", f"{vae} --process.name diffusion")
     theirs = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=2, sample_size=8, out_channels=8, norm_eps=1e-6
     )
     for block in theirs.transformer_blocks:  # as in converted weights
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
-    from diffusers import AutoencoderKL
-
     DiTPipeline(theirs, AutoencoderKL.from_pretrained(c.vae()), DDIMScheduler()).save_pretrained(
         published / "diffusers"
     )
