@@ -8,7 +8,7 @@ Record both on one machine with one set of packages, and not two at a time. All 
 the system's temporary one, whose name is in some of them; it is removed at the end.
 
 Each file is an item, NAME -> its SHA-256:
-- .json, .jsonl, .yaml, .md: of their text, without what CHANGING and CHANGING_ROWS name, and with TMP and TREE for the two folders.
+- .json, .jsonl, .yaml, .md: of the text, with TMP and TREE for the two folders, without what CHANGING, CHANGING_ROWS name.
 - .png, .gif: of the pixels of all frames, and of what stands beside them (text, times), treated in the same way.
 - .safetensors: of the bytes, but with the metadata in the header sorted: safetensors writes those in any order.
 - All others (.npz, .npy, .pdf ...): of the bytes.
@@ -28,6 +28,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image, ImageSequence
+from pytorch_fid import inception as blocks
 
 LONG = 40_000  # characters
 CHANGING = {"date", "seconds", "images_per_second", "memory_gib", "id", "revision"}
@@ -108,9 +114,6 @@ class Checkout:
 
     def images(self) -> tuple[Path, Path, Path]:
         """Two folders of images of three classes, 25 each, PNG and JPEG of several sizes; and of both a .zip."""
-        import numpy as np
-        from PIL import Image
-
         a, b, both, rng = TMP / "a", TMP / "b", TMP / "both.zip", np.random.default_rng(0)
         if not a.is_dir():
             with zipfile.ZipFile(both, "w") as archive:
@@ -125,9 +128,6 @@ class Checkout:
 
     def vae(self) -> Path:
         """A random autoencoder that divides the side by 2."""
-        import torch
-        from diffusers import AutoencoderKL
-
         if not (TMP / "vae").is_dir():
             torch.manual_seed(0)
             sizes = {"block_out_channels": (4, 8), "norm_num_groups": 2, "mid_block_add_attention": False}
@@ -152,9 +152,6 @@ class Checkout:
 
     def inception(self) -> Path:
         """Random weights of the FID's Inception, under which no signal dies."""
-        import torch
-        from pytorch_fid import inception as blocks
-
         file = TMP / "inception.pth"
         if not file.exists():
             torch.manual_seed(0)
@@ -179,8 +176,6 @@ def read(file: Path) -> Any:
     if file.suffix in (".yaml", ".md"):
         return [line for line in file.read_text().splitlines() if not line.startswith(CHANGING_ROWS)]
     if file.suffix in (".png", ".gif"):
-        from PIL import Image, ImageSequence
-
         with Image.open(file) as image:
             frames = [(frame.size, frame.convert("RGBA").tobytes()) for frame in ImageSequence.Iterator(image)]
             beside = {key: unchanging(value) for key, value in image.info.items()}
@@ -290,9 +285,6 @@ def fid(c: Checkout) -> None:
 def others(c: Checkout) -> None:
     """Images of published files, of folders of diffusers and of save_pretrained; a run's export, and its average."""
     sys.path.insert(0, str(c.tree))
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-
     import dit_vca
     import sit_vca
 
