@@ -148,6 +148,7 @@ class Checkout:
         file = TMP / "classifier.safetensors"
         if not file.exists():
             self.run("-m demo.classifier", f"--data.name digits --out {file}")
+            file.write_bytes(in_order(file.read_bytes()))  # records have its SHA-256
         return file
 
     def inception(self) -> Path:
@@ -181,13 +182,16 @@ def read(file: Path) -> Any:
             beside = {key: unchanging(value) for key, value in image.info.items()}
         pixels = [f"{size} {hashlib.sha256(content).hexdigest()}" for size, content in frames]
         return {"frames": pixels, "beside": beside}
-    content = file.read_bytes()
-    if file.suffix == ".safetensors":
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
-        header["__metadata__"] = sorted(header.get("__metadata__", {}).items())
-        content = json.dumps(header).encode() + content[start:]
-    return content
+    return in_order(file.read_bytes()) if file.suffix == ".safetensors" else file.read_bytes()
+
+
+def in_order(content: bytes) -> bytes:
+    """A safetensors file with the metadata in its header sorted."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    text = json.dumps({**header, "__metadata__": dict(sorted(header.get("__metadata__", {}).items()))}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def unchanging(value: Any) -> Any:
@@ -356,7 +360,7 @@ PARTS = {part.__name__: part for part in (train, sample, cache, fid, others, pic
 
 
 def record(out: Path, names: list[str], tree: Path) -> None:
-    """Run the parts and write what they found."""
+    """Run the parts and write what they found, after each of them."""
     try:
         TMP.mkdir()
     except FileExistsError:
@@ -368,7 +372,7 @@ def record(out: Path, names: list[str], tree: Path) -> None:
             PARTS[name](checkout)
             seconds, num = time.perf_counter() - began, len(checkout.found) - before
             print(f"{name}: {num} items in {seconds:.0f} s", flush=True)
-        out.write_text(json.dumps(checkout.found, indent=1))
+            out.write_text(json.dumps(checkout.found, indent=1))
     finally:
         shutil.rmtree(TMP)
 
