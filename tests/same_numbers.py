@@ -1,6 +1,6 @@
 """Run the programs as a user does and write down what comes out, before and after code is moved: nothing may differ.
 
-    python tests/same_numbers.py record before.json                    all of this checkout, in about ten minutes
+    python tests/same_numbers.py record before.json                    all of this checkout; ten to fifteen minutes
     python tests/same_numbers.py record part.json --only fid pictures --tree ../other
     python tests/same_numbers.py compare before.json after.json        says what differs; exit code 1 if anything does
 
@@ -71,6 +71,7 @@ class Checkout:
             call += ["--"] * (program == "-m fid")
         command = [sys.executable, *call, *(part for word in words for part in word.split())]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        env["SOURCE_DATE_EPOCH"] = "0"  # the date in a PDF
         done = subprocess.run(command, cwd=self.tree, env=env, capture_output=True, text=True)
         if done.returncode:
             sys.exit(
