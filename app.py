@@ -36,12 +36,12 @@ from vca_engine.sampling.classes import evenly_spaced_classes
 from vca_engine.sampling.pipeline import Pipeline
 
 MOST = 256  # images of one click
-STYLE = """#gallery .grid-container {grid-template-columns: repeat(auto-fill, minmax(%dpx, 1fr))}
+GALLERY_STYLE = """#gallery .grid-container {grid-template-columns: repeat(auto-fill, minmax(%dpx, 1fr))}
 #gallery img {image-rendering: %s}"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(ModelOptions):
+class AppArguments(ModelOptions):
     """The model, and where the page is.
 
     Args:
@@ -85,9 +85,9 @@ class Fields(NamedTuple):
 @report_errors("app.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and open the page."""
-    args = parse(Arguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=assemble.parts())
+    args = parse(AppArguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=assemble.parts())
     pipe = Pipeline.from_pretrained(args.checkpoint, **args.loading(), device=chosen_device(args.device))
-    defaults = {f.name: f.default for f in dataclasses.fields(Arguments)}
+    defaults = {f.name: f.default for f in dataclasses.fields(AppArguments)}
     loading = {**args.loading(), "device": args.device}
     given = {name: value for name, value in loading.items() if value != defaults[name]}
     page = build_page(pipe, given)
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prevent_thread_lock=True,
             quiet=True,
             footer_links=[],
-            css=STYLE % ((96, "pixelated") if pipe.info.image_size <= 64 else (180, "auto")),
+            css=GALLERY_STYLE % ((96, "pixelated") if pipe.info.image_size <= 64 else (180, "auto")),
         )
     except OSError:
         raise OSError(

@@ -33,11 +33,12 @@ NUM_SHOWN = 16
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
-    """What to encode, and how.
+class CacheArguments(Config):
+    """Options of the encoding.
 
     Args:
-        check: Verify a finished cache instead: checksums, counts, finite numbers; and draw 16 images beside their latents.
+        check: Verify a finished cache instead: checksums, counts, finite numbers; and draw 16 images
+            beside their latents.
     """
 
     check: bool = False
@@ -47,7 +48,7 @@ class Arguments(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """See the module."""
     texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": assemble.options_help()}
-    args = parse(Arguments, argv, **texts, parts=assemble.parts())
+    args = parse(CacheArguments, argv, **texts, parts=assemble.parts())
     if args.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
     if args.check:
@@ -88,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"warning: no image of {', '.join(empty)} could be read.", file=sys.stderr)
 
 
-def settings_of(args: Arguments, images: ImageDataset, codec: Any, device: str) -> dict[str, Any]:
-    """What the latents are made of, for the manifest."""
+def settings_of(args: CacheArguments, images: ImageDataset, codec: Any, device: str) -> dict[str, Any]:
+    """Say what the latents are made of, for the manifest."""
     return {
         **assemble.needed_latents(args, codec),
         "source": args.data.get("images"),
@@ -110,7 +111,7 @@ def settings_of(args: Arguments, images: ImageDataset, codec: Any, device: str) 
     }
 
 
-def check(args: Arguments) -> None:
+def check(args: CacheArguments) -> None:
     """Read a finished cache and say whether it is whole, and draw check.png into it."""
     cache = LatentDataset(args.latents)
     with tqdm(total=len(cache), unit="image", desc="check") as bar:

@@ -46,13 +46,13 @@ from vca_engine.sampling.drawing import Drawing
 from vca_engine.sampling.likelihood import likelihood_settings, measure_likelihood
 from vca_engine.sampling.pictures import draw_picture
 from vca_engine.sampling.pipeline import Pipeline
-from vca_engine.sampling.sample_record import add_to_record, partial_of, read_record
+from vca_engine.sampling.sample_record import add_to_record, partial_of, read_sample_record
 from vca_engine.sampling.writers import Writer, open_writer
 from vca_engine.signals import end_on_sigterm, uninterrupted
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(SampleOptions, ModelOptions):
+class SampleArguments(SampleOptions, ModelOptions):
     """A request for images; settings of drawing that are not given are as in the run's config.
 
     Args:
@@ -83,8 +83,8 @@ class Arguments(SampleOptions, ModelOptions):
         likelihood: Of real images under a flow, in bits per dimension, of as many as num says, else of 1000.
         data: Those images, if not the ones of training, e.g. --data.images DIR, --data.split test.
         fid: With num, measure the images against this reference: a file of statistics, or images.
-        fid_extractor: Network of the features, e.g. inception or dinov2, python -m fid eval --help lists them; not given
-            means as in the run's config.
+        fid_extractor: Network of the features, e.g. inception or dinov2, as python -m fid eval --help lists
+            them; not given means as in the run's config.
         fid_preset: Protocol of Inception, e.g. adm or clean, likewise.
         fid_weights: Its file of weights; not given means as in the run's config.
         fid_metrics: Names of metrics, e.g. [fid,is]; not given means as in the run's config.
@@ -157,14 +157,14 @@ class Arguments(SampleOptions, ModelOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw what the command line asks for."""
     texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
-    args = parse(Arguments, argv, **texts, first="checkpoint", parts=assemble.parts())
+    args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts())
     if args.fid_extractor is not None:
         vca.lookup(fid.EXTRACTORS, args.fid_extractor, "fid_extractor")
     if args.fid_preset is not None:
         vca.lookup(fid.PRESETS, args.fid_preset, "fid_preset")
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
-    drawing = prepare(args, state)
+    drawing = make_drawing(args, state)
     if args.likelihood:
         measure_likelihood(drawing, args.out, args.num, args.data or {})
     elif args.num:
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state.wait_for_everyone()
 
 
-def prepare(args: Arguments, state: PartialState) -> Drawing:
+def make_drawing(args: SampleArguments, state: PartialState) -> Drawing:
     """Load the model and its guide, and check all that can be checked before anything is drawn."""
     pipe = Pipeline.from_pretrained(args.checkpoint, **args.loading(), device=state.device)
     if args.likelihood:
@@ -192,7 +192,7 @@ def prepare(args: Arguments, state: PartialState) -> Drawing:
     return Drawing(pipe, sampling, state, guide=guide, negative=negative, sweep=bool(args.sweep))
 
 
-def draw_many(drawing: Drawing, args: Arguments) -> None:
+def draw_many(drawing: Drawing, args: SampleArguments) -> None:
     """Draw `num` images into files or the evaluator, as far as they are missing, and measure them.
 
     All processes call this.
@@ -263,7 +263,7 @@ def draw_missing(
             writer.save()
 
 
-def evaluator_of(config: FidConfig, args: Arguments, state: PartialState) -> fid.Evaluator:
+def evaluator_of(config: FidConfig, args: SampleArguments, state: PartialState) -> fid.Evaluator:
     """Make the evaluator of the run's config, with what the command line says."""
     c = dataclasses.replace(config, **args.of_fid)
     options = {"weights": c.weights, "preset": c.preset, "metrics": c.metrics, "device": state.device}
@@ -297,7 +297,7 @@ def check_measured(evaluator: fid.Evaluator, out: Path, num: int) -> None:
             )
 
 
-def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, drawing: Drawing) -> None:
+def measure(evaluator: fid.Evaluator, out: Path, args: SampleArguments, drawing: Drawing) -> None:
     """Compute the metrics of what was drawn, print them, and write their record to `out`, or beside kept images.
 
     Every process calls it. Kept images are read again, so that those of an earlier, interrupted command count, too;
@@ -308,7 +308,7 @@ def measure(evaluator: fid.Evaluator, out: Path, args: Arguments, drawing: Drawi
     if known := file.exists():
         result = fid.Result.from_json(file)
     elif file == out:
-        result = evaluator.compute(args.num, **record, sample=read_record(out))
+        result = evaluator.compute(args.num, **record, sample=read_sample_record(out))
     else:
         result = fid.evaluate(str(out), num=args.num, evaluator=evaluator, record=record)
     if drawing.state.is_main_process:

@@ -41,7 +41,7 @@ from vca_engine.weights.files import attention_of
 
 
 @dataclass(frozen=True)
-class Arguments(Config):
+class TrainArguments(Config):
     """Options of a training.
 
     Args:
@@ -57,9 +57,8 @@ class Arguments(Config):
 @report_errors("train.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, as the command line says."""
-    args = parse(
-        Arguments, argv, prog="train.py", description=__doc__, epilog=assemble.options_help(), parts=assemble.parts()
-    )
+    texts = {"prog": "train.py", "description": __doc__, "epilog": assemble.options_help()}
+    args = parse(TrainArguments, argv, **texts, parts=assemble.parts())
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)
     vca.lookup(fid.EXTRACTORS, config.fid.extractor, "fid.extractor")

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Arguments(Strict):
+class VisualiseArguments(Strict):
     """A model, and the maps of it that are wanted.
 
     Args:
@@ -91,7 +91,8 @@ class Arguments(Strict):
 @report_errors("visualise.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw the maps of the command line."""
-    args = parse(Arguments, argv, prog="visualise.py", description=__doc__, first="checkpoint", parts=assemble.parts())
+    texts = {"prog": "visualise.py", "description": __doc__}
+    args = parse(VisualiseArguments, argv, **texts, first="checkpoint", parts=assemble.parts())
     device = chosen_device(args.device)
     if Path(args.checkpoint).is_file():
         raise ValueError(

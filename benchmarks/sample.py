@@ -46,7 +46,7 @@ from vca_engine.images.codecs import VAECodec
 from vca_engine.images.labels import DataInfo
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.pipeline import Pipeline
-from vca_engine.sampling.sample_record import RECORD
+from vca_engine.sampling.sample_record import SAMPLES_RECORD
 from vca_engine.sampling.writers import ArrayWriter
 
 TINY = {"hidden_size": 96, "depth": 4, "num_heads": 3}  # the demo's network
@@ -383,7 +383,7 @@ def writing(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     def ours() -> None:
         array, seconds = ArrayWriter(folder / form, num, SIDE), {}
-        write_text(array.partial / RECORD, "{}")
+        write_text(array.partial / SAMPLES_RECORD, "{}")
         with contextlib.ExitStack() as stack:
             for owner, name in ((array, "allocate"), (array, "write"), (os, "fsync"), (array, "finish")):
                 stack.enter_context(timed(owner, name, seconds))

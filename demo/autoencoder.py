@@ -20,7 +20,7 @@ from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
 from vca_engine.images.order import EndlessBatches
 
-STEPS, BATCH_SIZE, LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
+VAE_STEPS, VAE_BATCH_SIZE, VAE_LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
 
 
 @report_errors("demo.autoencoder")
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sample_size=images.image_size,
         mid_block_add_attention=False,
     )
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
-    order = EndlessBatches(len(images), BATCH_SIZE, seed=config.seed, flip=False, start=0, rank=0, num_processes=1)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=VAE_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, VAE_LEARNING_RATE, total_steps=VAE_STEPS, pct_start=0.1)
+    order = EndlessBatches(len(images), VAE_BATCH_SIZE, seed=config.seed, flip=False, start=0, rank=0, num_processes=1)
     batches = iter(DataLoader(images, batch_sampler=order))
-    bar = tqdm(range(STEPS), desc="autoencoder", unit="step")
+    bar = tqdm(range(VAE_STEPS), desc="autoencoder", unit="step")
     for _ in bar:
         x, _ = next(batches)
         posterior = vae.encode(x).latent_dist

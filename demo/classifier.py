@@ -23,7 +23,7 @@ EPOCHS, BATCH_SIZE, LEARNING_RATE = 10, 64, 5e-3
 
 
 @dataclass(frozen=True)
-class Arguments(Strict):
+class ClassifierArguments(Strict):
     """The images to train on.
 
     Args:
@@ -40,7 +40,8 @@ class Arguments(Strict):
 @report_errors("demo.classifier")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default that of the process."""
-    args = parse(Arguments, argv, prog="python -m demo.classifier", description=__doc__, parts={"data": DATASETS})
+    texts = {"prog": "python -m demo.classifier", "description": __doc__}
+    args = parse(ClassifierArguments, argv, **texts, parts={"data": DATASETS})
     train, test = (create(DATASETS, {**args.data, "split": split}, "data") for split in ("train", "test"))
     torch.manual_seed(args.seed)
     classifier = Classifier(train.num_classes, train.image_size)

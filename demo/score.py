@@ -30,7 +30,7 @@ from vca_engine.weights import checkpoint
 
 
 @dataclass(frozen=True)
-class Arguments(Strict):
+class ScoreArguments(Strict):
     """The samples to score.
 
     Args:
@@ -47,7 +47,7 @@ class Arguments(Strict):
 @report_errors("demo.score")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default that of the process."""
-    args = parse(Arguments, argv, prog="python -m demo.score", description=__doc__)
+    args = parse(ScoreArguments, argv, prog="python -m demo.score", description=__doc__)
     folder = checkpoint.find(args.checkpoint)
     config = from_dict(Config, checkpoint.read_record(folder)["config"], str(folder))
     classifier = fid.Classifier.load(args.classifier)

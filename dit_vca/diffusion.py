@@ -34,7 +34,7 @@ BETAS = {"linear": linear_betas, "cosine": cosine_betas}
 
 
 @dataclass(frozen=True)
-class Coefficients:
+class StepCoefficients:
     """The coefficients of the formulas at each step: (T,) float64, or (B, 1, 1, 1) after `Diffusion.at`."""
 
     sqrt_abar: Tensor  # sqrt(abar_t)
@@ -76,7 +76,7 @@ class Diffusion:
         abar = torch.cumprod(1 - self.betas, dim=0)
         previous = torch.cat([abar.new_ones(1), abar[:-1]])
         posterior = self.betas * (1 - previous) / (1 - abar)  # beta~_t, 0 at t = 0
-        table = Coefficients(
+        table = StepCoefficients(
             sqrt_abar=abar.sqrt(),
             sqrt_1m_abar=(1 - abar).sqrt(),
             from_x=self.betas * previous.sqrt() / (1 - abar),
@@ -86,11 +86,11 @@ class Diffusion:
         )
         self._table = torch.stack([getattr(table, f.name) for f in fields(table)])  # (6, T)
 
-    def at(self, t: Tensor, like: Tensor) -> Coefficients:
+    def at(self, t: Tensor, like: Tensor) -> StepCoefficients:
         """Give the coefficients at steps t (B,), each (B, 1, 1, 1) in the dtype of `like` (B, C, H, W)."""
         self._table = self._table.to(t.device)
         rows = self._table[:, t].to(like.dtype)
-        return Coefficients(*rows.reshape(*rows.shape, *[1] * (like.ndim - 1)))
+        return StepCoefficients(*rows.reshape(*rows.shape, *[1] * (like.ndim - 1)))
 
     def loss(
         self, model: Model, x: Tensor, y: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None
@@ -146,7 +146,7 @@ class Diffusion:
         """Give the place of t, (B,) or (), between the cleanest step, 0, and the last, 1: t / (T - 1)."""
         return t / (self.num_timesteps - 1)
 
-    def _bound(self, x: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, c: Coefficients) -> Tensor:
+    def _bound(self, x: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, c: StepCoefficients) -> Tensor:
         """KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)) for t > 0, -log p(x | x_1) at t = 0; bits per dimension, (B,)."""
         true_mean = c.from_x * x + c.from_x_t * x_t
         mean = c.from_x * c.clean(predicted, x_t) + c.from_x_t * x_t

@@ -37,7 +37,7 @@ from fid.networks.inception import PRESETS, Inception
 from fid.networks.resize import tf1_bilinear
 from fid.pictures import curve, neighbours, read_records
 from fid.references import Reference, load_ref, open_reference, save_reference
-from fid.result import Result, versions
+from fid.result import Result, versions_of_packages
 from vca_engine.files import written_aside
 
 MOST_NEIGHBOURS = 50
@@ -176,7 +176,7 @@ def _selfcheck(args: argparse.Namespace) -> None:
         values = " ".join(f"{value:.5f}" for value in features[:4].tolist())
         print(f"{preset:<11} pool3 of the synthetic image: norm {features.norm():.5f}, first four {values}")
     digest = hashlib.sha256(_synthetic().numpy()).hexdigest()[:8]
-    print(f"image       {digest}   versions {json.dumps(versions())}")
+    print(f"image       {digest}   versions {json.dumps(versions_of_packages())}")
     if not right:
         raise ValueError("the resize is wrong on this machine; no number made here can be trusted.")
 

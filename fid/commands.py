@@ -21,7 +21,7 @@ from fid.networks import LABELS, build_extractor
 from fid.networks.extractor import FeatureExtractor
 from fid.options import Options
 from fid.references import Reference, check_protocol, describe, holds_statistics, load_ref, open_reference
-from fid.result import Result, versions
+from fid.result import Result, versions_of_packages
 
 
 def open_evaluator(
@@ -191,7 +191,7 @@ def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
         "reference": described,
         "labels": None,
         "input": {"kind": a.kind, "path": a.source, "sha256": a.sha256},
-        "versions": versions(),
+        "versions": versions_of_packages(),
         "warnings": warnings,
     }
     return Result(values, record)

@@ -18,7 +18,7 @@ def all_reduce(tensor: Tensor, process_group: Any = None) -> Tensor:
     """Add up a tensor (...) over all processes, on the CPU."""
     if rank_and_size(process_group)[1] == 1:
         return tensor
-    total = tensor.to(_device(process_group), copy=True).contiguous()
+    total = tensor.to(_device_of_backend(process_group), copy=True).contiguous()
     dist.all_reduce(total, group=process_group)
     return total.cpu()
 
@@ -28,7 +28,7 @@ def all_gather(rows: Tensor, process_group: Any = None) -> list[Tensor]:
     size = rank_and_size(process_group)[1]
     if size == 1:
         return [rows]
-    device = _device(process_group)
+    device = _device_of_backend(process_group)
     lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
     dist.all_gather(lengths, torch.tensor([len(rows)], device=device), group=process_group)
     longest = max(int(length) for length in lengths)
@@ -65,6 +65,6 @@ def fail_together(error: Exception | None, process_group: Any = None) -> None:
             raise found
 
 
-def _device(process_group: Any) -> torch.device:
+def _device_of_backend(process_group: Any) -> torch.device:
     nccl = dist.get_backend(process_group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

@@ -19,7 +19,7 @@ from fid.networks.extractor import FeatureExtractor, as_extractor
 from fid.networks.inception import Inception
 from fid.options import Options
 from fid.references import Reference, check_protocol, describe, open_reference
-from fid.result import Result, device_name, versions
+from fid.result import Result, device_name, versions_of_packages
 from fid.sanity import find_problems
 from vca_engine.images import as_nchw
 
@@ -288,7 +288,7 @@ def _record(evaluator: Evaluator, values: dict[str, Any], more: dict[str, Any]) 
         "batch_size": options.batch_size,
         "device": device_name(options.device),
         "seconds": {name: round(seconds, 3) for name, seconds in evaluator.seconds.items()},
-        "versions": versions(),
+        "versions": versions_of_packages(),
         **more,
         "warnings": warnings,
     }

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fid.evaluator import MAX_REFERENCE_ROWS, Evaluator
 from fid.images import Images
-from fid.metrics.rows import nearest
+from fid.metrics.rows import nearest_rows
 from vca_engine.files import written_aside
 from vca_engine.images.pictures import save_picture, sheet
 
@@ -178,7 +178,7 @@ def neighbours(
     distances, index = torch.empty(len(mine), 0), torch.empty(len(mine), 0, dtype=torch.int64)
     first, device = 0, evaluator.options.device
     for real in _features_of(evaluator, reference):
-        d, i = nearest(mine, real, min(k, len(real)), device)
+        d, i = nearest_rows(mine, real, min(k, len(real)), device)
         distances, order = torch.cat([distances, d], dim=1).sort(dim=1)  # (N, k) and more
         index = torch.cat([index, i + first], dim=1).gather(1, order)
         distances, index, first = distances[:, :k], index[:, :k], first + len(real)

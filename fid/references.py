@@ -22,7 +22,7 @@ KEYS = {"features": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What samples are compared with: statistics of outputs of an extractor, and maybe images.
+    """A reference to compare samples with: statistics of outputs of an extractor, and maybe images.
 
     All statistics from outside come in as one, those of samples, too, and are checked here.
 

@@ -83,6 +83,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
-def versions() -> dict[str, Any]:
+def versions_of_packages() -> dict[str, Any]:
     """List the versions that the numbers may depend on."""
     return {"fid": VERSION, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}

@@ -213,7 +213,7 @@ def test_what_torch_says_is_shown_too_and_its_traceback_printed(flow, monkeypatc
 def test_the_command_loads_the_model_as_the_page_did(flow, given):
     sampled = app.settings(flow, app.Fields([1], 2, 0, 1.5, "sde", "euler", 3, 0.0, 1.0))
     words = shlex.split(app.command("a folder/x.pt", given, sampled, [1], 2))[2:]
-    args = parse(sample.Arguments, words, prog="", description="", first="checkpoint")
+    args = parse(sample.SampleArguments, words, prog="", description="", first="checkpoint")
     assert args.checkpoint == "a folder/x.pt"
     assert {name: getattr(args, name) for name in given} == given
     assert dataclasses.replace(with_options(flow.config.sample, args), classes=None) == sampled

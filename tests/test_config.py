@@ -112,8 +112,8 @@ def test_configs_cannot_be_changed(file):
 
 @pytest.mark.parametrize(
     "main, cls",
-    [(train.main, Config), (cache_latents.main, Config), (sample.main, sample.Arguments)]
-    + [(classifier.main, classifier.Arguments), (score.main, score.Arguments)],
+    [(train.main, Config), (cache_latents.main, Config), (sample.main, sample.SampleArguments)]
+    + [(classifier.main, classifier.ClassifierArguments), (score.main, score.ScoreArguments)],
     ids=["train", "cache_latents", "sample", "classifier", "score"],
 )
 def test_help_describes_every_setting(main, cls, capsys, monkeypatch):
@@ -253,19 +253,21 @@ def test_a_name_may_stand_for_itself_with_options_after_it(file):
         config = read("--config", file, *words, "--sample.sampler.num_steps", "3", "--model.attention", "mhsa")
         assert config.sample.sampler == {"name": "sde", "num_steps": 3}
         assert config.model.attention == {"name": "mhsa"}
-    args = parse(sample.Arguments, ["run", "--sampler", "sde"], prog="", description="", first="checkpoint")
+    args = parse(sample.SampleArguments, ["run", "--sampler", "sde"], prog="", description="", first="checkpoint")
     assert (args.checkpoint, args.sampler) == ("run", {"name": "sde"})
 
 
 def test_no_words_at_all_say_what_is_needed(capsys):
     assert "arguments are required" in sentence(capsys)
-    assert "write --sampler.num_steps" in sentence(capsys, "--checkpoint", "x", "--steps", "10", cls=sample.Arguments)
+    assert "write --sampler.num_steps" in sentence(
+        capsys, "--checkpoint", "x", "--steps", "10", cls=sample.SampleArguments
+    )
 
 
 def test_a_wrong_choice_names_the_nearest_and_all(file, capsys):
     text = sentence(capsys, "--config", file, "--train.schedule", "cosin")
     assert "train.schedule is 'cosin'; did you mean 'cosine'? choose one of ['constant', 'cosine']." in text
-    text = sentence(capsys, "--checkpoint", "x", "--labels", "balance", cls=sample.Arguments)
+    text = sentence(capsys, "--checkpoint", "x", "--labels", "balance", cls=sample.SampleArguments)
     assert "labels is 'balance'; did you mean 'balanced'? choose one of ['random', 'balanced']." in text
 
 
@@ -359,7 +361,13 @@ WORDS = [
     ".nan",
     "=",
 ]
-PROGRAMS = (train.Arguments, sample.Arguments, app.Arguments, classifier.Arguments, score.Arguments)
+PROGRAMS = (
+    train.TrainArguments,
+    sample.SampleArguments,
+    app.AppArguments,
+    classifier.ClassifierArguments,
+    score.ScoreArguments,
+)
 
 
 def members(kind):
@@ -405,7 +413,7 @@ def test_text_on_the_command_line_stays_text(word):
         many = str not in members(kind)
         for typed in (f"[{word}]", f"[x, {word}]", f"['{word}']", f'["{word}"]') if many else ():
             assert at(given(cls, *ALSO.get(key, ()), f"--{key}={typed}"), key)[-1] == word, (cls, key, typed)
-        if cls in (Config, train.Arguments) and key == "sample.classes":
+        if cls in (Config, train.TrainArguments) and key == "sample.classes":
             assert at(given(cls, *ALSO.get(key, ()), f"--{key}={word}"), key) == [word]
         if not many:
             assert at(given(cls, *ALSO.get(key, ()), f"--{key}={word}"), key) == word, (cls, key)
@@ -650,7 +658,7 @@ def test_an_option_after_a_name_belongs_to_it_and_a_whole_spec_replaces(file):
 
 def test_a_flag_needs_no_value_and_a_word_alone_is_the_first_setting():
     def parsed(*argv):
-        return parse(sample.Arguments, argv, prog="", description="", first="checkpoint", parts=assemble.parts())
+        return parse(sample.SampleArguments, argv, prog="", description="", first="checkpoint", parts=assemble.parts())
 
     for argv in (
         ["--trajectory", "run"],

@@ -236,7 +236,7 @@ def test_the_cache_holds_what_encoding_gives(tmp_path, images, vae, flip, capsys
     printed = capsys.readouterr().out
     assert f"wrote 12 latents{' and their mirror images' * flip} to" in printed
     assert "3 shards" in printed
-    config = parse(cache_latents.Arguments, argv, prog="", description="")
+    config = parse(cache_latents.CacheArguments, argv, prog="", description="")
     cached, direct = LatentDataset(str(where)), assemble.images(config)
     codec = assemble.codec(config, 3)
     assert (len(cached), cached.flip, cached.image_size, cached.channels) == (12, flip, 16, 3)
@@ -289,7 +289,7 @@ def test_a_packaged_data_set_without_an_autoencoder(tmp_path, capsys):
     argv += ["--run_dir", str(tmp_path / "run"), "--latents", str(tmp_path / "cache")]
     cache_latents.main(argv)
     cached = LatentDataset(str(tmp_path / "cache"))
-    config = parse(cache_latents.Arguments, argv, prog="", description="")
+    config = parse(cache_latents.CacheArguments, argv, prog="", description="")
     digits = assemble.images(config)
     assert len(cached) == len(digits) == 1297
     for i in (0, 499, 500, 1296):
@@ -447,7 +447,7 @@ def test_unreadable_images_are_left_out_where_that_is_asked_for(tmp_path, images
     assert [skip["index"] for skip in cached.manifest["skipped"]] == [0, 6, 7, 8, 11]
     assert "down/0.png' cannot be read" in cached.manifest["skipped"][0]["why"]
     codec = VAECodec(3, path=str(vae))
-    config = parse(cache_latents.Arguments, argv, prog="", description="")
+    config = parse(cache_latents.CacheArguments, argv, prog="", description="")
     direct = assemble.images(config)
     for j, i in enumerate((1, 2, 3, 4, 5, 9, 10)):
         expected = codec.moments(direct[i, True][0][None])[0]

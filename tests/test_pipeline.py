@@ -26,7 +26,7 @@ from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.tables import trajectories
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import diffusers_config, to_diffusers
-from vca_engine.weights.published import read
+from vca_engine.weights.published import read_published
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -242,7 +242,7 @@ def test_weights_of_others_are_read_as_a_record_and_tensors_of_ours(published, v
     """The tensors are those of the network that the record describes: neither one too many, nor another shape."""
     folder, dit, sit = published
     for name, network, process in (("DiT.pt", dit, "diffusion"), ("training.pt", sit, "flow")):
-        record, tensors = read(folder / name)
+        record, tensors = read_published(folder / name)
         config = from_dict(Config, record["config"], name)
         assert config.process["name"] == process
         assert record["latents"]["size"] == 4

@@ -13,7 +13,7 @@ from fid.metrics.inception_score import inception_score
 from fid.metrics.kid import kid
 from fid.metrics.mind import mind
 from fid.metrics.precision_recall import precision_recall
-from fid.metrics.rows import nearest, squared_distances, sum_as_tensorflow
+from fid.metrics.rows import nearest_rows, squared_distances, sum_as_tensorflow
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 
@@ -279,7 +279,12 @@ def test_a_product_beyond_float16_alone_is_done_in_float32():
 
 def test_what_float32_cannot_hold_is_refused():
     rows = torch.full((8, 4), 1e19)  # finite, but NaN distances would be below no radius: precision 0
-    for call in (precision_recall, lambda a, b: precision_recall(a, b, arithmetic="fp32"), density_coverage, nearest):
+    for call in (
+        precision_recall,
+        lambda a, b: precision_recall(a, b, arithmetic="fp32"),
+        density_coverage,
+        nearest_rows,
+    ):
         with pytest.raises(ValueError, match="squared distances of these rows are beyond float32; scale"):
             call(rows, rows.double())
 
@@ -308,11 +313,11 @@ def test_the_size_of_a_block_has_no_effect(arithmetic):
 
 def test_the_other_scores_work_in_blocks_too(monkeypatch):
     real, fake = coarse(60, 1), coarse(90, 2)
-    want, (far, which) = density_coverage(real, fake), nearest(fake, real, k=4)
+    want, (far, which) = density_coverage(real, fake), nearest_rows(fake, real, k=4)
     for block in (3, 50):
         monkeypatch.setattr(fid_rows, "BLOCK", block)
         assert density_coverage(real, fake) == want
-        again, found = nearest(fake, real, k=4)
+        again, found = nearest_rows(fake, real, k=4)
         assert torch.equal(again, far)
         assert torch.equal((real[found] - fake[:, None]).double().norm(dim=2), far)
         assert (found == which).float().mean() > 0.9  # the same but for ties
@@ -434,15 +439,15 @@ def test_mind_cuts_the_larger_set_and_repeats():
 def test_nearest_against_a_plain_version():
     queries, rows = normal(9, 5, seed=1), normal(40, 5, seed=2)
     want = np.sqrt(distances(queries, rows))
-    far, which = nearest(queries, rows, k=3)
+    far, which = nearest_rows(queries, rows, k=3)
     assert which.tolist() == [[int(j) for j in np.argsort(row)[:3]] for row in want]
     np.testing.assert_allclose(far.numpy(), np.sort(want, axis=1)[:, :3], rtol=1e-7)
-    assert nearest(queries, rows)[1].shape == (9, 1)
+    assert nearest_rows(queries, rows)[1].shape == (9, 1)
 
 
 def test_nearest_finds_a_copy_at_distance_0_far_from_the_origin():
     rows = 100 + normal(50, 64, seed=1)
-    far, which = nearest(rows.flip(0), rows, k=2)
+    far, which = nearest_rows(rows.flip(0), rows, k=2)
     assert which[:, 0].tolist() == list(range(49, -1, -1))
     assert (far[:, 0] == 0).all()
     assert (far[:, 1] > 5).all()
@@ -475,7 +480,7 @@ def test_rows_of_other_dtypes_and_with_gradients_are_taken():
         (lambda x: kid(x, x, size=1), "KID needs a size of at least 2 and at least 1 subset; got 1 and 100."),
         (lambda x: mind(x, x[:0]), "fake has 0 rows, too few for MIND: give 1 or more."),
         (lambda x: mind(x, x, 0), "num_directions is 0; MIND needs at least 1."),
-        (lambda x: nearest(x, x[:2], k=3), "rows has 2 rows, too few for a search with k=3: give 3 or more."),
+        (lambda x: nearest_rows(x, x[:2], k=3), "rows has 2 rows, too few for a search with k=3: give 3 or more."),
         (lambda x: inception_score(x[:0]), "logits has 0 rows, too few for the Inception Score: give 1 or more."),
         (lambda x: inception_score(x, splits=21), "splits is 21; 20 rows can be split into 1 to 20 parts."),
         (lambda x: inception_score(x, chunk=0), "chunk is 0; a part has at least 1 row."),
@@ -490,7 +495,7 @@ def test_sentences(call, sentence):
 def test_rows_that_are_not_finite_are_named(value):
     good, bad = normal(20, 4), normal(20, 4)
     bad[7, 2] = value
-    for call in (precision_recall, density_coverage, lambda a, b: kid(a, b, size=10), mind, nearest):
+    for call in (precision_recall, density_coverage, lambda a, b: kid(a, b, size=10), mind, nearest_rows):
         with pytest.raises(ValueError, match="non-finite values in row 7 of"):
             call(good, bad)
     with pytest.raises(ValueError, match="non-finite values in row 7 of logits."):

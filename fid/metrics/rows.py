@@ -15,7 +15,7 @@ BLOCK = 4096  # rows on each side of a block of distances: at D = 2048 about 250
 ARITHMETICS = {"adm-fp16": torch.float16, "fp32": torch.float32}
 
 
-def nearest(queries: Tensor, rows: Tensor, k: int = 1, device: Any = None) -> tuple[Tensor, Tensor]:
+def nearest_rows(queries: Tensor, rows: Tensor, k: int = 1, device: Any = None) -> tuple[Tensor, Tensor]:
     """Find the k rows nearest to each query, from near to far.
 
     Args:

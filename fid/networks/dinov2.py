@@ -44,7 +44,7 @@ class DINOv2(FeatureExtractor):
             import timm
         except ImportError as error:
             raise ValueError("the extractor dinov2 needs timm; run `pip install timm`.") from error
-        state = None if weights is None else _read(Path(weights))
+        state = None if weights is None else _read_weights(Path(weights))
         try:
             self.network = timm.create_model(model_name, pretrained=state is None, num_classes=0, global_pool="token")
         except (OSError, RuntimeError, ValueError) as error:
@@ -93,7 +93,7 @@ def _resize_positions(embedding: Tensor, side: int) -> Tensor:
     return torch.cat([embedding.detach()[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"DINOv2's weights '{path}' do not exist.")
     try:

@@ -140,7 +140,7 @@ class Inception(FeatureExtractor):
 
 
 def inception_network() -> nn.Module:
-    """Make torchvision's Inception with the pooling of the graph of 2015, as `pytorch_fid.inception.fid_inception_v3`."""
+    """Make torchvision's Inception with the pooling of the graph of 2015, as `pytorch_fid` does."""
     from pytorch_fid import inception as blocks
     from torchvision.models import Inception3
 

@@ -34,8 +34,9 @@ from vca_engine.sampling.classes import find_classes
 from vca_engine.sampling.guidance import guidance_of
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.model_card import facts_of, model_card
-from vca_engine.weights import checkpoint, published
+from vca_engine.weights import checkpoint
 from vca_engine.weights.files import locate
+from vca_engine.weights.published import read_published
 
 VAE = "vae"  # where a folder that holds all it needs has its autoencoder
 OF_TRAINING = ("training steps", "training data", "checkpoint")  # of a model card, unknown of published weights
@@ -128,13 +129,10 @@ class Pipeline:
         return cls(config, info, network, process, codec.to(device), source, folder, precision, tf32, compile)
 
     def __str__(self) -> str:
-        source, network = self.source, self.network
-        step = f", step {source['step']:,}" if source.get("step") is not None else ""
-        name = f"{type(network).__name__}-{source['size']}"
-        return (
-            f"{source['path']}: {name} with {source['attention']}, {source['kind']}{step}; "
-            f"{self.info.image_size} pixels, {network.num_classes:,} classes"
-        )
+        s, name = self.source, type(self.network).__name__
+        step = f", step {s['step']:,}" if s.get("step") is not None else ""
+        images = f"{self.info.image_size} pixels, {self.network.num_classes:,} classes"
+        return f"{s['path']}: {name}-{s['size']} with {s['attention']}, {s['kind']}{step}; {images}"
 
     @property
     def device(self) -> torch.device:
@@ -169,17 +167,7 @@ class Pipeline:
             ValueError: A sampler or a guidance that this model cannot have.
         """
         config, step = dataclasses.replace(self.config, sample=sampling), self.source.get("step")
-        if (guide or negative is not None) and sampling.cfg_scale == 1.0:
-            raise ValueError("cfg_scale is 1.0, which is no guidance; with a guide or a negative class choose another.")
-        if guide:
-            mine, other = ({**assemble.drawing_options(p.config), "codec": p.codec.identity} for p in (self, guide))
-            if different := differences(other, mine):
-                text = listed(different, "the model")
-                raise ValueError(f"the guide has {text}; it has to predict the same thing as the model.")
-        if self.source.get("no_variance") and assemble.describe_sampling(config)["sampler"]["name"] == "ddpm":
-            raise ValueError(
-                "these weights learned no variance, with which ddpm draws; choose ddim, dpm-solver or unipc."
-            )
+        _check_sampling(self, sampling, guide, negative)
         return ImageSampler(
             self.network,
             assemble.sampler(config, self.process),
@@ -241,9 +229,8 @@ class Pipeline:
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type is {output_type!r}; choose pil or np.")
-        sampling = self.config.sample.changed(sampler={"name": sampler} if isinstance(sampler, str) else sampler)
-        steps = None if num_inference_steps is None else {"num_steps": num_inference_steps}
-        sampling = sampling.changed(sampler=steps, cfg_scale=guidance_scale, seed=seed, **options)
+        given = {"cfg_scale": guidance_scale, "seed": seed, **options}
+        sampling = _with_given(self.config.sample, sampler, num_inference_steps, **given)
         labels = self.label_ids([class_labels] if isinstance(class_labels, int | str) else class_labels)
         if not labels:
             raise ValueError("class_labels is empty; name at least one class.")
@@ -264,7 +251,7 @@ class Pipeline:
         """
         folder = Path(folder)
         with folder_written_aside(folder) as made:
-            record = {key: value for key, value in _record_of(self).items() if value is not None}
+            record = {key: value for key, value in _saved_record(self).items() if value is not None}
             checkpoint.save(made, record.pop("step"), {"ema": self.network.state_dict()}, record)
             if hasattr(self.codec, "vae"):
                 self.codec.vae.register_to_config(_name_or_path=Path(self.config.codec["path"]).name)
@@ -282,13 +269,37 @@ class Pipeline:
         return str(address)
 
 
+def _check_sampling(model: Pipeline, sampling: SampleConfig, guide: Pipeline | None, negative: int | None) -> None:
+    """Raise ValueError unless the model can draw so: with noise, away from a guide in the same latents, or a class."""
+    if (guide or negative is not None) and sampling.cfg_scale == 1.0:
+        raise ValueError("cfg_scale is 1.0, which is no guidance; with a guide or a negative class choose another.")
+    if guide:
+        of_guide, of_model = (
+            {**assemble.drawing_options(pipe.config), "codec": pipe.codec.identity} for pipe in (guide, model)
+        )
+        if different := differences(of_guide, of_model):
+            text = listed(different, "the model")
+            raise ValueError(f"the guide has {text}; it has to predict the same thing as the model.")
+    config = dataclasses.replace(model.config, sample=sampling)
+    if model.source.get("no_variance") and assemble.describe_sampling(config)["sampler"]["name"] == "ddpm":
+        raise ValueError("these weights learned no variance, with which ddpm draws; choose ddim, dpm-solver or unipc.")
+
+
+def _with_given(
+    sampling: SampleConfig, sampler: str | Spec | None, num_steps: int | None, **given: Any
+) -> SampleConfig:
+    """Change settings of drawing by the arguments of a call, where these are not None."""
+    sampling = sampling.changed(sampler={"name": sampler} if isinstance(sampler, str) else sampler)
+    return sampling.changed(sampler=None if num_steps is None else {"num_steps": num_steps}, **given)
+
+
 def _read(path: Path, weights: str, process: str | Spec | None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
     """Read a record and tensors; gives the folder of the checkpoint, too, or `path` itself if it is of others."""
     folder = checkpoint.newest(path)
     if not folder:
         if weights != "ema":
             raise ValueError(f"weights is {weights!r}, but {str(path)!r} holds one set of weights; leave it out.")
-        return path, *published.read(path, process)
+        return path, *read_published(path, process)
     if process:
         raise ValueError(f"process is {process!r}, but {str(path)!r} says itself what it is; leave it out.")
     record = checkpoint.read_record(folder)
@@ -356,7 +367,7 @@ def _source_of(record: Mapping[str, Any], path: Path, part: str, config: Config)
     return {**known, "path": str(path), "size": size, "attention": model.attention["name"]}, folder
 
 
-def _record_of(pipe: Pipeline) -> dict[str, Any]:
+def _saved_record(pipe: Pipeline) -> dict[str, Any]:
     """Make the record of a checkpoint that holds the pipeline; of folders of this machine only the last name."""
     record = {
         "step": pipe.source.get("step") or 0,
@@ -377,7 +388,7 @@ def _card(pipe: Pipeline, title: str) -> str:
     usage += f'pipe = Pipeline.from_pretrained("{title}")\n'
     usage += f"images = pipe(class_labels=[{pipe.class_names[0]!r}], guidance_scale={scale}, seed=0).images"
     trained = pipe.source.get("step") is not None
-    known = facts_of(_record_of(pipe), pipe.source["part"])
+    known = facts_of(_saved_record(pipe), pipe.source["part"])
     facts = {
         "network": f"{type(pipe.network).__name__}, {sum(p.numel() for p in pipe.network.parameters()):,} parameters",
         **{name: fact for name, fact in known.items() if trained or name not in OF_TRAINING},

@@ -10,7 +10,7 @@ from vca_engine.config.schema import SampleConfig
 from vca_engine.files import write_text
 from vca_engine.records import differences, listed
 
-RECORD = "samples.json"  # in a folder
+SAMPLES_RECORD = "samples.json"  # in a folder
 
 
 def partial_of(out: Path) -> Path:
@@ -22,18 +22,18 @@ def sample_record_path(out: Path) -> Path:
     """Name the record of what is complete: FILE.npz.json, in a folder samples.json; an evaluation is itself one."""
     if out.suffix == ".json":
         return out
-    return out / RECORD if out.is_dir() else out.with_name(out.name + ".json")
+    return out / SAMPLES_RECORD if out.is_dir() else out.with_name(out.name + ".json")
 
 
-def read_record(out: Path) -> dict[str, Any]:
+def read_sample_record(out: Path) -> dict[str, Any]:
     """Read the record of what is being made, or is complete: its settings, and what was added."""
-    file = partial_of(out) / RECORD
+    file = partial_of(out) / SAMPLES_RECORD
     return json.loads((file if file.exists() else sample_record_path(out)).read_text(encoding="utf-8"))
 
 
 def add_to_record(out: Path, facts: dict[str, Any]) -> None:
     """Add to the record of what is being made."""
-    file = out / RECORD if out.is_dir() else partial_of(out) / RECORD
+    file = out / SAMPLES_RECORD if out.is_dir() else partial_of(out) / SAMPLES_RECORD
     write_text(file, json.dumps({**json.loads(file.read_text(encoding="utf-8")), **facts}, indent=2))
 
 

@@ -23,10 +23,10 @@ from PIL import Image
 
 from vca_engine.files import write_text, written_aside
 from vca_engine.sampling.sample_record import (
-    RECORD,
+    SAMPLES_RECORD,
     add_to_record,
     partial_of,
-    read_record,
+    read_sample_record,
     require_same_settings,
     sample_record_path,
 )
@@ -34,7 +34,7 @@ from vca_engine.sampling.sample_record import (
 CHUNK = 2**24  # bytes read at once
 
 
-class Evaluator(Protocol):
+class ImageEvaluator(Protocol):
     """An object that takes images and can go on later; `fid.Evaluator` is one."""
 
     def update(self, images: Any, index: Any, labels: Any) -> Any:
@@ -56,7 +56,7 @@ def open_writer(
     settings: dict[str, Any],
     state: PartialState,
     image_size: int,
-    evaluator: Evaluator | None = None,
+    evaluator: ImageEvaluator | None = None,
 ) -> "Writer":
     """Open what writes to `out`: a file if it ends in .npy or .npz, an evaluation if in .json, else a folder of PNGs.
 
@@ -81,13 +81,13 @@ def open_writer(
     else:
         writer = FolderWriter(out, num)
     if writer.is_folder:
-        record = out / RECORD
+        record = out / SAMPLES_RECORD
         if out.is_file() or out.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif"):
             raise ValueError(
                 f"{str(out)!r} is no folder; with --num, --out is a folder for PNG files, or ends in .npz or .npy."
             )
     else:
-        record = sample_record_path(out) if out.exists() else partial_of(out) / RECORD
+        record = sample_record_path(out) if out.exists() else partial_of(out) / SAMPLES_RECORD
         settings = {**settings, "num": num}  # a folder may be filled up to more, a file is what it is
         if out.is_dir():
             raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or ends in .npz or .npy.")
@@ -173,7 +173,7 @@ class FolderWriter(Writer):
     def finish(self, labels: Sequence[int]) -> None:
         """Check that all images are there, and write labels.json, unless the folder is already larger."""
         self.check_complete()
-        before = read_record(self.file).get("num", 0)
+        before = read_sample_record(self.file).get("num", 0)
         if self.num >= before:
             add_to_record(self.file, {"num": self.num})
             pairs = [[f"{i:06d}.png", int(label)] for i, label in enumerate(labels)]
@@ -267,7 +267,7 @@ class ArrayWriter(Writer):
             else:
                 with written_aside(self.file.with_suffix(".labels.npy")) as temporary, open(temporary, "wb") as f:
                     np.save(f, labels)
-            write_text(sample_record_path(self.file), (self.partial / RECORD).read_text(encoding="utf-8"))
+            write_text(sample_record_path(self.file), (self.partial / SAMPLES_RECORD).read_text(encoding="utf-8"))
             self.images.replace(self.file)
         except OSError as error:
             raise OSError(f"cannot complete {str(self.file)!r}: {error}; run the same command again") from error
@@ -303,7 +303,7 @@ class EvaluatorWriter(Writer):
 
     SAVE_SECONDS = 300.0
 
-    def __init__(self, file: Path, num: int, evaluator: Evaluator, state: PartialState) -> None:
+    def __init__(self, file: Path, num: int, evaluator: ImageEvaluator, state: PartialState) -> None:
         super().__init__(file, num)
         self.evaluator = evaluator
         self.rank, self.num_processes = state.process_index, state.num_processes

@@ -68,7 +68,7 @@ def dry_run(
         rate = read_metrics(run.folder / "metrics.jsonl")[-1]["images_per_second"]
     num, num_snapshots = _files_kept(config)
     disk = num * size + num_snapshots * snapshot_size
-    rows = _describe(config, run, rate) | {
+    rows = _table_rows(config, run, rate) | {
         "memory": f"{_memory(config, run, saved.num_bytes)} of each process, whose measured peak is {gib(peak)}",
         "disk": f"{num} checkpoints of {gib(size)}, {num_snapshots} snapshots of {gib(snapshot_size)}: {gib(disk)}; "
         f"{gib(free)} are free",
@@ -90,7 +90,7 @@ def _two_steps(config: Config, run_dir: str, num_processes: int) -> Config:
     return dataclasses.replace(config, run_dir=run_dir, train=train, fid=measured)
 
 
-def _describe(config: Config, run: Run, rate: float) -> dict[str, str]:
+def _table_rows(config: Config, run: Run, rate: float) -> dict[str, str]:
     """Describe the network, the data, the steps and their time at so many images a second."""
     cfg, world = config.train, run.accelerator.num_processes
     images = cfg.num_steps * cfg.batch_size

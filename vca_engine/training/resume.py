@@ -102,8 +102,8 @@ def check_same_run(config: Config, start: Path, say: Callable[[str], None]) -> N
     if changed:
         why = " Under the cosine schedule every step depends on num_steps." if "train.num_steps" in changed else ""
         raise ValueError(
-            f"{str(start)!r} holds another run, with {listed(changed, 'you gave')}; give its settings to go on with it, "
-            f"or --init {start} and another --run_dir to start anew from its weights.{why}"
+            f"{str(start)!r} holds another run, with {listed(changed, 'you gave')}; give its settings to go on with "
+            f"it, or --init {start} and another --run_dir to start anew from its weights.{why}"
         )
 
 

@@ -17,10 +17,10 @@ from vca_engine.weights.diffusers import process_of_scheduler
 from vca_engine.weights.files import Weights, read_weights
 
 PUBLISHED_VAE = "stabilityai/sd-vae-ft-ema"  # of the published DiT and SiT
-PROCESSES = {"diffusion": 2, "flow": 1}  # name -> outputs of its network for each channel: of DiT with the variance
+OUTPUTS = {"diffusion": 2, "flow": 1}  # name -> outputs of its network for each channel: of DiT with the variance
 
 
-def read(path: Path, process: str | Spec | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_published(path: Path, process: str | Spec | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read published weights, a folder of diffusers, or one that `DiT.save_pretrained` wrote, as a checkpoint of ours.
 
     Args:
@@ -63,7 +63,7 @@ def read(path: Path, process: str | Spec | None = None) -> tuple[dict[str, Any],
         "latents": {"size": keywords["input_size"], "channels": in_channels, "class_names": names},
         "origin": origin,
     }
-    return record, _exactly(found.tensors, keywords, PROCESSES[spec["name"]])
+    return record, _exactly(found.tensors, keywords, OUTPUTS[spec["name"]])
 
 
 def _exactly(tensors: Mapping[str, Tensor], keywords: Mapping[str, Any], outputs: int) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def _process_spec(given: str | Spec | None, said: Spec | None, found: Weights) -
         said = {ours: str(options[key]).lower() for ours, key in keys.items() if options.get(key)}
         said = {"name": "flow", **said}
     name = given.get("name") or (said or {}).get("name") or process_of(found.tensors)
-    lookup(PROCESSES, name, "process.name")
+    lookup(OUTPUTS, name, "process.name")
     if not said:
         with contextlib.suppress(ValueError):  # weights that tell nothing
             if (likely := process_of(found.tensors)) != name:
