@@ -11,7 +11,7 @@ from fid.frechet import frechet_distance
 from fid.images import Images
 from fid.metrics import METRICS
 from fid.moments import Moments, Statistics
-from fid.networks import EXTRACTORS, LABELS, Classifier, DINOv2, FeatureExtractor, Inception, build_extractor
+from fid.networks import EXTRACTORS, Classifier, DINOv2, FeatureExtractor, Inception, build_extractor
 from fid.networks.inception import PRESETS
 from fid.pictures import curve, neighbours
 from fid.references import Reference, load_ref, open_reference, save_reference
@@ -20,7 +20,6 @@ from vca_engine.images import quantize
 
 __all__ = [
     "EXTRACTORS",
-    "LABELS",
     "METRICS",
     "PRESETS",
     "Classifier",

@@ -32,7 +32,7 @@ from fid.evaluator import Evaluator
 from fid.images import Images
 from fid.metrics import METRICS
 from fid.metrics.rows import ARITHMETICS
-from fid.networks import EXTRACTORS, LABELS, build_extractor
+from fid.networks import EXTRACTORS, build_extractor
 from fid.networks.inception import PRESETS, Inception
 from fid.networks.resize import tf1_bilinear
 from fid.pictures import curve, neighbours, read_records
@@ -70,7 +70,7 @@ def _eval(args: argparse.Namespace) -> None:
         return
     choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
     samples = Images(args.samples, **choices)  # before the network: it fails sooner
-    reference = _missing(lambda: open_reference(args.ref, LABELS[args.extractor], **choices))
+    reference = _missing(lambda: open_reference(args.ref, EXTRACTORS[args.extractor].label, **choices))
     if args.neighbours and getattr(reference, "images", reference) is None:
         raise ValueError(f"--neighbours needs the reference's images, and '{args.ref}' has none (arr_0).")
     evaluator = _missing(

@@ -17,7 +17,7 @@ from fid.images import Images
 from fid.metrics import METRICS
 from fid.metrics.frechet_distance import short_count
 from fid.metrics.metric import Side
-from fid.networks import LABELS, build_extractor
+from fid.networks import EXTRACTORS, build_extractor
 from fid.networks.extractor import FeatureExtractor
 from fid.options import Options
 from fid.references import Reference, check_protocol, describe, holds_statistics, load_ref, open_reference
@@ -47,7 +47,9 @@ def open_evaluator(
         FileNotFoundError: No such reference or weights.
         ValueError: An unknown name, or a reference that cannot be read.
     """
-    opened = open_reference(reference, LABELS.get(extractor, "FID"))  # before the network: it fails sooner
+    opened = open_reference(
+        reference, getattr(EXTRACTORS.get(extractor), "label", "FID")
+    )  # before the network: it fails sooner
     return Evaluator(opened, extractor=build_extractor(extractor, weights, preset), metrics=metrics, device=device)
 
 

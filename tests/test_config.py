@@ -380,6 +380,8 @@ TEXTS = [(cls, key, kind) for cls in PROGRAMS for key, kind in settings(cls) if 
 ALSO = {
     "guide_weights": ["--guide=x"],
     "fid": ["--num=2"],
+    "fid_extractor": ["--fid=x", "--num=2"],
+    "fid_preset": ["--fid=x", "--num=2"],
     "fid_weights": ["--fid=x", "--num=2"],
     "fid_metrics": ["--fid=x", "--num=2"],
 }  # what some settings of sample.py want beside them

@@ -1,5 +1,6 @@
 """Each row of the table in docs/extending.md, done as the page says from outside of the packages, and used by its name."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -9,11 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
+import fid
 import sample
 import train
 from dit_vca.diffusion import BETAS, Diffusion
+from fid.metrics import METRICS
+from fid.metrics.metric import Metric
+from fid.networks import EXTRACTORS
+from fid.networks.inception import PRESETS, Preset
 from sit_vca.path import PATHS, Coefficients, broadcast
 from sit_vca.path import Path as FlowPath
 from sit_vca.prediction import PREDICTIONS, WEIGHTS
@@ -21,6 +28,8 @@ from sit_vca.transport import TIMES, Transport
 from vca.layer import Attention
 from vca.transformer import ATTENTIONS
 from vca_engine.assemble import PROCESSES, ProcessKind
+from vca_engine.config.options import SampleOptions
+from vca_engine.config.schema import SampleConfig
 from vca_engine.images.codecs import CODECS, PixelCodec
 from vca_engine.images.datasets import DATASETS, ImageDataset
 
@@ -206,8 +215,76 @@ def test_a_new_entry_trains_and_draws_by_its_name(row, registry, name, what, con
     assert np.load(tmp_path / "two.npz")["arr_0"].shape[0] == 2
 
 
+class Colours(fid.FeatureExtractor):
+    """Mean and largest value of each channel."""
+
+    dims = {"features": 6}
+
+    @classmethod
+    def load(cls, path):
+        return cls()
+
+    def forward(self, images):
+        x = images.float() / 255
+        return {"features": torch.cat([x.mean(dim=(2, 3)), x.amax(dim=(2, 3))], dim=1)}
+
+
+class Gap(Metric):
+    """How far the means of the features are apart."""
+
+    numbers = ("gap",)
+    columns = {"gap": ("gap", 3)}
+
+    def compute(self, samples, reference, options):
+        return {"gap": float((samples.rows["features"].mean(0) - reference.rows["features"].mean(0)).norm())}
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A run of two steps and a folder of 8 real images."""
+    root = tmp_path_factory.mktemp("judged")
+    train.main(["--config", str(CONFIGS / "digits_sit.yaml"), "--run_dir", str(root / "run"), *TINY])
+    (root / "real").mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8), dtype=np.uint8)):
+        Image.fromarray(image).convert("RGB").save(root / "real" / f"{i:02}.png")
+    return root
+
+
+def measure(root, capsys, *words):
+    out = root / f"{'-'.join(words).replace('/', '-')[-60:]}.json"
+    sample.main([str(root / "run"), "--num", "8", "--fid", str(root / "real"), "--out", str(out), *words])
+    return json.loads(out.read_text()), capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("as_in_a_new_process")
+class TestTheEvaluator:
+    def test_features_for_a_distance(self, judged, monkeypatch, capsys):
+        monkeypatch.setitem(EXTRACTORS, "colours", Colours)
+        record, line = measure(judged, capsys, "--fid_extractor", "colours")
+        assert record["extractor"].startswith("colours")
+        assert record["fd"] > 0
+        assert "Frechet distance" in line
+
+    def test_a_metric(self, judged, monkeypatch, capsys):
+        monkeypatch.setitem(EXTRACTORS, "colours", Colours)
+        monkeypatch.setitem(METRICS, "gap", Gap())
+        record, line = measure(judged, capsys, "--fid_extractor", "colours", "--fid_metrics", "[fd,gap]")
+        assert 0 < record["gap"] < 3
+        assert f"gap {record['gap']:.3f}" in line
+
+    def test_a_protocol_of_inception(self, judged, monkeypatch, capsys, inception_weights):
+        blurred = Preset(lambda images, size: F.interpolate(images.float(), size=(size, size)) / 128 - 1, ("fid",))
+        monkeypatch.setitem(PRESETS, "nearest", blurred)
+        record, _ = measure(judged, capsys, "--fid_preset", "nearest", "--fid_weights", str(inception_weights))
+        assert "nearest" in record["protocol"]
+        assert record["fid"] > 0
+
+
+EVALUATOR = {"features for a distance", "a metric", "a protocol of Inception"}  # rows that `TestTheEvaluator` does
+
+
 def test_every_row_of_the_page_is_done_here_and_names_its_registry():
-    assert {row[0] for row in ROWS if not row[2].startswith("`fid.")} == {*RUNS}
+    assert {row[0] for row in ROWS} == {*RUNS} | EVALUATOR | {"an option of guidance"}
     for _, _, where in ROWS:
         for dotted in re.findall(r"`((?:\w+\.)+[A-Z]+)`", where):
             module, _, name = dotted.rpartition(".")
@@ -221,3 +298,10 @@ def test_an_option_of_a_new_entry_is_checked_as_any_other(monkeypatch, tmp_path)
         with pytest.raises(SystemExit) as error:
             train.main([*argv, *words])
         assert error.value.code == 2
+
+
+def test_an_option_of_guidance_is_a_field_that_every_program_takes(monkeypatch):
+    """What draws takes its options from the fields of `SampleConfig`, so that one more is one more everywhere."""
+    for f in dataclasses.fields(SampleConfig):
+        assert f.name in {g.name for g in dataclasses.fields(sample.SampleArguments)}
+        assert f.name in {g.name for g in dataclasses.fields(SampleOptions)}

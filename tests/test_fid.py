@@ -986,7 +986,11 @@ def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, code, files, mo
 def test_the_programs_know_networks_and_protocols_by_the_same_lists(program, key, word, meant, tmp_path, capsys):
     option = f"--fid.{key}" if program == "train" else f"--fid_{key}"
     config = Path(__file__).resolve().parents[1] / "configs" / "digits_sit.yaml"
-    given = ["--config", str(config), "--run_dir", str(tmp_path)] if program == "train" else [str(tmp_path)]
+    given = (
+        ["--config", str(config), "--run_dir", str(tmp_path)]
+        if program == "train"
+        else [str(tmp_path), "--fid", "x", "--num", "2"]
+    )
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(program).main([*given, option, word])
     assert ended.value.code == 2

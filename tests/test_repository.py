@@ -1,7 +1,9 @@
 """The house itself: who imports whom, that every config builds, and that everything public says what it is."""
 
 import ast
+import re
 import sys
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +136,32 @@ def test_every_file_is_looked_at():
     there = {f.relative_to(ROOT).parts[0] for f in ROOT.glob("*/__init__.py")} | {f.stem for f in ROOT.glob("*.py")}
     assert there == OURS
     assert len(FILES) > 25
+
+
+def test_the_wheel_holds_every_package_but_the_demo_and_the_benchmarks():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {f.parent for f in FILES if f.name == "__init__.py"}
+    assert {*listed} == {".".join(f.relative_to(ROOT).parts) for f in folders} - {"demo", "benchmarks"}
+
+
+WALKS = (
+    (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Two walks")[2].partition("\n## ")[0]
+)
+STEPS = re.findall(r"`([\w/]+\.py)`((?:, `[\w.]+`)+)", WALKS)
+
+
+@pytest.mark.parametrize(("file", "names"), STEPS)
+def test_the_walks_of_the_architecture_lead_past_functions_that_are_there(file, names):
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    there = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for name in re.findall(r"`([\w.]+)`", names):
+        owner, _, method = name.partition(".")
+        assert owner in there, f"{file} has no {owner}"
+        assert not method or method in {n.name for n in there[owner].body if isinstance(n, ast.FunctionDef)}
+
+
+def test_there_are_two_walks():
+    assert len(STEPS) > 15
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=name_of)

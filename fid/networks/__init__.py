@@ -9,7 +9,6 @@ from fid.networks.inception import Inception
 from vca_engine.files import sha256_of
 
 EXTRACTORS = {"inception": Inception, "dinov2": DINOv2, "classifier": Classifier}
-LABELS = {name: network.label for name, network in EXTRACTORS.items()}  # what their distances are called
 
 
 def build_extractor(name: str, weights: str | Path | None, preset: str = "adm", tf32: bool = False) -> FeatureExtractor:
