@@ -42,7 +42,7 @@ LEFT_OUT = ("events.out.tfevents*", ".lock", ".tracker-id")
 TMP = Path(tempfile.gettempdir()).resolve() / "same_numbers"
 RENAMED = {  # program -> file that is there where it is called so -> how; one that gets another name gets a line here
     "export": {"export.py": "export.py", "dit_vca/interop/__main__.py": "-m dit_vca.interop export"},
-    "ema": {"vca_engine/ema.py": "-m vca_engine.ema", "runtime/ema.py": "-m runtime.ema"},
+    "ema": {"runtime/ema.py": "-m runtime.ema"},
 }
 DEMOS = ("digits_sit", "digits_dit", "mnist_sit", "mnist_dit")
 SMALL = (
