@@ -5,7 +5,7 @@
     python -m benchmarks.sample --device cuda --size XL/2 --group_size 64 --parts drawing,switches --out ...
 
 - drawing: of each sampler, evaluations of the network an image, images/s, these over what as many bare forward passes
-  would give, and the share of the time that the network's forward passes have, measured within `Drawer.latents`.
+  would give, and the share of the time that the network's forward passes have, measured within `ImageSampler.latents`.
 - switches: images/s with `compile` of the blocks and with bf16, and seconds of the first group.
 - guidance: images/s with none, as one batch of 2 B, as two passes of B, and in an interval.
 - decoding: images/s at 256 pixels of an autoencoder like Stable Diffusion's, by groups and one by one.
