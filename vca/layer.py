@@ -18,7 +18,7 @@ def check_heads(dim: int, num_heads: int) -> int:
         ValueError: `dim` is not a multiple of `num_heads`.
     """
     if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}.")
+        raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}; change one of them.")
     return dim // num_heads
 
 

@@ -98,7 +98,8 @@ def network(config: Config, info: DataInfo, codec: Any) -> Transformer:
     if info.image_size % side:
         raise ValueError(
             f"images of {info.image_size}x{info.image_size} cannot be cut into patches: the codec divides the side by "
-            f"{codec.downsample}, the patch by {options['patch_size']}; choose a multiple of {side}."
+            f"{codec.downsample}, the patch by {options['patch_size']}; choose images with sides of "
+            f"a multiple of {side}, or another --model.patch_size."
         )
     return process_kind(config).network(
         input_size=info.image_size // codec.downsample,

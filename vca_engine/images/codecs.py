@@ -59,7 +59,8 @@ class VAECodec(nn.Module):
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise FileNotFoundError(
                 f"codec.path {path!r} is neither a folder saved by diffusers' AutoencoderKL nor a model that the hub "
-                f"can give now: {reason}"
+                f"can give now: {reason.rstrip('.')}. Download it where there is a network, and name its folder: "
+                "--codec.path FOLDER."
             ) from None
         self.vae = vae.eval().requires_grad_(False)
         self.posterior = kind == "AutoencoderKL"

@@ -55,7 +55,8 @@ class ImageFiles:
         self._members: dict[str, zipfile.ZipInfo] = {}
         self.zipped = self.root.suffix.lower() == ".zip" and self.root.is_file()
         if not self.zipped and not self.root.is_dir():
-            raise FileNotFoundError(f"{str(root)!r} is neither a folder nor a .zip file.")
+            why = "it is another file" if self.root.exists() else "there is nothing of that name"
+            raise FileNotFoundError(f"{str(root)!r} is neither a folder nor a .zip file: {why}; check the path.")
         if self.zipped:
             self._members = _members_of(self._open_archive(), str(root))
         found = self.listing()
