@@ -159,7 +159,7 @@ def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> C
 
 
 def sampler_help() -> str:
-    """The samplers and their options, for the --help of sample.py."""
+    """List the samplers and their options, for the --help of sample.py."""
     return _table(
         "samplers and their options, e.g. --sampler.num_steps 50, --sampler.name sde --sampler.last_step tweedie:",
         {f"of a {name}": kind.samplers for name, kind in PROCESSES.items()},
@@ -167,7 +167,7 @@ def sampler_help() -> str:
 
 
 def options_help() -> str:
-    """The names and options of the polymorphic parts, for --help."""
+    """List the parts of a model that are chosen by name, with their options, for --help."""
     registries = {
         "process": parts()["process"],
         "process.path (flow)": PATHS,
@@ -182,7 +182,7 @@ def options_help() -> str:
 
 
 def _table(title: str, parts: dict[str, dict[str, Any]]) -> str:
-    """A line for each entry of each registry, with its keyword-only arguments."""
+    """Write a line for each entry of each registry, with its keyword-only arguments."""
     lines = [title]
     for part, registry in parts.items():
         for i, (name, entry) in enumerate(registry.items()):

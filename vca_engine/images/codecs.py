@@ -90,12 +90,12 @@ class VAECodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, H/f, W/f) -> images (B, 1 or 3, H, W) in about [-1, 1]."""
+        """Decode latents (B, C, H/f, W/f) into images (B, 1 or 3, H, W) in about [-1, 1]."""
         return self.vae.decode(latents / self.scale + self.shift).sample
 
 
 def _load_vae(path: str) -> tuple[str, nn.Module, Tensor, Tensor]:
-    """The class of an autoencoder, itself, and the shift and scale of its latents, (C,) or ()."""
+    """Load an autoencoder: its class, itself, and the shift and scale of its latents, (C,) or ()."""
     from diffusers import AutoencoderKL, AutoencoderTiny  # slow to import: see docs/architecture.md, start-up
 
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}

@@ -191,7 +191,7 @@ def check_settings(path: str, settings: dict[str, Any], expected: dict[str, Any]
 
 
 def _empty(shape: tuple[int, ...]) -> Tensor:
-    """float16; in a worker in shared memory, where it need not be copied to be handed over."""
+    """Make an array of float16; in a worker, in shared memory, so that it is handed over without a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.float16)
     storage = torch.UntypedStorage._new_shared(2 * math.prod(shape), device="cpu")
