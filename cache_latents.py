@@ -46,7 +46,7 @@ class CacheArguments(Config):
 
 @report_errors("cache_latents.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Encode the images of the command line, or check what is there."""
     texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": assemble.options_help()}
     args = parse(CacheArguments, argv, **texts, parts=assemble.parts())
     if args.latents is None:
@@ -137,7 +137,7 @@ def check(args: CacheArguments) -> None:
 
 
 def picture(cache: LatentDataset, images: ImageDataset, codec: Any, device: str) -> tuple[Path, float]:
-    """A grid of images, each with its decoded latent at its right; gives the mean difference, in grey levels."""
+    """Draw a grid of images, each with its decoded latent at its right; return its file and their mean difference."""
     kept = np.delete(np.arange(len(images)), [skip["index"] for skip in cache.manifest["skipped"]])
     chosen = np.linspace(0, len(cache) - 1, NUM_SHOWN).round().astype(int)
     latents = torch.stack([cache[int(i), False][0][: codec.channels].float() for i in chosen]).to(device)

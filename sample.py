@@ -114,7 +114,7 @@ class SampleArguments(SampleOptions, ModelOptions):
         require(self.num is None or self.num > 0, "num", self.num, "choose at least 1 image")
         require(self.batch_size is None or self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
         require(self.columns is None or self.columns > 1, "columns", self.columns, "choose at least 2")
-        require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num")
+        require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num N")
         require(self.fid is None or self.num > 1, "num", self.num, "a distance needs at least 2 images")
         chosen = [name for name in ("trajectory", "interpolate", "sweep", "likelihood", "fid") if getattr(self, name)]
         if len(chosen) > 1:
@@ -162,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         vca.lookup(fid.EXTRACTORS, args.fid_extractor, "fid_extractor")
     if args.fid_preset is not None:
         vca.lookup(fid.PRESETS, args.fid_preset, "fid_preset")
+    for name in args.fid_metrics or []:
+        vca.lookup(fid.METRICS, name, "fid_metrics")
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     drawing = make_drawing(args, state)
@@ -187,8 +189,8 @@ def make_drawing(args: SampleArguments, state: PartialState) -> Drawing:
         loading = args.loading() | {"weights": args.guide_weights or "ema", "process": None}
         guide = Pipeline.from_pretrained(args.guide, **loading, device=state.device)
     if sampling.cfg_scale == 1.0 and not args.sweep and any(getattr(args, name) for name in NEED_GUIDANCE):
-        options = " and ".join(f"--{name}" for name in NEED_GUIDANCE)
-        raise ValueError(f"cfg_scale is 1.0, which is no guidance; leave {options} out.")
+        given = " and ".join(f"--{name}" for name in NEED_GUIDANCE if getattr(args, name))
+        raise ValueError(f"cfg_scale is 1.0, which is no guidance; leave {given} out, or type --cfg_scale 4.")
     return Drawing(pipe, sampling, state, guide=guide, negative=negative, sweep=bool(args.sweep))
 
 

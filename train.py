@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_tracker(config.train.tracker)
     vca.lookup(fid.EXTRACTORS, config.fid.extractor, "fid.extractor")
     vca.lookup(fid.PRESETS, config.fid.preset, "fid.preset")
+    for name in config.fid.metrics or []:
+        vca.lookup(fid.METRICS, name, "fid.metrics")
     stop = StopSignal()
     accelerator = make_accelerator(config)
     start = starting_point(config, args.resume)

@@ -81,7 +81,8 @@ class VisualiseArguments(Strict):
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
-        require(self.maps, "maps", self.maps, "there is nothing else to draw yet: add --maps")
+        if not self.maps:
+            raise ValueError("nothing to draw is named; type --maps.")
         for name in ("classes", "blocks", "heads", "times"):
             require(getattr(self, name) != [], name, [], "name at least one, or leave it out")
         for level in self.times:

@@ -27,7 +27,7 @@ ORIGIN = {
 
 @report_errors("demo")
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Run every step of the demo that is not done yet."""
     settings = list(sys.argv[1:] if argv is None else argv)
     config = parse(Config, settings, prog="python -m demo", description=__doc__, parts=assemble.parts())
     name = config.data["name"]

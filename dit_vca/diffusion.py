@@ -147,7 +147,7 @@ class Diffusion:
         return t / (self.num_timesteps - 1)
 
     def _bound(self, x: Tensor, x_t: Tensor, predicted: Tensor, v: Tensor, t: Tensor, c: StepCoefficients) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x) || p(x_{t-1} | x_t)) for t > 0, -log p(x | x_1) at t = 0; bits per dimension, (B,)."""
+        """Compute KL(q(x_{t-1}|x_t,x) || p(x_{t-1}|x_t)), or -log p(x|x_1) at t = 0, in bits per dimension, (B,)."""
         true_mean = c.from_x * x + c.from_x_t * x_t
         mean = c.from_x * c.clean(predicted, x_t) + c.from_x_t * x_t
         fraction = (v + 1) / 2

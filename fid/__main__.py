@@ -30,7 +30,7 @@ from fid.commands import compare, evaluate, statistics, statistics_in
 from fid.distributed import rank_and_size
 from fid.evaluator import Evaluator
 from fid.images import Images
-from fid.metrics import METRICS
+from fid.metrics import METRICS, check_names
 from fid.metrics.rows import ARITHMETICS
 from fid.networks import EXTRACTORS, build_extractor
 from fid.networks.inception import PRESETS, Inception
@@ -77,7 +77,7 @@ def _eval(args: argparse.Namespace) -> None:
         lambda: Evaluator(
             reference,
             extractor=build_extractor(args.extractor, args.weights, args.preset, args.tf32),
-            metrics=None if args.metrics is None else [name.strip().lower() for name in args.metrics.split(",")],
+            metrics=_metrics(args),
             device=_device(args.device),
             batch_size=args.batch,
             groups=args.groups,
@@ -95,8 +95,14 @@ def _eval(args: argparse.Namespace) -> None:
         _write_extras(args, evaluator, samples, made)
 
 
+def _metrics(args: argparse.Namespace) -> list[str] | None:
+    """Split the names of --metrics."""
+    return None if args.metrics is None else [name.strip().lower() for name in args.metrics.split(",")]
+
+
 def _check_eval(args: argparse.Namespace) -> None:
     """Refuse before the work what could only fail after it."""
+    check_names(_metrics(args) or ())
     _check_output(args.json if args.json != "-" else None, ".json")
     _check_output(args.save_stats, ".npz")
     _check_output(args.save_features, ".npy")

@@ -223,4 +223,4 @@ def too_few(what: str, found: int, num: int, reference: Any = None) -> str:
     if isinstance(reference, Reference) and found > 0:
         H = reference.statistics["features"].factor
         bias = f" (expected bias about +{noise_floor(H, found) - noise_floor(H, num):.2g})"
-    return f"only {found} of {num} samples in {what}. {names}{bias}. Pass --allow-fewer."
+    return f"only {found} of {num} samples in {what}. {names}{bias}. Choose --num {found}, or pass --allow-fewer."

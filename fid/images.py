@@ -222,7 +222,7 @@ def _open(source: Any, drop_alpha: bool) -> ArrayInMemory | ArrayFile | FilesAsT
 
 
 def _as_it_is(file: IO[bytes]) -> tuple[str, np.ndarray, bool]:
-    """Mode of Pillow, pixels (H, W, 3) uint8, and whether any of them is transparent."""
+    """Give Pillow's mode, the pixels (H, W, 3) uint8, and whether any of them is transparent."""
     with open_image(file) as image:
         mode, pixels = image.mode, np.array(image.convert("RGB"))
         alpha = mode in ALPHA or "transparency" in image.info
@@ -230,7 +230,7 @@ def _as_it_is(file: IO[bytes]) -> tuple[str, np.ndarray, bool]:
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int], ahead: int) -> Iterator[Any]:
-    """`map(work, items)`, with up to `ahead` results made before they are asked for."""
+    """Yield `map(work, items)`, with up to `ahead` results made before they are asked for."""
     pending: deque[Future] = deque()
     try:
         for item in items:

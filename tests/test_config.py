@@ -274,6 +274,17 @@ def test_a_wrong_choice_names_the_nearest_and_all(file, capsys):
 def test_a_missing_setting_is_named(capsys):
     text = sentence(capsys, "--run_dir", "runs/x")
     assert "required: process, data, codec" in text
+    assert "type --config FILE" in text
+    text = sentence(capsys, cls=sample.SampleArguments)
+    assert "required: checkpoint. Type the folder of a run, e.g. runs/demo" in text
+
+
+def test_a_word_without_the_name_of_its_setting_is_named(file, capsys):
+    text = sentence(capsys, "configs/mine.yaml")
+    assert "'configs/mine.yaml' stands without the name of a setting; write --config configs/mine.yaml" in text
+    text = sentence(capsys, "--config", file, "--data", "{name:", "folder}")
+    assert "--data is '{name:', which cannot be read" in text
+    assert "in quotes: --data '{KEY: VALUE, ...}'" in text
 
 
 def test_a_missing_file_is_named(capsys):

@@ -219,7 +219,7 @@ def test_of_a_saved_pipeline_there_is_no_training(run_of, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("", "maps is False; there is nothing else to draw yet: add --maps"),
+        ("", "nothing to draw is named; type --maps"),
         ("--maps --blocks 2", "block is 2; this model has the blocks 0 ... 1"),
         ("--maps --blocks [0,-1]", "block is -1; this model has the blocks 0 ... 1"),
         ("--maps --heads [0,2]", "head is 2; this model has the heads 0 ... 1"),

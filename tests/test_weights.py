@@ -215,7 +215,7 @@ def test_what_the_hub_cannot_give_ends_in_a_sentence_and_what_it_gives_is_read(t
     assert locate("snapshot") == Path("snapshot")
     for name, reason in (
         ("owner/none", "has no model of that name, or none that you may see; check the name"),
-        ("owner/far", "cannot give it now; check the network: Name or service not known"),
+        ("owner/far", "cannot give it now; check the name, or the network: Name or service not known"),
     ):
         with pytest.raises(
             FileNotFoundError, match=f"'{name}': there is no such .*, and the Hugging Face hub {reason}.$"

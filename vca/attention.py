@@ -23,7 +23,7 @@ Softmax = Literal["joint", "separate"]
 
 
 def lambda_init(layer_index: int) -> float:
-    """0.8 - 0.6 exp(-0.3 layer_index); `layer_index` is 0 for the first block. Source: arXiv:2410.05258, section 2."""
+    """Compute 0.8 - 0.6 exp(-0.3 layer_index), from 0 for the first block. Source: arXiv:2410.05258, section 2."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
 
 
@@ -49,24 +49,24 @@ class Differential(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
 
     def forward(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """2 x (..., h, N, d) -> (..., h, N, d)."""
+        """Compute the difference of the two streams: 2 x (..., h, N, d) -> (..., h, N, d)."""
         dtype = torch.promote_types(positive.dtype, torch.float32)
         contrast = positive.to(dtype) - self.scale(dtype) * negative.to(dtype)  # (..., h, N, d)
         # In this order since the first version, whose checkpoints draw the same bits.
         return ((1 - self.lambda_init) * self._norm(contrast, self.norm.weight)).to(positive.dtype)
 
     def scale(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Lambda, ()."""
+        """Compute lambda, ()."""
         q1, k1, q2, k2 = (v.to(dtype) for v in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2))
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
     def subtrahend(self, x: Tensor) -> Tensor:
-        """-lambda x, (..., d), where a sum takes the difference by itself and `normalise` does the rest."""
+        """Compute -lambda x, (..., d), for a sum that subtracts; `normalise` does the rest."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return (-self.scale(dtype) * x.to(dtype)).to(x.dtype)
 
     def normalise(self, contrast: Tensor) -> Tensor:
-        """(1 - lambda_init) RMSNorm of a difference: (..., h, N, d) -> (..., h, N, d)."""
+        """Compute (1 - lambda_init) RMSNorm of a difference: (..., h, N, d) -> (..., h, N, d)."""
         dtype = torch.promote_types(contrast.dtype, torch.float32)
         return self._norm(contrast.to(dtype), (1 - self.lambda_init) * self.norm.weight).to(contrast.dtype)
 
@@ -165,7 +165,7 @@ class VisualContrastAttention(Attention):
         self.stage2 = Differential(self.head_dim, layer_index) if stages[1] == "differential" else None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+        """Attend through the contrast tokens: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
         tokens = self.contrast_tokens(q)  # (B, h, 2n, d), or (B, h, n, d) where both stages are plain
         positive, negative = tokens.tensor_split([self.num_contrast_tokens], dim=2)  # 2 x (B, h, n, d)
         if self.stage1:  # 2n queries look at the P+N keys
@@ -191,13 +191,13 @@ class VisualContrastAttention(Attention):
         return torch.cat(streams, dim=2).contiguous()  # kernels without a map in memory need a last stride of 1
 
     def extra_repr(self) -> str:
-        """The grids and the form, for `print(model)`."""
+        """Write the grids and the form, for `print(model)`."""
         return f"{super().extra_repr()}, contrast_grid={self.contrast_grid}, softmax={self.softmax!r}, " + (
             f"positive={self.positive!r}, negative={self.negative!r}"
         )
 
     def _stream(self, pooled: Tensor, kind: Stream, embed: Tensor | None) -> Tensor:
-        """Pooled queries (B, h, n, d) and an embedding (1, n, C) -> (B, h, n, d)."""
+        """Make contrast tokens of pooled queries (B, h, n, d) and an embedding (1, n, C): (B, h, n, d)."""
         if kind == "pool":
             return pooled
         embed = embed.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).to(pooled.dtype)  # (1, h, n, d)

@@ -44,7 +44,7 @@ class SelfAttention(Attention):
         super().__init__(dim, num_heads, grid_size, **common)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -98,13 +98,13 @@ class DifferentialAttention(Attention):
         return *halves, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
         streams = zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)  # 2 x (B, h, P+N, d/2)
         return self.differential(*(self._attend_half(q_i, k_i, v) for q_i, k_i in streams))
 
     @staticmethod
     def _attend_half(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Zeros widen q and k from d/2 to d: kernels without an N x N map need q, k and v of one width."""
+        """Widen q and k by zeros from d/2 to d: kernels without an N x N map need q, k and v of one width."""
         half = q.shape[-1]
         q, k = F.pad(q, (0, half)), F.pad(k, (0, half))  # (B, h, P+N, d)
         return F.scaled_dot_product_attention(q, k, v, scale=half**-0.5)  # (B, h, P+N, d)
@@ -149,7 +149,7 @@ class LinearAttention(Attention):
         super().__init__(dim, num_heads, grid_size, **common)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
         dtype = torch.promote_types(v.dtype, torch.float32)
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):  # none, on whatever device
             q, k, values = q.to(dtype).relu(), k.to(dtype).relu(), v.to(dtype)

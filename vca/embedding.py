@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def sincos_2d(dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """The fixed position table: half of the channels encode the column, half the row, each as [sin, cos].
+    """Compute the fixed position table: half of the channels encode the column, half the row, as [sin, cos].
 
     Args:
         dim: Channels D, a multiple of 4.
@@ -46,7 +46,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * self.num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) -> (B, D)."""
+        """Embed times: (B,) -> (B, D)."""
         index = torch.arange(self.num_frequencies, dtype=torch.float32, device=t.device)
         angle = t[:, None].float() * torch.exp(-math.log(10000) / self.num_frequencies * index)  # (B, 128)
         features = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
@@ -69,11 +69,11 @@ class LabelEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + (class_dropout_prob > 0), dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        """(B,) integers -> (B, D)."""
+        """Embed labels: (B,) integers -> (B, D)."""
         if self.training and self.class_dropout_prob > 0:
             y = self.drop(y, torch.rand(y.shape, device=y.device))
         return self.embedding_table(y)
 
     def drop(self, y: Tensor, u: Tensor) -> Tensor:
-        """The labels y (B,), those with u < class_dropout_prob replaced by the null class; u (B,) uniform in [0, 1)."""
+        """Replace the labels y (B,) where u < class_dropout_prob by the null class; u (B,) is uniform in [0, 1)."""
         return torch.where(u < self.class_dropout_prob, self.num_classes, y)

@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 
 def check_heads(dim: int, num_heads: int) -> int:
-    """The width of a head, dim / num_heads.
+    """Compute the width of a head, dim / num_heads.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`.
     """
     if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}.")
+        raise ValueError(f"hidden_size {dim} is not a multiple of num_heads {num_heads}; change one of them.")
     return dim // num_heads
 
 
 def check_grid(grid_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(H, W); one number is the side of a square.
+    """Give (H, W); one number is the side of a square.
 
     Raises:
         ValueError: Not one or two positive integers.
@@ -47,13 +47,13 @@ class HeadNorm(nn.RMSNorm):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)."""
+        """Normalise the last axis: (..., d) -> (..., d)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 def to_map(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """(B, h, H*W, d) tokens, row by row, as a (B, h*d, H, W) feature map; of a split `qkv`, without a copy."""
+    """View tokens (B, h, H*W, d), row by row, as a feature map (B, h*d, H, W); of a split `qkv`, without a copy."""
     return tokens.transpose(2, 3).flatten(1, 2).unflatten(2, grid_size)
 
 
@@ -65,7 +65,7 @@ class DepthwiseConv(nn.Conv2d):
         self.grid_size = grid_size
 
     def forward(self, v: Tensor) -> Tensor:
-        """(B, h, P+N, d) -> (B, P+N, C)."""
+        """Convolve the tokens and join the heads: (B, h, P+N, d) -> (B, P+N, C)."""
         num_prefix_tokens = v.shape[2] - math.prod(self.grid_size)
         image = to_map(v[:, :, num_prefix_tokens:], self.grid_size)  # (B, C, H, W)
         local = super().forward(image.contiguous(memory_format=torch.channels_last))  # (B, C, H, W)
@@ -117,7 +117,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-        """(B, P+N, C) -> (B, P+N, C).
+        """Apply the layer: (B, P+N, C) -> (B, P+N, C).
 
         Raises:
             ValueError: Another number of tokens than the layer was built for; or a mask, which it has not: `attn_mask`
@@ -131,16 +131,16 @@ class Attention(nn.Module):
         return self.proj(out)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of each head: (B, P+N, C) -> 3 x (B, h, P+N, d)."""
+        """Compute queries, keys and values of each head: (B, P+N, C) -> 3 x (B, h, P+N, d)."""
         q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, dim=-1))
         return self.q_norm(q), self.k_norm(k), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """The grid, for `print(model)`."""
+        """Write the grid, for `print(model)`."""
         return f"grid_size={self.grid_size}, num_prefix_tokens={self.num_prefix_tokens}"
 
     def _check(self, x: Tensor, attn_mask: None, is_causal: bool) -> None:

@@ -194,7 +194,7 @@ def _difference(positive: Tensor, negative: Tensor | None, scale: Tensor | None)
 
 
 def _norm_of(stage: Differential | None, contrast: Tensor) -> Tensor:
-    """(B, h, n, d) -> (B, h, n, 1)."""
+    """Compute the norm of each row: (B, h, n, d) -> (B, h, n, 1)."""
     if stage is None:
         return torch.ones_like(contrast[..., :1])
     return (contrast.square().mean(dim=-1, keepdim=True) + stage.norm.eps).sqrt()

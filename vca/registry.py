@@ -90,7 +90,7 @@ def create(registry: Mapping[str, Any], spec: str | Mapping[str, Any], where: st
         if option not in allowed:
             raise ValueError(
                 f"{where} {name!r} takes no {option!r};{nearest(option, allowed)} it takes {allowed}. "
-                f"If a file says it, {where} as a whole, {{name: {name}}}, replaces that."
+                f"If it stands in the file of --config, replace all of {where} there or here: {{name: {name}}}."
             )
         check_type(entry, option, options[option], f"{where} {name!r}")
     parameters = inspect.signature(entry).parameters
@@ -127,7 +127,7 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {list(items)}"
     if origin is tuple:
-        return f"{len(items)} values, written so: [0.1,0.9]"
+        return f"{len(items)} values, written so: {'[2,3]' if int in items else '[0.1,0.9]'}"
     if origin in (list, Sequence):
         return f"a list of {LISTS.get(items[0], 'values')}, written so: [3,7]"
     return "a name with options" if origin in (dict, Mapping) else TYPES.get(kind, "")

@@ -38,7 +38,7 @@ SIZES = {
 
 
 def parse_size(size: str) -> dict[str, int]:
-    """`"B/2"` -> hidden_size, depth, num_heads and patch_size, the keywords of `Transformer`.
+    """Turn `"B/2"` into hidden_size, depth, num_heads and patch_size, keywords of `Transformer`.
 
     Raises:
         ValueError: Not SIZE/PATCH with a known size and a positive patch.
@@ -50,7 +50,7 @@ def parse_size(size: str) -> dict[str, int]:
 
 
 def resolved_attention(attention: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of an attention, or its name, with the defaults of all options that are not given.
+    """Complete the spec of an attention, or its name, with the defaults of all options that are not given.
 
     Raises:
         ValueError: It has no name, or an unknown one.
@@ -61,7 +61,7 @@ def resolved_attention(attention: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def before_joint(attention: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The spec of an attention in a file from before `softmax` was an option, with what its defaults were then.
+    """Complete the spec of an attention, of a file older than the option `softmax`, with the defaults of then.
 
     A spec that says its `softmax` is of later, and stays as it is.
     """
@@ -73,7 +73,7 @@ def before_joint(attention: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift: (B, N, D), (B, D), (B, D) -> (B, N, D)."""
+    """Compute x (1 + scale) + shift: (B, N, D), (B, D), (B, D) -> (B, N, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -85,7 +85,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H*p, W*p) -> (B, H*W, D)."""
+        """Embed patches: (B, C, H*p, W*p) -> (B, H*W, D)."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -98,7 +98,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
+        """Apply to each token: (B, N, D) -> (B, N, D)."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
@@ -110,7 +110,7 @@ class AdaLN(nn.Sequential):
         self.count = count
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """(B, D) -> count x (B, D)."""
+        """Compute the modulations: (B, D) -> count x (B, D)."""
         return super().forward(c).chunk(self.count, dim=1)
 
 
@@ -126,7 +126,7 @@ class Block(nn.Module):
         self.adaLN_modulation = AdaLN(dim, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D), (B, D) -> (B, N, D)."""
+        """Apply the block: (B, N, D), (B, D) -> (B, N, D)."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)  # 6 x (B, D)
         x = x + gate_attn[:, None] * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
@@ -142,7 +142,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = AdaLN(dim, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """(B, N, D), (B, D) -> (B, N, p*p*C_out)."""
+        """Compute the patches of the output: (B, N, D), (B, D) -> (B, N, p*p*C_out)."""
         return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c)))
 
 
@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         self._initialise()
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """(B, C, H, W), (B,), (B,) -> (B, C_out, H, W)."""
+        """Predict for noisy images at times t with labels y: (B, C, H, W), (B,), (B,) -> (B, C_out, H, W)."""
         if tuple(x_t.shape[1:]) != (self.in_channels, *self.input_size):
             raise ValueError(
                 f"x_t is {tuple(x_t.shape)}; this model takes (B, {self.in_channels}, {self.input_size[0]}, "
@@ -236,7 +236,7 @@ class Transformer(nn.Module):
         return self.unpatchify(self.final_layer(x, c))  # (B, C_out, H, W)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, N, p*p*C_out), a patch in the order row, column, channel -> (B, C_out, H, W)."""
+        """Join patches (B, N, p*p*C_out), each in the order row, column, channel: (B, C_out, H, W)."""
         p = self.patch_size
         image = patches.unflatten(1, self.grid_size).unflatten(3, (p, p, self.out_channels))  # (B, H/p, W/p, p, p, C)
         return image.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
@@ -246,7 +246,7 @@ class Transformer(nn.Module):
         return create(ATTENTIONS, self.attention, "model.attention", *sizes, layer_index=layer_index)
 
     def _initialise(self) -> None:
-        """Xavier uniform and zero biases; embeddings normal 0.02; adaLN and output zero, so that the output is zero."""
+        """Draw Xavier uniform, embeddings normal 0.02; biases, adaLN and output zero, so that the output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -264,5 +264,5 @@ class Transformer(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def extra_repr(self) -> str:
-        """The sizes, for `print(model)`."""
+        """Write the sizes, for `print(model)`."""
         return f"input_size={self.input_size}, tokens={math.prod(self.grid_size)}, null_class={self.null_class}"

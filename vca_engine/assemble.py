@@ -98,7 +98,8 @@ def network(config: Config, info: DataInfo, codec: Any) -> Transformer:
     if info.image_size % side:
         raise ValueError(
             f"images of {info.image_size}x{info.image_size} cannot be cut into patches: the codec divides the side by "
-            f"{codec.downsample}, the patch by {options['patch_size']}; choose a multiple of {side}."
+            f"{codec.downsample}, the patch by {options['patch_size']}; choose images with sides of "
+            f"a multiple of {side}, or another --model.patch_size."
         )
     return process_kind(config).network(
         input_size=info.image_size // codec.downsample,
@@ -158,7 +159,7 @@ def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> C
 
 
 def sampler_help() -> str:
-    """The samplers and their options, for the --help of sample.py."""
+    """List the samplers and their options, for the --help of sample.py."""
     return _table(
         "samplers and their options, e.g. --sampler.num_steps 50, --sampler.name sde --sampler.last_step tweedie:",
         {f"of a {name}": kind.samplers for name, kind in PROCESSES.items()},
@@ -166,7 +167,7 @@ def sampler_help() -> str:
 
 
 def options_help() -> str:
-    """The names and options of the polymorphic parts, for --help."""
+    """List the parts of a model that are chosen by name, with their options, for --help."""
     registries = {
         "process": parts()["process"],
         "process.path (flow)": PATHS,
@@ -181,7 +182,7 @@ def options_help() -> str:
 
 
 def _table(title: str, parts: dict[str, dict[str, Any]]) -> str:
-    """A line for each entry of each registry, with its keyword-only arguments."""
+    """Write a line for each entry of each registry, with its keyword-only arguments."""
     lines = [title]
     for part, registry in parts.items():
         for i, (name, entry) in enumerate(registry.items()):

@@ -60,7 +60,7 @@ def mixed_precision(name: str) -> str:
 
 
 def _switches(tf32: bool) -> list[tuple[Any, str, Any]]:
-    """The settings of torch, (owner, name, value), that let GPUs use TF32 or forbid it."""
+    """List the settings of torch, (owner, name, value), that let GPUs use TF32 or forbid it."""
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
     if hasattr(cudnn, "conv"):  # torch >= 2.9; mixing the two ways to say it is an error there
         return [(owner, "fp32_precision", "tf32" if tf32 else "ieee") for owner in (cudnn.conv, cuda.matmul)]

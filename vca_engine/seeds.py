@@ -52,14 +52,14 @@ def splitmix64(index: Tensor) -> Tensor:
 
 
 def _stream(seed: int, positions: Tensor, num: int) -> Tensor:
-    """The first `num` 64-bit numbers of the SplitMix64 stream of each position, (B, num) int64."""
+    """Compute the first `num` 64-bit numbers of the SplitMix64 stream of each position, (B, num) int64."""
     starts = _finalise(_finalise(positions.long() * GOLDEN) + mix(seed))  # (B,)
     counts = torch.arange(1, num + 1, device=positions.device)  # (num,)
     return _finalise(starts[:, None] + counts * GOLDEN)
 
 
 def _finalise(z: Tensor) -> Tensor:
-    """The output function of SplitMix64, on int64 that wrap around."""
+    """Apply the output function of SplitMix64, on int64 that wrap around."""
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * FIRST
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * SECOND
     return z ^ (z >> 31 & (1 << 33) - 1)

@@ -35,7 +35,7 @@ class StopSignal:
             signal.signal(number, self._receive)
 
     def begin(self, accelerator: Accelerator, minutes: int) -> None:
-        """From now on finish a step first; processes wait for each other so many minutes. All of them call this."""
+        """Let a signal end the run only after a step; processes wait for each other so many minutes. All call this."""
         self.num_processes = accelerator.num_processes
         if self.num_processes > 1:  # on the CPU, where asking does not wait for a GPU
             self.group = distributed.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
@@ -62,7 +62,7 @@ class StopSignal:
 
 
 def leave_process_group(worker: int) -> None:
-    """For the processes that load data: signals go to the group, or to all processes, and would take them too early.
+    """Keep the processes that load data from signals, which go to the whole group and would end them too early.
 
     The trainer needs their batches until its step is done, and ends them itself; they end when it is gone, too.
     """
@@ -73,7 +73,7 @@ def leave_process_group(worker: int) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait until the block is done, so that what it writes is whole. Of the main thread."""
+    """Let Ctrl-C and SIGTERM wait for the end of the block, so that what it writes is whole. For the main thread."""
     received = []
     before = {
         number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
@@ -88,7 +88,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 def end_on_sigterm() -> None:
-    """SIGTERM ends the program as an exception does, so that what it has is saved on the way out."""
+    """Let SIGTERM end the program as an exception does, so that what it has is saved on the way out."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

@@ -28,6 +28,12 @@ METRICS: dict[str, Metric] = {  # printed in this order
 }
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise ValueError if one of the names is not in `METRICS`."""
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ValueError(f"no metric is called {unknown[0]!r}; choose from {', '.join(METRICS)}.")
+
+
 def choose_metrics(
     names: str | Sequence[str] | None, extractor: FeatureExtractor, reference: Reference | Images | None
 ) -> tuple[tuple[str, ...], list[str]]:
@@ -46,8 +52,7 @@ def choose_metrics(
     """
     if isinstance(names, str):
         names = [names]
-    if unknown := [name for name in names or () if name not in METRICS]:
-        raise ValueError(f"no metric is called {unknown[0]!r}; choose from {', '.join(METRICS)}.")
+    check_names(names or ())
     chosen = tuple(extractor.metrics if names is None else names)
     impossible = {name: why for name in chosen if (why := METRICS[name].why_not(extractor, reference))}
     if not impossible:

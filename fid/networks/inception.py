@@ -135,7 +135,7 @@ class Inception(FeatureExtractor):
             return {"features": features, "spatial": spatial, "logits": features @ self.classifier.T}
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever module this is part of: with batch statistics the features mean nothing."""
+        """Stay in evaluation mode, whatever module contains this: with batch statistics the features mean nothing."""
         return super().train(False)
 
 

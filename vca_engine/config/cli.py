@@ -93,6 +93,9 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if key == "print_config" and not equals:
             printed = True
             continue
+        if word and not word.startswith("-"):
+            option = "config" if word.endswith((".yaml", ".yml")) else "OPTION"
+            raise ValueError(f"{word!r} stands without the name of a setting; write --{option} {word}. See --help.")
         if not word.startswith("--") or (key != "config" and _owner(key, kinds) is None):
             raise ValueError(unknown(key if word.startswith("--") else word, list(kinds)))
         if not equals:
@@ -110,13 +113,26 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if key == "config":
             _merge(found, read_yaml(value), cls)
         elif dataclasses.is_dataclass(kinds.get(key)):
-            group = parse_yaml(value) if value.startswith("{") else read_yaml(value)
+            group = _braces(name, value) if value.startswith("{") else read_yaml(value)
             _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
         else:
-            _put(
-                found, key, parse_yaml(value) if value.startswith("{") and is_spec(kinds.get(key)) else Word(value), cls
-            )
+            spec = value.startswith("{") and is_spec(kinds.get(key))
+            _put(found, key, _braces(name, value) if spec else Word(value), cls)
     return found, printed
+
+
+def _braces(name: str, value: str) -> dict[str, Any]:
+    """Read the {KEY: VALUE, ...} of an option.
+
+    Raises:
+        ValueError: It is no mapping, as when the shell has cut it at its spaces.
+    """
+    try:
+        return parse_yaml(value)
+    except ValueError as error:
+        raise ValueError(
+            f"--{name} is {value!r}, which cannot be read: {error}. Write it in quotes: --{name} '{{KEY: VALUE, ...}}'."
+        ) from None
 
 
 def _owner(key: str, kinds: dict[str, Any]) -> str | None:

@@ -232,8 +232,13 @@ def _mistake(cls: type, values: Mapping[str, Any], error: ValidationError) -> Va
         return ValueError(unknown(".".join(map(str, wrong["loc"])), list(kinds)))
     wrong = next((e for e in found if len(e["loc"]) != 1 or not e["type"].startswith("missing")), None)
     if wrong is None:
-        more = " They stand in a file of configs/, so give --config FILE; see --help." if "run_dir" in kinds else ""
-        return MissingSettingError(f"the following arguments are required: {', '.join(missing)}.{more}")
+        if {"process", "data", "codec"} & {*missing}:
+            more = "They stand in the files of configs/: type --config FILE, e.g. --config configs/digits_sit.yaml."
+        elif missing == ["checkpoint"]:
+            more = "Type the folder of a run, e.g. runs/demo, as the first word."
+        else:
+            more = f"Type --{missing[0]} VALUE."
+        return MissingSettingError(f"the following arguments are required: {', '.join(missing)}. {more}")
     if wrong["type"] == "value_error":  # of the dataclass itself
         return wrong["ctx"]["error"]
     key, value = "", values

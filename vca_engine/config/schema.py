@@ -240,7 +240,10 @@ class FidConfig(Strict):
         require(self.every is None or self.every > 0, "fid.every", self.every, "choose at least 1")
         require(self.num > 1, "fid.num", self.num, "choose at least 2")
         if self.every is not None and self.reference is None:
-            raise ValueError("fid.every is given, but no fid.reference; name the file or folder to compare with.")
+            raise ValueError(
+                "fid.every is given, but no fid.reference; name the file or folder to compare with: "
+                "--fid.reference PATH."
+            )
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class ArrayFile:
             raise ValueError(f"'{self.path}' is not in numpy's format: {error}.") from error
 
     def _advice(self, file: IO[bytes], dtype: np.dtype) -> str:
-        """The end of the sentence that refuses the array; `file` stands at its first number."""
+        """Write the end of the sentence that refuses the array; `file` stands at its first number."""
         if dtype.kind == "f" and math.prod(self.shape):
             first = np.frombuffer(file.read(min(math.prod(self.shape), SEEN) * dtype.itemsize), dtype)
             low, high = float(first.min()), float(first.max())
@@ -180,7 +180,7 @@ def _check_dtype(images: Tensor | np.ndarray) -> None:
 
 
 def _cropped(image: np.ndarray, crop: int | None, name: str) -> np.ndarray:
-    """The centre square of (H, W, 3) uint8, or all of it without a crop."""
+    """Cut the centre square out of (H, W, 3) uint8; without a crop, keep all of it."""
     try:
         return image if crop is None else centre_crop(Image.fromarray(image), crop)
     except ValueError as error:

@@ -59,7 +59,8 @@ class VAECodec(nn.Module):
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise FileNotFoundError(
                 f"codec.path {path!r} is neither a folder saved by diffusers' AutoencoderKL nor a model that the hub "
-                f"can give now: {reason}"
+                f"can give now: {reason.rstrip('.')}. Download it where there is a network, and name its folder: "
+                "--codec.path FOLDER."
             ) from None
         self.vae = vae.eval().requires_grad_(False)
         self.posterior = kind == "AutoencoderKL"
@@ -89,12 +90,12 @@ class VAECodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, H/f, W/f) -> images (B, 1 or 3, H, W) in about [-1, 1]."""
+        """Decode latents (B, C, H/f, W/f) into images (B, 1 or 3, H, W) in about [-1, 1]."""
         return self.vae.decode(latents / self.scale + self.shift).sample
 
 
 def _load_vae(path: str) -> tuple[str, nn.Module, Tensor, Tensor]:
-    """The class of an autoencoder, itself, and the shift and scale of its latents, (C,) or ()."""
+    """Load an autoencoder: its class, itself, and the shift and scale of its latents, (C,) or ()."""
     from diffusers import AutoencoderKL, AutoencoderTiny  # slow to import: see docs/architecture.md, start-up
 
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}

@@ -176,7 +176,7 @@ DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}
 
 
 def _need(module: str, package: str, dataset: str) -> str:
-    """The file of an optional module."""
+    """Find the file of an optional module."""
     spec = find_spec(module)
     if spec is None:
         raise ValueError(f"data.name {dataset!r} comes with the package {package}; run: pip install {package}")

@@ -147,7 +147,7 @@ class UnfinishedCache:
         self._lock.close()
 
     def _open_lock(self) -> IO[str]:
-        """The cache's lock; not even one that a killed launcher left behind is joined by another command."""
+        """Open the cache's lock, which another command cannot share, even if a killed launcher left it behind."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             lock = self.folder.with_name(f".{self.folder.name}.lock").open("w")
@@ -288,14 +288,14 @@ class CacheWriter:
         yield from (indices[k : k + self.options.batch_size] for k in range(0, len(indices), self.options.batch_size))
 
     def _read(self, shards: list[int]) -> Iterator[tuple[Tensor, list[str | None]]]:
-        """Batch after batch of all shards: what could be read, (b, H, W, C) uint8, and for each why not, or None."""
+        """Yield the batches of all shards: what could be read, (b, H, W, C) uint8, and why not, or None, for each."""
         order = [list(batch) for shard in shards for batch in self._batches(shard)]
         dataset = Pixels(self.images, skip=self.options.on_error == "skip")
         return load(dataset, order, num_workers=self.num_workers, minutes=60, pin=False)
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor, index: list[int]) -> np.ndarray:
-        """(B, H, W, C) uint8 -> (B, 1 or 2, K, h, w) float16, in a batch of the one size."""
+        """Encode (B, H, W, C) uint8 as (B, 1 or 2, K, h, w) float16, in batches that all have one size."""
         device, num, size = self.state.device, len(pixels), self.options.batch_size
         padded = torch.cat([pixels, pixels[-1:].expand(size - num, *pixels.shape[1:])])
         x = from_uint8(padded.to(device))  # (B, C, H, W)
@@ -315,7 +315,7 @@ class CacheWriter:
         return rows.cpu().numpy()
 
     def _sums(self, rows: np.ndarray) -> list[list[float]]:
-        """Sums of the latents and of their squares, (2, C), over all else."""
+        """Sum the latents and their squares, (2, C), over all axes but the channels."""
         C, total = self.codec.channels, np.zeros((2, self.codec.channels))
         for k in range(0, len(rows), 64):
             part = rows[k : k + 64].astype(np.float64)
@@ -334,7 +334,7 @@ def _flock(file: IO[str], kind: int) -> None:
 
 
 class Pixels(Dataset):
-    """index -> pixels (H, W, C) uint8, or the sentence why they cannot be read."""
+    """Images by index: pixels (H, W, C) uint8, or the sentence why they cannot be read."""
 
     def __init__(self, images: ImageDataset, skip: bool) -> None:
         self.images, self.skip = images, skip

@@ -55,7 +55,8 @@ class ImageFiles:
         self._members: dict[str, zipfile.ZipInfo] = {}
         self.zipped = self.root.suffix.lower() == ".zip" and self.root.is_file()
         if not self.zipped and not self.root.is_dir():
-            raise FileNotFoundError(f"{str(root)!r} is neither a folder nor a .zip file.")
+            why = "it is another file" if self.root.exists() else "there is nothing of that name"
+            raise FileNotFoundError(f"{str(root)!r} is neither a folder nor a .zip file: {why}; check the path.")
         if self.zipped:
             self._members = _members_of(self._open_archive(), str(root))
         found = self.listing()
@@ -161,7 +162,7 @@ class ImageFiles:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
-        """A file and its size; of a .zip, no more than that is unpacked."""
+        """Open a file and give it with its size; of a .zip, no more than that is unpacked."""
         if self.zipped:
             member = self._members[self.prefix + name]
             with self._open_archive().open(member) as file:
@@ -171,7 +172,7 @@ class ImageFiles:
                 yield file, os.fstat(file.fileno()).st_size
 
     def _open_archive(self) -> zipfile.ZipFile:
-        """The .zip, opened once in each process: two that share a file share its position."""
+        """Open the .zip, once in each process: two that share a file share its position."""
         if self._archive is None or self._archive[0] != os.getpid():
             try:
                 self._archive = (os.getpid(), zipfile.ZipFile(self.root))
@@ -186,12 +187,12 @@ def is_image(name: str) -> bool:
 
 
 def _is_hidden(part: str) -> bool:
-    """True for a hidden file or folder, and for what macOS puts into archives."""
+    """Say whether a name is that of a hidden file or folder, or one that macOS puts into archives."""
     return part.startswith(".") or part == "__MACOSX"
 
 
 def _walk(root: str) -> list[str]:
-    """All below a folder; links to folders are followed, unless they lead back to where they are.
+    """List all below a folder; links to folders are followed, unless they lead back to where they are.
 
     A folder's own list says what is a file and what is not, so that no ordinary file is asked for more.
     """
@@ -225,7 +226,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _is_special(entry: os.DirEntry) -> bool:
-    """True if it is there and no file: to open it may wait for ever, to read it may never end."""
+    """Say whether it is there and no file: to open it may wait for ever, to read it may never end."""
     try:
         return not entry.is_file() and os.path.exists(entry.path)
     except OSError:
@@ -233,13 +234,13 @@ def _is_special(entry: os.DirEntry) -> bool:
 
 
 def _inode(folder: str) -> tuple[int, int]:
-    """The same for each name of a folder."""
+    """Give a pair that is the same for all names of one folder."""
     found = os.stat(folder)
     return found.st_dev, found.st_ino
 
 
 def _members_of(archive: zipfile.ZipFile, root: str) -> dict[str, zipfile.ZipInfo]:
-    """All in a .zip, by the names that they have when it is unpacked, as `_walk` gives them."""
+    """List all in a .zip by the names that they have when it is unpacked, as `_walk` gives them."""
     found: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         path = member.filename.replace("\\", "/")
@@ -258,7 +259,7 @@ def _members_of(archive: zipfile.ZipFile, root: str) -> dict[str, zipfile.ZipInf
 
 
 def _prefix_of(names: list[str]) -> str:
-    """The one folder, with its slash, that holds all images, in folders or beside a file of labels; else nothing."""
+    """Find the one folder that holds all images, in folders or beside a file of labels: with a slash; else ""."""
     images = [name for name in names if is_image(name)]
     tops = {name.split("/", 1)[0] for name in images if "/" in name}
     if len(tops) != 1 or any("/" not in name for name in images) or {*LABEL_FILES} & {*names}:

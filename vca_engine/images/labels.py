@@ -38,7 +38,7 @@ def classes_of(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
 
 
 def _read_labels(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
-    """Classes of labels.json or labels.csv, which are numbers from 0, or names.
+    """Read the classes of labels.json or labels.csv, which are numbers from 0, or names.
 
     labels.json: `{"FILE": CLASS, ...}`, or `{"labels": [["FILE", CLASS], ...], "class_names": [...]}`, which is
     StyleGAN's and EDM's, with names. labels.csv: lines `FILE,CLASS`, perhaps with a header. Names are numbered in the

@@ -51,7 +51,8 @@ class LatentDataset(Dataset):
         self.path, self.folder = path, Path(path)
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"latents {path!r} is not a folder; make it with: python cache_latents.py --config YOUR.yaml"
+                f"latents {path!r} is not a folder; make it with: python cache_latents.py --config YOUR.yaml "
+                f"--latents {path}, or train from images with --latents null."
             )
         try:
             self.manifest = read_json(self.folder / MANIFEST)
@@ -72,7 +73,11 @@ class LatentDataset(Dataset):
             self.labels = check_label_range(np.load(self.folder / LABELS_FILE), len(self.class_names))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             why = str(error).rstrip(".")
-            raise ValueError(f"latents {path!r} is not a folder made by cache_latents.py: {why}.") from None
+            if isinstance(error, FileNotFoundError):
+                why = f"it has no {Path(error.filename).name}"
+            raise ValueError(
+                f"latents {path!r} is not a folder made by cache_latents.py: {why}. Name another with --latents FOLDER."
+            ) from None
         self.starts = np.concatenate([[0], np.cumsum(counts)])  # of the shards
         self.num_classes = len(self.class_names)
         if len(self.labels) != self.starts[-1]:
@@ -186,7 +191,7 @@ def check_settings(path: str, settings: dict[str, Any], expected: dict[str, Any]
 
 
 def _empty(shape: tuple[int, ...]) -> Tensor:
-    """float16; in a worker in shared memory, where it need not be copied to be handed over."""
+    """Make an array of float16; in a worker, in shared memory, so that it is handed over without a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.float16)
     storage = torch.UntypedStorage._new_shared(2 * math.prod(shape), device="cpu")

@@ -97,7 +97,7 @@ def save_picture(frames: Sequence[np.ndarray], path: Path, text: str = "", milli
 
 
 def _fit(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """`name`, shortened until it fits the width."""
+    """Shorten `name` until it fits the width."""
     short = name
     while font.getlength(short) > width and len(short) > 2:
         short = short[:-2] + "…"

@@ -99,7 +99,7 @@ def dtype_name(images: Tensor) -> str:
 
 
 def _in_domain(low: float, high: float) -> bool:
-    """True if each value has its own place in uint8; NaN has none."""
+    """Say whether each value has its own place in uint8; NaN has none."""
     return low >= -128 / 127.5 and high < 128 / 127.5
 
 

@@ -46,7 +46,10 @@ class Guidance:
                 "use cfg_scale 1."
             )
         if self.channels is not None and self.channels > network.in_channels:
-            raise ValueError(f"guided_channels is {self.channels}; the latents have {network.in_channels} channels.")
+            raise ValueError(
+                f"guided_channels is {self.channels}; the latents have {network.in_channels} channels. Choose at most "
+                "as many, or leave it out."
+            )
         if self.negative is not None:
             check_labels([self.negative], network.num_classes)
         if self.guide is not None:

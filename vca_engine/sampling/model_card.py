@@ -79,7 +79,7 @@ _SIZES = ("patch_size", "hidden_size", "depth", "num_heads")
 
 
 def _spec(spec: Mapping[str, Any]) -> str:
-    """{name: vae, path: /home/me/vae} as `vae (path: vae)`; of a folder of this machine only its own name."""
+    """Write {name: vae, path: /home/me/vae} as `vae (path: vae)`: a folder of this machine by its last name only."""
     options = {k: Path(v).name if isinstance(v, str) and _is_local(v) else v for k, v in spec.items() if k != "name"}
     return spec["name"] + (f" ({', '.join(f'{k}: {v}' for k, v in options.items())})" if options else "")
 

@@ -272,7 +272,7 @@ class Pipeline:
 def _check_sampling(model: Pipeline, sampling: SampleConfig, guide: Pipeline | None, negative: int | None) -> None:
     """Raise ValueError unless the model can draw so: with noise, away from a guide in the same latents, or a class."""
     if (guide or negative is not None) and sampling.cfg_scale == 1.0:
-        raise ValueError("cfg_scale is 1.0, which is no guidance; with a guide or a negative class choose another.")
+        raise ValueError("cfg_scale is 1.0, which is no guidance; a guide or a negative class needs another, e.g. 4.")
     if guide:
         of_guide, of_model = (
             {**assemble.drawing_options(pipe.config), "codec": pipe.codec.identity} for pipe in (guide, model)

@@ -245,7 +245,9 @@ def lock_folder(folder: Path) -> FileLock | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot make the folder run_dir {str(folder)!r}: {error}") from error
+        raise OSError(
+            f"cannot make the folder run_dir {str(folder)!r}: {error.strerror}; choose another --run_dir."
+        ) from error
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

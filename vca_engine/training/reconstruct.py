@@ -170,7 +170,7 @@ def _combined(files: Sequence[Path], coefficients: np.ndarray) -> Iterator[tuple
 
 @report_errors("python -m vca_engine.training.reconstruct")
 def main(argv: Sequence[str] | None = None) -> None:
-    """See the module."""
+    """Rebuild an average, as the command line says."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m vca_engine.training.reconstruct", description=__doc__, formatter_class=form

@@ -216,8 +216,10 @@ class Run:
     def _make_order(self) -> EndlessBatches:
         """Make the order in which this process reads the images, from this step on."""
         if self.cfg.batch_size % self.cfg.accumulate:
+            larger = self.cfg.accumulate * -(-self.cfg.batch_size // self.cfg.accumulate)  # rounded up
             raise ValueError(
-                f"train.batch_size {self.cfg.batch_size} is not a multiple of train.accumulate {self.cfg.accumulate}."
+                f"train.batch_size {self.cfg.batch_size} is not a multiple of train.accumulate {self.cfg.accumulate}; "
+                f"choose another of the two, e.g. --train.batch_size {larger}."
             )
         return EndlessBatches(
             len(self.data),

@@ -33,7 +33,7 @@ class Adapted:
     unused: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """A line of counts, and a line each for what was changed, is missing and is unused."""
+        """Write a line of counts, and a line each for what was changed, is missing and is unused."""
         taken = len(self.loaded) + len(self.changed)
         lines = [f"{taken} of {taken + len(self.missing)} tensors loaded"]
         for title, names in (

@@ -129,7 +129,10 @@ def find(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {str(path)!r}: there is no such file or folder.")
+        raise FileNotFoundError(
+            f"no checkpoint at {str(path)!r}: there is no such file or folder; name a run's folder, or one of its "
+            "checkpoints/step-* folders."
+        )
     if found := newest(path):
         return found
     raise ValueError(

@@ -66,9 +66,8 @@ def locate(path: str | Path) -> Path:
     except RepositoryNotFoundError:
         reason = "the Hugging Face hub has no model of that name, or none that you may see; check the name"
     except (OSError, ValueError) as error:
-        reason = (
-            f"the Hugging Face hub cannot give it now; check the network: {' '.join(str(error).split()).rstrip('.')}"
-        )
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = f"the Hugging Face hub cannot give it now; check the name, or the network: {why}"
     raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder, and {reason}.")
 
 
@@ -159,7 +158,9 @@ def _read_file(file: Path) -> Weights:
     elif head.startswith((b"PK\x03\x04", b"\x80")):
         found = _unwrap(_load_torch(file, memory_mapped=head.startswith(b"PK")), file)
     else:
-        raise ValueError(f"{str(file)!r} is empty, or neither a safetensors nor a torch file.")
+        raise ValueError(
+            f"{str(file)!r} is empty, or neither a safetensors nor a torch file; name a run's folder, or a .pt."
+        )
     checkpoint.check_finite(found.tensors, file)
     return found
 
