@@ -66,7 +66,7 @@ def locate(path: str | Path) -> Path:
     except RepositoryNotFoundError:
         reason = "the Hugging Face hub has no model of that name, or none that you may see; check the name"
     except (OSError, ValueError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         reason = f"the Hugging Face hub cannot give it now; check the name, or the network: {why}"
     raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder, and {reason}.")
 
