@@ -52,7 +52,7 @@ class LatentDataset(Dataset):
         if not self.folder.is_dir():
             raise FileNotFoundError(
                 f"latents {path!r} is not a folder; make it with: python cache_latents.py --config YOUR.yaml "
-                f"--latents {path}, or train from images with --latents null."
+                f"--latents {path}, or train from images with --latents= (nothing after it)."
             )
         try:
             self.manifest = read_json(self.folder / MANIFEST)

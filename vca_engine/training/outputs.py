@@ -246,7 +246,7 @@ def lock_folder(folder: Path) -> FileLock | None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"cannot make the folder run_dir {str(folder)!r}: {error.strerror}; choose another --run_dir."
+            f"cannot make the folder run_dir {str(folder)!r}: {error.strerror or error}; choose another --run_dir."
         ) from error
     lock = FileLock(folder / ".lock")
     try:
