@@ -1,6 +1,5 @@
 """Whole evaluations in one call: of images, of two sets of statistics, and of what is to be a reference."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from fid.networks.extractor import FeatureExtractor
 from fid.options import Options
 from fid.references import Reference, check_protocol, describe, holds_statistics, load_ref, open_reference
 from fid.result import Result, versions_of_packages
+from vca_engine.records import read_json
 
 
 def open_evaluator(
@@ -47,9 +47,8 @@ def open_evaluator(
         FileNotFoundError: No such reference or weights.
         ValueError: An unknown name, or a reference that cannot be read.
     """
-    opened = open_reference(
-        reference, getattr(EXTRACTORS.get(extractor), "label", "FID")
-    )  # before the network: it fails sooner
+    label = getattr(EXTRACTORS.get(extractor), "label", "FID")
+    opened = open_reference(reference, label)  # before the network: it fails sooner
     return Evaluator(opened, extractor=build_extractor(extractor, weights, preset), metrics=metrics, device=device)
 
 
@@ -138,10 +137,10 @@ def sample_record_of(source: str) -> dict[str, Any]:
     path = Path(source)
     file = path / "samples.json" if path.is_dir() else path.with_name(f"{path.name}.json")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     except (OSError, ValueError):
         return {}
-    if not isinstance(found, dict) or not {"sampler", "seed", "labels"} <= found.keys():
+    if not {"sampler", "seed", "labels"} <= found.keys():
         return {}
     return {"sample": found, "labels_mode": found["labels"]}
 

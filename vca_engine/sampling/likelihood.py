@@ -20,6 +20,7 @@ from vca_engine.config.schema import NEED_GUIDANCE, Config, SampleConfig
 from vca_engine.files import write_text
 from vca_engine.images.codecs import PixelCodec, sample_posterior
 from vca_engine.images.datasets import ImageDataset
+from vca_engine.records import read_json
 from vca_engine.sampling.drawing import Drawing
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.sample_record import require_same_settings
@@ -79,7 +80,7 @@ def measure_likelihood(drawing: Drawing, out: str | None, num: int | None, data:
     asked = {"of": unit, "num": num, "data": spec, **settings}
     if state.is_main_process and file.exists():
         require_same_settings(file, asked, file)
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_json(file)
         print(f"{file}: {known['bits_per_dim']:.3f} bits per dimension, measured before")
     state.wait_for_everyone()
     if file.exists():

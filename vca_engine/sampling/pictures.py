@@ -9,6 +9,7 @@ from typing import Any
 from vca_engine.config.reading import Spec
 from vca_engine.files import write_text
 from vca_engine.images.pictures import save_picture
+from vca_engine.records import read_json
 from vca_engine.sampling.classes import evenly_spaced_classes
 from vca_engine.sampling.drawing import Drawing
 from vca_engine.sampling.sweep import sweep, swept, swept_name
@@ -82,8 +83,8 @@ def _record_file(picture: Path) -> Path:
     file = picture.with_suffix(".json" if picture.suffix.lower() == ".png" else ".gif.json")
     if file.exists():
         try:
-            ours = "picture" in dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+            ours = "picture" in read_json(file)
+        except ValueError:
             ours = False
         if not ours:
             raise ValueError(

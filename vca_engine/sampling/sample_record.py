@@ -8,7 +8,7 @@ from typing import Any
 from dit_vca.sampler import even_steps
 from vca_engine.config.schema import SampleConfig
 from vca_engine.files import write_text
-from vca_engine.records import differences, listed
+from vca_engine.records import differences, listed, read_json
 
 SAMPLES_RECORD = "samples.json"  # in a folder
 
@@ -28,13 +28,13 @@ def sample_record_path(out: Path) -> Path:
 def read_sample_record(out: Path) -> dict[str, Any]:
     """Read the record of what is being made, or is complete: its settings, and what was added."""
     file = partial_of(out) / SAMPLES_RECORD
-    return json.loads((file if file.exists() else sample_record_path(out)).read_text(encoding="utf-8"))
+    return read_json(file if file.exists() else sample_record_path(out))
 
 
 def add_to_record(out: Path, facts: dict[str, Any]) -> None:
     """Add to the record of what is being made."""
     file = out / SAMPLES_RECORD if out.is_dir() else partial_of(out) / SAMPLES_RECORD
-    write_text(file, json.dumps({**json.loads(file.read_text(encoding="utf-8")), **facts}, indent=2))
+    write_text(file, json.dumps({**read_json(file), **facts}, indent=2))
 
 
 def require_same_settings(record: Path, settings: dict[str, Any], out: Path) -> None:
@@ -46,7 +46,7 @@ def require_same_settings(record: Path, settings: dict[str, Any], out: Path) -> 
     if not record.exists():
         raise ValueError(f"{str(out)!r} is there already and was not made by sample.py; choose another --out.")
     try:
-        old = dict(json.loads(record.read_text(encoding="utf-8")))
+        old = read_json(record)
         old = _with_settings_of_today(dict(old.get("sample", old)))  # of the record of an evaluation
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
         raise ValueError(f"{str(record)!r} is damaged, so what is there is unknown; choose another --out.") from None
