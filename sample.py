@@ -34,7 +34,6 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import fid
-import vca
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.options import ModelOptions, SampleOptions, with_options
@@ -158,12 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Draw what the command line asks for."""
     texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
     args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts())
-    if args.fid_extractor is not None:
-        vca.lookup(fid.EXTRACTORS, args.fid_extractor, "fid_extractor")
-    if args.fid_preset is not None:
-        vca.lookup(fid.PRESETS, args.fid_preset, "fid_preset")
-    for name in args.fid_metrics or []:
-        vca.lookup(fid.METRICS, name, "fid_metrics")
+    FidConfig(**args.of_fid).check_names(fid.CHOICES, "fid_")
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     drawing = make_drawing(args, state)
@@ -267,10 +261,9 @@ def draw_missing(
 
 def evaluator_of(config: FidConfig, args: SampleArguments, state: PartialState) -> fid.Evaluator:
     """Make the evaluator of the run's config, with what the command line says."""
-    c = dataclasses.replace(config, **args.of_fid)
-    options = {"weights": c.weights, "preset": c.preset, "metrics": c.metrics, "device": state.device}
+    measured = dataclasses.replace(config, reference=args.fid, **args.of_fid)
     try:
-        return fid.open_evaluator(args.fid, c.extractor, **options)
+        return fid.open_evaluator(**measured.evaluator_options(), device=state.device)
     except (ValueError, OSError) as error:  # which names an option of python -m fid
         raise type(error)(str(error).replace("--weights", "--fid_weights")) from None
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fid
-import vca
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
@@ -61,10 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(TrainArguments, argv, **texts, parts=assemble.parts())
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)
-    vca.lookup(fid.EXTRACTORS, config.fid.extractor, "fid.extractor")
-    vca.lookup(fid.PRESETS, config.fid.preset, "fid.preset")
-    for name in config.fid.metrics or []:
-        vca.lookup(fid.METRICS, name, "fid.metrics")
+    config.fid.check_names(fid.CHOICES)
     stop = StopSignal()
     accelerator = make_accelerator(config)
     start = starting_point(config, args.resume)
@@ -99,9 +95,9 @@ def prepare(
     config: Config, accelerator: Accelerator, start: Path | None = None, resume: str = "auto"
 ) -> tuple[Run, Outputs]:
     """Build and check all that a run needs before its first step."""
-    run, c = Run(config, accelerator, start), config.fid
-    options = {"weights": c.weights, "preset": c.preset, "metrics": c.metrics, "device": run.device}
-    evaluator = fid.open_evaluator(c.reference, c.extractor, **options) if c.every else None
+    run, measured = Run(config, accelerator, start), config.fid
+    options = measured.evaluator_options()
+    evaluator = fid.open_evaluator(**options, device=run.device) if measured.every else None
     return run, Outputs(run, resume, evaluator, fid.curve)
 
 

@@ -18,7 +18,10 @@ from fid.references import Reference, load_ref, open_reference, save_reference
 from fid.result import Result
 from vca_engine.images import quantize
 
+CHOICES = {"extractor": EXTRACTORS, "preset": PRESETS, "metrics": METRICS}  # what a config chooses by words
+
 __all__ = [
+    "CHOICES",
     "EXTRACTORS",
     "METRICS",
     "PRESETS",

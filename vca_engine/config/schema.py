@@ -6,10 +6,12 @@ that they name check their options when they are built, before the first step.
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vca import lookup
 from vca_engine.config.reading import Spec, Strict
 from vca_engine.config.yamlfile import write_yaml
 from vca_engine.files import write_text
@@ -229,7 +231,7 @@ class FidConfig(Strict):
     """
 
     reference: str | None = None
-    extractor: str = "inception"  # a program that may import fid checks these two
+    extractor: str = "inception"  # `check_names` looks these words up
     preset: str = "adm"
     weights: str | None = None
     metrics: list[str] | None = None
@@ -244,6 +246,25 @@ class FidConfig(Strict):
                 "fid.every is given, but no fid.reference; name the file or folder to compare with: "
                 "--fid.reference PATH."
             )
+
+    def check_names(self, registries: Mapping[str, Mapping[str, Any]], prefix: str = "fid.") -> None:
+        """Look up the words that name something in `fid`, which the programs know and this room does not.
+
+        Args:
+            registries: Those of `extractor`, `preset` and `metrics`, by these names.
+            prefix: Of the fields in messages.
+
+        Raises:
+            ValueError: A word that is not there.
+        """
+        for name, registry in registries.items():
+            words = getattr(self, name)
+            for word in [words] if isinstance(words, str) else words or []:
+                lookup(registry, word, prefix + name)
+
+    def evaluator_options(self) -> dict[str, Any]:
+        """Give the fields that say what measures against what: keywords of `fid.open_evaluator`."""
+        return {name: getattr(self, name) for name in ("reference", "extractor", "weights", "preset", "metrics")}
 
 
 @dataclass(frozen=True)
