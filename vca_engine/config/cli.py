@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import os
 import re
 import sys
 import traceback
@@ -286,7 +287,8 @@ def _origin(error: Exception) -> tuple[Path, str]:
     """Find the file that raised an error, and its sentence; torch passes those of its data workers on as text."""
     file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        sentence = f"{error.filename!r}: {error.strerror}."
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        sentence = f"{str(name)!r}: {error.strerror}."
     if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
         file = re.findall(r'File "([^"]+)"', sentence)[-1]
         sentence = re.split(r"\n[\w.]+: ", sentence)[-1].strip()
