@@ -334,6 +334,9 @@ def test_what_cannot_be_exported_ends_in_a_sentence_and_leaves_nothing(tmp_path,
     assert "the autoencoder is an AutoencoderTiny, and DiTPipeline needs an AutoencoderKL" in refused(tiny)
 
     run = write_run(tmp_path / "run", dit)
+    assert "codec.path 'no/vae' is neither a folder saved by diffusers' AutoencoderKL nor a" in refused(
+        run, "--vae", "no/vae"
+    )
     assert "weights is 'last'; " in refused(run, "--weights", "last")
     assert "no checkpoint at" in refused(tmp_path / "nowhere")
     assert "is there already; choose another folder" in refused(run, out="vae")

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from sit_vca import SiT
 from vca_engine.weights.diffusers import to_diffusers
 from vca_engine.weights.files import HARMLESS, read_weights
+from vca_engine.weights.published import read_published
 from vca_engine.weights.wrappings import find_networks
 
 TINY = {"input_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 10, "attention": "mhsa"}
@@ -176,6 +177,12 @@ def test_what_holds_no_dit_names_what_it_holds(tmp_path, content, keys):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=rf"w.pt' holds no state dict, .*, of a DiT or SiT: .* It holds {keys}\. Give"):
         read_weights(tmp_path / "w.pt")
+
+
+def test_a_single_file_of_diffusers_is_not_drawn_from(tmp_path):
+    torch.save({"model": to_diffusers(RAW)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w.pt' holds a DiT under diffusers' keys, .*; give the whole folder"):
+        read_published(tmp_path / "w.pt")
 
 
 def test_what_holds_itself_is_searched_once():

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vca import before_joint
+from vca_engine import hub
 from vca_engine.records import read_json
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import from_diffusers
@@ -63,27 +62,15 @@ class Weights(NamedTuple):
 
 
 def locate(path: str | Path) -> Path:
-    """Find `path` on this machine: a local path as it is; a model of the hub, owner/name, is downloaded first.
-
-    It is on the hub if there is neither such a path nor a folder of the owner's name, so that a mistyped local path is
-    not looked for there. A model that has been downloaded is found again without a network.
+    """Find weights on this machine, or on the hub, from where they are downloaded; see `vca_engine.hub.locate`.
 
     Raises:
         FileNotFoundError: There is no such path, and the hub has no such model or cannot be reached.
     """
-    local = Path(path)
-    if local.exists():
-        return local
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) or local.parent.exists():
-        raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder.")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=NEEDED))
-    except RepositoryNotFoundError:
-        reason = "the Hugging Face hub has no model of that name, or none that you may see; check the name"
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        reason = f"the Hugging Face hub cannot give it now; check the name, or the network: {why}"
-    raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder, and {reason}.")
+        return hub.locate(path, NEEDED)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no weights at {str(path)!r}: {error}.") from None
 
 
 def read_weights(path: str | Path) -> Weights:
