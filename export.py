@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vca_engine.config.cli import report_errors
-from vca_engine.files import folder_written_aside, require_free
+from vca_engine.files import expanded, folder_written_aside, require_free, typed_path
 from vca_engine.sampling.model_card import facts_of, model_card
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.weights import checkpoint
@@ -138,10 +138,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export a run, as the command line says."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("export.py", description=__doc__, formatter_class=form)
-    parser.add_argument("run", type=Path, help="the run's folder, for its newest checkpoint, or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "run", type=typed_path, help="the run's folder, for its newest checkpoint, or one of its checkpoints"
+    )
+    parser.add_argument("out", type=typed_path, help="folder to write")
     parser.add_argument("--weights", default="ema", help="ema (the default), ema-0.05 and the like, or model")
-    parser.add_argument("--vae", help="where the autoencoder is now, if not where it was in training")
+    parser.add_argument("--vae", type=expanded, help="where the autoencoder is now, if not where it was in training")
     args = parser.parse_args(argv)
     for note in export(args.run, args.out, args.weights, args.vae):
         print(f"note: {note}")

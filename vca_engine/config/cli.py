@@ -21,6 +21,7 @@ from vca_engine.config.reading import (
     Word,
     is_spec,
     leaves,
+    range_of,
     refused,
     typed,
     unknown,
@@ -158,7 +159,7 @@ def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
         elif isinstance(value, dict):
             _merge(found.setdefault(name, {}), value, fields[name])
         elif not (isinstance(value, Plain) and value in NULLS):
-            raise ValueError(refused(name, value, fields[name], "dataclass_type"))
+            raise ValueError(refused(name, value, fields[name], {"type": "dataclass_type"}))
 
 
 def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
@@ -230,6 +231,7 @@ def _help(cls: type, prog: str, description: str, epilog: str) -> str:
                 "{" + ",".join(choices) + "}" if choices else "[{true,false}]" if f.type is bool else f.name.upper()
             )
             kind = "" if choices or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
+            kind += f"{bounds}; " if (bounds := range_of(f.type)) else ""
             known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
             group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vca_engine import hub
+from vca_engine.config.reading import FilePath
 from vca_engine.files import sha256_of_weights
 from vca_engine.seeds import normal
 
@@ -55,7 +56,7 @@ class VAECodec(nn.Module):
         ValueError: The autoencoder takes other images, or is of another kind.
     """
 
-    def __init__(self, channels: int | None = None, *, path: str) -> None:
+    def __init__(self, channels: int | None = None, *, path: FilePath) -> None:
         super().__init__()
         try:
             kind, vae, shift, scale = _load_vae(_locate_vae(path))
