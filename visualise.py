@@ -19,17 +19,16 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import Field
 from torch import Tensor
 
 from vca import Streams, VisualContrastAttention, contrast_layers, keep_inputs, maps_of, streams_of
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.reading import FilePath, Spec, Strict
-from vca_engine.config.schema import Level, SampleConfig, Scale, Seed, require
+from vca_engine.config.schema import SampleConfig, Scale, Seed, require
 from vca_engine.files import write_text
 from vca_engine.precision import chosen_device
 from vca_engine.sampling.figures import NARROW, WIDE, plot_rows, save_figure
@@ -41,8 +40,6 @@ from vca_engine.weights import checkpoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Index = Annotated[int, Field(ge=0, lt=2**20)]
 
 
 @dataclass(frozen=True)
@@ -72,10 +69,10 @@ class VisualiseArguments(Strict):
     maps: bool = False
     out: FilePath | None = None
     classes: list[str] | None = None
-    blocks: list[Index] | None = None
-    heads: list[Index] = dataclasses.field(default_factory=lambda: [0])
-    times: list[Level] = dataclasses.field(default_factory=lambda: [0.75, 0.5, 0.25])
-    query: tuple[Index, Index] | None = None
+    blocks: list[int] | None = None
+    heads: list[int] = dataclasses.field(default_factory=lambda: [0])
+    times: list[float] = dataclasses.field(default_factory=lambda: [0.75, 0.5, 0.25])
+    query: tuple[int, int] | None = None
     weights: str = "ema"
     seed: Seed | None = None
     sampler: Spec | None = None
@@ -89,6 +86,8 @@ class VisualiseArguments(Strict):
             raise ValueError("nothing to draw is named; type --maps.")
         for name in ("classes", "blocks", "heads", "times"):
             require(getattr(self, name) != [], name, [], "name at least one, or leave it out")
+        for level in self.times:
+            require(0 <= level <= 1, "times", level, "choose noise levels from 0 (data) to 1 (noise)")
 
 
 @report_errors("visualise.py")

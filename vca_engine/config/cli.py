@@ -64,6 +64,8 @@ def parse(
     try:
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
+        if empty := _empty(values):
+            raise ValueError(f"{empty} is empty, as of a variable that is not set; give it a value, or leave it out.")
         try:
             found = validate(cls, values)
         except MissingSettingError:
@@ -121,6 +123,13 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
             spec = value.startswith("{") and is_spec(kinds.get(key))
             _put(found, key, _braces(name, value) if spec else Word(value), cls)
     return found, printed
+
+
+def _empty(values: Any, key: str = "") -> str | None:
+    """Find a setting, an option or an item of a list that is a text without a letter."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    inner = (_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
+    return key if values == "" else next(filter(None, inner), None)
 
 
 def _braces(name: str, value: str) -> dict[str, Any]:

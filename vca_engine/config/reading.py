@@ -26,7 +26,7 @@ LARGEST = 1_000_000  # of the numbers among the options of a part
 
 
 def check_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Give back the options of a part, if each of their numbers is at most `LARGEST`, and no text of them is empty.
+    """Give back the options of a part, if each of their numbers is finite and at most `LARGEST`.
 
     Raises:
         ValueError: One of them is not; names it by its place in the part.
@@ -39,9 +39,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{option}.{error}") from None
         for each in value if isinstance(value, list | tuple) else [value]:
             if isinstance(each, int | float) and not abs(each) <= LARGEST:  # NaN, too
-                raise ValueError(f"{option} is {value!r}; choose a number from {-LARGEST:,} to {LARGEST:,}.")
-            if each == "":
-                raise ValueError(f"{option} is {value!r}; leave it out, or say it.")
+                raise ValueError(f"{option} is {value!r}; choose at least {-LARGEST:,}, at most {LARGEST:,}.")
     return options
 
 
@@ -58,12 +56,12 @@ class MissingSettingError(ValueError):
 
 
 class Strict:
-    """Base of the dataclasses that are read: no other fields than theirs, finite numbers, and no empty text.
+    """Base of the dataclasses that are read: no other fields than theirs, and finite numbers in their ranges.
 
     The range of a number is said by the type of its field; it is checked whoever makes the object.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False, str_min_length=1)
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError if a value is out of the range of its field."""
@@ -170,7 +168,7 @@ def is_path(kind: Any) -> bool:
 
 
 def range_of(kind: Any) -> str:
-    """Say which numbers a type allows, e.g. "1 to 1,000,000"; of a list or pair, which each of them may be."""
+    """Say which numbers a type allows, e.g. "at least 1, below 1,000"; of a list or pair, which each of them may be."""
     for member in (kind, *get_args(kind)):
         bounds = {}
         for data in getattr(member, "__metadata__", ()):
@@ -178,7 +176,8 @@ def range_of(kind: Any) -> str:
                 bounds |= dataclasses.asdict(bound)
         if bounds:
             say = {name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in bounds.items()}
-            return f"{say.get('ge') or 'above ' + say['gt']} to {say.get('le') or 'below ' + say['lt']}"
+            words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+            return ", ".join(f"{words[name]} {say[name]}" for name in words if name in say)
         if member is not kind and (inner := range_of(member)):
             return inner
     return ""
@@ -205,7 +204,7 @@ def unknown(key: str, known: Sequence[str]) -> str:
 def _field_adapters(cls: type) -> dict[str, tuple[Any, TypeAdapter]]:
     """Make what checks each field of a dataclass, with its type; one that is a dataclass checks itself."""
     kinds = {f.name: f.type for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(f.type)}
-    config = ConfigDict(**{k: v for k, v in Strict.__pydantic_config__.items() if k != "extra"})
+    config = ConfigDict(allow_inf_nan=False)
     return {name: (kind, TypeAdapter(kind, config=config)) for name, kind in kinds.items()}
 
 
@@ -329,8 +328,6 @@ def refused(key: str, value: Any, kind: Any, error: Mapping[str, Any]) -> str:
         return "a value is not text in UTF-8."
     if what == "finite_number":
         return f"{key} is {given}; it must be a finite number."
-    if what == "string_too_short":
-        return f"{key} is {given}, as of a variable that is not set; leave it out, or say it."
     if what in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         return f"{key} is {given}; choose {range_of(kind)}."
     if dataclasses.is_dataclass(kind):
