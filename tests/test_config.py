@@ -817,6 +817,8 @@ def test_a_group_that_is_a_value_is_refused(tmp_path, capsys):
     for argv in ((), ("--train.lr", "1")):
         said = sentence(capsys, "--config", tmp_path / "x.yaml", *argv)
         assert "train is '3'; it is a group of settings, such as train.num_steps." in said
+    for argv in (["--fid", "null"], ["--fid=null"]):
+        assert "fid is 'null'; it is a group of settings, such as fid.reference." in sentence(capsys, *argv)
 
 
 def test_a_group_may_be_given_as_a_whole(file, tmp_path):

@@ -117,6 +117,8 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if key == "config":
             _merge(found, read_yaml(value), cls)
         elif dataclasses.is_dataclass(kinds.get(key)):
+            if value in NULLS:
+                raise ValueError(refused(name, Plain(value), kinds[key], {"type": "dataclass_type"}))
             group = _braces(name, value) if value.startswith("{") else read_yaml(value)
             _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
         else:
