@@ -150,7 +150,9 @@ class Folder(ImageDataset):
 
     def __init__(self, *, images: FilePath, image_size: int = 256, flip: bool = True) -> None:
         if type(image_size) is not int or not 1 <= image_size <= LARGEST_SIDE:
-            raise ValueError(f"data.image_size is {image_size!r}; choose a whole number, at least 1, at most {LARGEST_SIDE:,}.")
+            raise ValueError(
+                f"data.image_size is {image_size!r}; choose a whole number, at least 1, at most {LARGEST_SIDE}."
+            )
         try:
             self.files = ImageFiles(images)
         except (FileNotFoundError, ValueError) as error:
