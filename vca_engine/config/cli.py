@@ -22,6 +22,7 @@ from vca_engine.config.reading import (
     Word,
     is_spec,
     leaves,
+    range_of,
     refused,
     typed,
     unknown,
@@ -64,6 +65,8 @@ def parse(
     try:
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
+        if empty := _empty(values):
+            raise ValueError(f"{empty} is empty, as of a variable that is not set; give it a value, or leave it out.")
         try:
             found = validate(cls, values)
         except MissingSettingError:
@@ -115,12 +118,21 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if key == "config":
             _merge(found, read_yaml(value), cls)
         elif dataclasses.is_dataclass(kinds.get(key)):
+            if value in NULLS:
+                raise ValueError(refused(name, Plain(value), kinds[key], {"type": "dataclass_type"}))
             group = _braces(name, value) if value.startswith("{") else read_yaml(value)
             _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
         else:
             spec = value.startswith("{") and is_spec(kinds.get(key))
             _put(found, key, _braces(name, value) if spec else Word(value), cls)
     return found, printed
+
+
+def _empty(values: Any, key: str = "") -> str | None:
+    """Find a setting, an option or an item of a list that is a text without a letter."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    inner = (_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
+    return key if values == "" else next(filter(None, inner), None)
 
 
 def _braces(name: str, value: str) -> dict[str, Any]:
@@ -159,7 +171,7 @@ def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
         elif isinstance(value, dict):
             _merge(found.setdefault(name, {}), value, fields[name])
         elif not (isinstance(value, Plain) and value in NULLS):
-            raise ValueError(refused(name, value, fields[name], "dataclass_type"))
+            raise ValueError(refused(name, value, fields[name], {"type": "dataclass_type"}))
 
 
 def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
@@ -231,6 +243,7 @@ def _help(cls: type, prog: str, description: str, epilog: str) -> str:
                 "{" + ",".join(choices) + "}" if choices else "[{true,false}]" if f.type is bool else f.name.upper()
             )
             kind = "" if choices or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
+            kind += f"{bounds}; " if (bounds := range_of(f.type)) else ""
             known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
             group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)
