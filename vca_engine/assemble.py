@@ -61,7 +61,7 @@ def process_kind(config: Config) -> ProcessKind:
 
 def process(config: Config) -> Process:
     """Make the process, `diffusion` or `flow`, with its options."""
-    return create(parts()["process"], config.process, "process")
+    return create({name: kind.process for name, kind in PROCESSES.items()}, config.process, "process")
 
 
 def sampler(config: Config, process: Process) -> Sampler:
