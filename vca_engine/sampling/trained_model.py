@@ -194,7 +194,7 @@ def _saved_record(model: TrainedModel) -> dict[str, Any]:
 def _card(model: TrainedModel, title: str) -> str:
     """Write the README.md of a folder of the model."""
     scale = model.config.sample.cfg_scale
-    usage = "from vca_engine import Pipeline  # in a clone of the repository\n\n"
+    usage = "from vca_engine import Pipeline  # in a clone of the repository, or anywhere after pip install . in it\n\n"
     usage += f'pipe = Pipeline.from_pretrained("{title}")\n'
     usage += f"images = pipe(class_labels=[{model.class_names[0]!r}], guidance_scale={scale}, seed=0).images"
     trained = model.source.get("step") is not None
