@@ -974,7 +974,9 @@ def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, code, files, mo
     monkeypatch.chdir(files)
     with pytest.raises(SystemExit) as ended:
         main([arguments[0], *arguments[1:2], *judge(files), *arguments[2:]])
-    assert sentence in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert printed.startswith(("python -m fid: ", "usage: python -m fid "))
     assert ended.value.code == code
     assert not (files / "x.npz").exists()
 
