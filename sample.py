@@ -46,6 +46,7 @@ from vca_engine.sampling.likelihood import likelihood_settings, measure_likeliho
 from vca_engine.sampling.pictures import draw_picture
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.sample_record import add_to_record, partial_of, read_sample_record
+from vca_engine.sampling.sweep import swept
 from vca_engine.sampling.writers import Writer, open_writer
 from vca_engine.signals import end_on_sigterm, uninterrupted
 
@@ -108,7 +109,10 @@ class SampleArguments(SampleOptions, ModelOptions):
     fid_metrics: list[str] | None = None
 
     def __post_init__(self) -> None:
-        with_options(SampleConfig(), self)
+        sampling = with_options(SampleConfig(), self)
+        assemble.check_sampler(self.sampler, "sampler")
+        if self.sweep:
+            swept(self.sweep, sampling, self.sampler)
         require(self.num is None or self.num > 0, "num", self.num, "choose at least 1 image")
         require(self.batch_size is None or self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
         require(self.columns is None or self.columns > 1, "columns", self.columns, "choose at least 2")

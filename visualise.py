@@ -83,6 +83,7 @@ class VisualiseArguments(Strict):
     def __post_init__(self) -> None:
         if not self.maps:
             raise ValueError("nothing to draw is named; type --maps.")
+        assemble.check_sampler(self.sampler, "sampler")
         for name in ("classes", "blocks", "heads", "times"):
             require(getattr(self, name) != [], name, [], "name at least one, or leave it out")
         for level in self.times:
