@@ -48,7 +48,7 @@ from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.sample_record import add_to_record, partial_of, read_sample_record
 from vca_engine.sampling.sweep import swept
 from vca_engine.sampling.writers import Writer, open_writer
-from vca_engine.signals import end_on_sigterm, uninterrupted
+from vca_engine.signals import end_on_signals, uninterrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +241,7 @@ def draw_missing(
     state, size, num = drawing.state, drawing.sampling.group_size, writer.num
     wanted, together = set(missing), max(1, batch_size // size)
     groups = sorted({i // size for i in wanted})[state.process_index :: state.num_processes]
-    end_on_sigterm()
+    end_on_signals()
     bar = tqdm(desc="sample", unit="image", total=num, disable=not state.is_main_process)
     bar.update(num - len(wanted))
     try:

@@ -39,6 +39,7 @@ from fid.pictures import curve, neighbours, read_records
 from fid.references import Reference, load_ref, open_reference, save_reference
 from fid.result import Result, versions_of_packages
 from vca_engine.files import written_aside
+from vca_engine.terminal import steady_output
 
 MOST_NEIGHBOURS = 50
 
@@ -50,15 +51,16 @@ class MissingError(FileNotFoundError):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default that of the process."""
     args = _parser().parse_args(argv)
-    try:
-        with _processes(getattr(args, "device", None)):
-            args.command(args)
-    except MissingError as error:
-        _fail(error, 3)
-    except (ValueError, OSError) as error:
-        _fail(error, 2)
-    except KeyboardInterrupt:
-        _fail("interrupted.", 130)
+    with steady_output():
+        try:
+            with _processes(getattr(args, "device", None)):
+                args.command(args)
+        except MissingError as error:
+            _fail(error, 3)
+        except (ValueError, OSError) as error:
+            _fail(error, 2)
+        except KeyboardInterrupt:
+            _fail("interrupted.", 130)
 
 
 def _eval(args: argparse.Namespace) -> None:

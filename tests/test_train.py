@@ -33,6 +33,7 @@ from vca import VisualContrastAttention, defaults_of
 from vca_engine import assemble
 from vca_engine.config.schema import TrainConfig
 from vca_engine.images.loader import DeadWorkerError, load
+from vca_engine.records import read_json
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.signals import SIGNALS, STOPPED
 from vca_engine.training import log as logs
@@ -390,15 +391,9 @@ def test_a_run_folder_that_is_a_file_or_cannot_be_made(tmp_path, capsys):
     assert "file/inside" in sentence(capsys, settings(tmp_path / "file" / "inside", 2))
 
 
-FULL = ["previews/.step-00000002.png.partial", ".loss.png.partial", "previews/.progress.gif.partial"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
 @pytest.mark.drawn
-def test_a_full_disk_stops_nothing_and_is_said(tmp_path, capsys, monkeypatch):
-    (tmp_path / "run" / "previews").mkdir(parents=True)
-    for file in FULL:
-        (tmp_path / "run" / file).symlink_to("/dev/full")
+def test_a_full_disk_stops_nothing_and_is_said(tmp_path, capsys, monkeypatch, full_disk):
+    full_disk(["step-00000002.png", "loss.png", "progress.gif"])
     write, saves = checkpoint.save_file, []
 
     def full(values, file):
@@ -622,7 +617,7 @@ def test_other_metrics_than_a_distance_are_measured_without_a_curve(tmp_path):
 def test_a_record_that_does_not_say_the_attention_is_named(tmp_path, capsys, model, said):
     folder = run(tmp_path / "run", 1)
     file = checkpoint.find(folder) / "checkpoint.json"
-    record = json.loads(file.read_text())
+    record = read_json(file)
     file.write_text(json.dumps({**record, "config": {**record["config"], "model": model}}))
     assert said in sentence(capsys, settings(folder, 2))
 
@@ -637,7 +632,7 @@ def test_an_attention_without_a_name_is_named_before_it_is_compared_with_the_run
 def test_other_data_or_another_autoencoder_is_refused(tmp_path, capsys):
     folder = run(tmp_path / "run", 1)
     file = checkpoint.find(folder) / "checkpoint.json"
-    record = json.loads(file.read_text())
+    record = read_json(file)
     cases = [
         ("num_images", 7, "num_images 7 (now 1297)"),
         ("codec", {"name": "vae"}, "codec.name 'vae' (now 'pixels')"),
@@ -905,7 +900,7 @@ SEPARATE = (
 def written_before_the_joint_softmax(folder):
     """The run with records as they were when there was no such option."""
     for file in folder.glob("*/*/checkpoint.json"):
-        record = json.loads(file.read_text())
+        record = read_json(file)
         record["format"], record["config"]["model"]["attention"] = 3, {"name": "vca"}
         file.write_text(json.dumps(record))
     return folder

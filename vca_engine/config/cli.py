@@ -27,6 +27,7 @@ from vca_engine.config.reading import (
     validate,
 )
 from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml, read_yaml, write_yaml
+from vca_engine.terminal import steady_output
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -267,23 +268,26 @@ def _descriptions(cls: type) -> dict[str, str]:
 def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a program's main: a user's mistake ends it with its sentence and exit code 2, Ctrl-C with 130.
 
-    A mistake is a ValueError or OSError that this project's own code raised; any other keeps its traceback.
+    A mistake is an OSError, or a ValueError that this project's own code raised; any other keeps its traceback.
+    What is printed ends nothing; see `terminal.steady_output`.
     """
 
     def decorate(main: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(main)
         def wrapped(argv: Sequence[str] | None = None) -> None:
-            try:
-                main(argv)
-            except (ValueError, OSError) as error:
-                raised_in, sentence = _origin(error)
-                if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
-                    raise
-                print(f"{prog}: {sentence}", file=sys.stderr)
-                raise SystemExit(2) from None
-            except KeyboardInterrupt:
-                print(f"{prog}: interrupted; the same command goes on.", file=sys.stderr)
-                raise SystemExit(130) from None
+            with steady_output():
+                try:
+                    main(argv)
+                except (ValueError, OSError) as error:
+                    raised_in, sentence = _origin(error)
+                    ours = ROOT in raised_in.parents and "site-packages" not in raised_in.parts
+                    if not (ours or isinstance(error, OSError)):
+                        raise
+                    print(f"{prog}: {sentence}", file=sys.stderr)
+                    raise SystemExit(2) from None
+                except KeyboardInterrupt:
+                    print(f"{prog}: interrupted; the same command goes on.", file=sys.stderr)
+                    raise SystemExit(130) from None
 
         return wrapped
 
@@ -293,6 +297,8 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
 def _origin(error: Exception) -> tuple[Path, str]:
     """Find the file that raised an error, and its sentence; torch passes those of its data workers on as text."""
     file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        sentence = f"{error.filename!r}: {error.strerror}."
     if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
         file = re.findall(r'File "([^"]+)"', sentence)[-1]
         sentence = re.split(r"\n[\w.]+: ", sentence)[-1].strip()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vca_engine.files import write_text, written_aside
 from vca_engine.images import NonFiniteError
 from vca_engine.images.pictures import save_film
+from vca_engine.records import read_lines
 
 PROJECT = "vca-diffusion"  # of W&B and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
 
@@ -113,12 +114,14 @@ class Log:
         self.attempt("loss.png", write)
         plt.close(figure)
 
-    def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> None:
-        """Call `write(*args)`. If the disk does not take it, or images are not finite, warn that training goes on."""
+    def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> Exception | None:
+        """Call `write(*args)`. If the disk does not take it, or images are not finite, warn; return that error."""
         try:
             write(*args)
         except (OSError, NonFiniteError) as error:
             self.warn(what, error)
+            return error
+        return None
 
     def warn(self, what: str, error: Exception | str) -> None:
         """Say that something could not be written, and that training goes on."""
@@ -188,12 +191,5 @@ def check_tracker(name: str) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl; drop a last one that was cut off; [] if there is no file."""
-    lines = []
-    if file.is_file():
-        for text in file.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
+    """Read the lines of a metrics.jsonl or fid.jsonl that are whole and name their step; [] if there is no file."""
+    return [line for line in read_lines(file) if type(line.get("step")) is int]
