@@ -25,6 +25,7 @@ from tqdm import tqdm
 import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import FilePath
 from vca_engine.config.schema import Config
 from vca_engine.distributed import same_on_all_processes
 from vca_engine.images.codecs import sample_posterior
@@ -49,7 +50,7 @@ class TrainArguments(Config):
         dry_run: Say what the run takes, try two steps of everything in a temporary folder, and keep nothing.
     """
 
-    resume: str = "auto"
+    resume: FilePath = "auto"
     dry_run: bool = False
 
 

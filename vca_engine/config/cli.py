@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import os
 import re
 import sys
 import traceback
@@ -21,6 +22,7 @@ from vca_engine.config.reading import (
     Word,
     is_spec,
     leaves,
+    range_of,
     refused,
     typed,
     unknown,
@@ -65,6 +67,8 @@ def parse(
     try:
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
+        if empty := _empty(values):
+            raise ValueError(f"{empty} is empty, as of a variable that is not set; give it a value, or leave it out.")
         try:
             found = validate(cls, values)
         except MissingSettingError:
@@ -117,12 +121,21 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if key == "config":
             _merge(found, read_yaml(value), cls)
         elif dataclasses.is_dataclass(kinds.get(key)):
+            if value in NULLS:
+                raise ValueError(refused(name, Plain(value), kinds[key], {"type": "dataclass_type"}))
             group = _braces(name, value) if value.startswith("{") else read_yaml(value)
             _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
         else:
             spec = value.startswith("{") and is_spec(kinds.get(key))
             _put(found, key, _braces(name, value) if spec else Word(value), cls)
     return found, printed
+
+
+def _empty(values: Any, key: str = "") -> str | None:
+    """Find a setting, an option or an item of a list that is a text without a letter."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    inner = (_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
+    return key if values == "" else next(filter(None, inner), None)
 
 
 def _braces(name: str, value: str) -> dict[str, Any]:
@@ -161,7 +174,7 @@ def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
         elif isinstance(value, dict):
             _merge(found.setdefault(name, {}), value, fields[name])
         elif not (isinstance(value, Plain) and value in NULLS):
-            raise ValueError(refused(name, value, fields[name], "dataclass_type"))
+            raise ValueError(refused(name, value, fields[name], {"type": "dataclass_type"}))
 
 
 def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
@@ -242,6 +255,7 @@ def _help(cls: type, prog: str, description: str, epilog: str, choices: Registri
             if words and any(get_origin(k) is list for k in members_of(f.type)):
                 metavar = f"[{metavar},...]"
             kind = "" if words or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
+            kind += f"{bounds}; " if (bounds := range_of(f.type)) else ""
             known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
             group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)
@@ -298,7 +312,8 @@ def _origin(error: Exception) -> tuple[Path, str]:
     """Find the file that raised an error, and its sentence; torch passes those of its data workers on as text."""
     file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        sentence = f"{error.filename!r}: {error.strerror}."
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        sentence = f"{str(name)!r}: {error.strerror}."
     if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
         file = re.findall(r'File "([^"]+)"', sentence)[-1]
         sentence = re.split(r"\n[\w.]+: ", sentence)[-1].strip()
