@@ -493,6 +493,7 @@ PROGRAMS = (
 
 
 TEXTS = [(cls, key, kind) for cls in PROGRAMS for key, kind in settings(cls) if {str, list[str]} & {*members(kind)}]
+TEXTS = [text for text in TEXTS if text[1] != "sweep"]  # KEY=VALUES, of which the values are words of their settings
 HOME = os.path.expanduser("~")
 
 
