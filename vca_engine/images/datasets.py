@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vca_engine.config.reading import FilePath
 from vca_engine.images import ImageFiles, UnreadableImageError, check_side, from_uint8
 from vca_engine.images.labels import check_label_range, classes_of
 
@@ -147,7 +148,7 @@ class Folder(ImageDataset):
         ValueError: It holds no images, or not all of them have a class.
     """
 
-    def __init__(self, *, images: str, image_size: int = 256, flip: bool = True) -> None:
+    def __init__(self, *, images: FilePath, image_size: int = 256, flip: bool = True) -> None:
         check_side("data.image_size", image_size)
         try:
             self.files = ImageFiles(images)
