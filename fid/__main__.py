@@ -38,7 +38,7 @@ from fid.networks.resize import tf1_bilinear
 from fid.pictures import curve, neighbours, read_records
 from fid.references import load_ref, open_reference, save_reference
 from fid.result import Result, versions_of_packages
-from vca_engine.files import written_aside
+from vca_engine.files import expanded, written_aside
 from vca_engine.terminal import steady_output
 
 MOST_NEIGHBOURS = 50
@@ -260,10 +260,10 @@ def _count(text: str) -> int:
 
 
 def _path(text: str) -> str:
-    """Refuse a path of no letters, which an unset variable of the shell gives."""
+    """Take a path, with ~ as the shell takes it; refuse one of no letters, which an unset variable gives."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path; leave the option out, or name a file or folder")
-    return text
+    return expanded(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -411,7 +411,7 @@ def _warn(warnings: Sequence[str]) -> None:
 
 def _fail(error: Exception | str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node; the process group is gone by now
-        print(error, file=sys.stderr)
+        print(f"python -m fid: {error}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -65,54 +66,8 @@ class Log:
         self.attempt("progress.gif", save_film, self.run_dir / "previews")
 
     def plot(self) -> None:
-        """Draw loss.png: the logged means and their running mean, and beside it the running mean in each bin of t."""
-        lines = [line for line in self.lines if line["loss"] is not None]
-        if not lines:
-            return
-        import matplotlib  # slow to import: see docs/architecture.md, start-up
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-        from matplotlib.ticker import MaxNLocator
-
-        steps, loss = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
-        window = 2 * (len(loss) // 40) + 1
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
-        figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.13)
-        left.plot(steps, loss, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
-        if window > 1:
-            left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
-        low, high = np.quantile(loss, [0, 0.98])
-        # Without the loss of the first steps, which would hide the rest.
-        left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
-        by_t = [line.get("loss_by_t", []) for line in lines]
-        num = max(map(len, by_t))
-        table = np.array([row or [None] * num for row in by_t], dtype=float)  # (lines, bins), None is nan
-        for k, colour in enumerate(plt.get_cmap("viridis")(np.linspace(0, 0.95, num))):
-            there = ~np.isnan(table[:, k])
-            if there.any():
-                label, marker = f"t {k / num:g} to {(k + 1) / num:g}", "." if there.sum() < 3 else None
-                line = {"color": colour, "linewidth": 1.5, "marker": marker, "label": label}
-                right.plot(steps[there], smooth(table[there, k], window), **line)
-        right.set_yscale("log")
-        right.yaxis.set_major_formatter("{x:g}")
-        small = np.nanmax(table, initial=1) < 10 * np.nanmin(table, initial=np.inf)
-        right.yaxis.set_minor_formatter("{x:g}" if small else "")
-        left.set_title(f"{self.run_dir.name}: training loss")
-        right.set_title(f"in ten parts of the range of t{f', running mean of {window}' if window > 1 else ''}")
-        for axes in (left, right):
-            axes.set_xlabel("optimizer step")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.grid(alpha=0.3)
-        left.legend(fontsize="small", loc="upper right")
-        right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-
-        def write() -> None:
-            with written_aside(self.run_dir / "loss.png") as temporary:
-                figure.savefig(temporary, dpi=110, format="png")
-
-        self.attempt("loss.png", write)
-        plt.close(figure)
+        """Draw loss.png anew."""
+        self.attempt("loss.png", plot_losses, self.lines, self.run_dir / "loss.png")
 
     def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> Exception | None:
         """Call `write(*args)`. If the disk does not take it, or images are not finite, warn; return that error."""
@@ -133,13 +88,13 @@ class Log:
             self._track(tracker, tracker.finish)
 
     def _track(self, tracker: GeneralTracker, show: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """Call `show`, whatever a tracker may raise; TensorBoard's is of no use after an error, and gets a new file."""
+        """Call `show`; after an error, whatever a tracker may raise, it is left out until the run is started again."""
         try:
             show(*args, **options)
         except Exception as error:
-            self.warn(f"what {tracker.name} shows", error)
-            if tracker.name == "tensorboard":
-                self.attempt("tensorboard's file", tracker.start)
+            first = str(error).partition("\n")[0] or type(error).__name__
+            self.trackers = [other for other in self.trackers if other is not tracker]
+            tqdm.write(f"warning: {tracker.name} shows no more of this run, whose metrics.jsonl has all of it: {first}")
 
     def _append(self) -> None:
         self.whole = False
@@ -152,6 +107,64 @@ class Log:
         self.whole = True
 
 
+def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw the logged means of the loss and their running mean, and beside it the running mean in each bin of t.
+
+    Args:
+        lines: Of metrics.jsonl.
+        file: The picture to write, in the folder of the run.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    lines = [line for line in lines if isinstance(line.get("loss"), int | float)]
+    if not lines:
+        return
+    import matplotlib  # slow to import: see docs/architecture.md, start-up
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    steps, loss = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
+    window = 2 * (len(loss) // 40) + 1
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+    figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.13)
+    left.plot(steps, loss, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
+    if window > 1:
+        left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
+    low, high = np.quantile(loss, [0, 0.98])
+    # Without the loss of the first steps, which would hide the rest.
+    left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
+    by_t = [line.get("loss_by_t", []) for line in lines]
+    num = max(map(len, by_t))
+    table = np.array([row or [None] * num for row in by_t], dtype=float)  # (lines, bins), None is nan
+    for k, colour in enumerate(plt.get_cmap("viridis")(np.linspace(0, 0.95, num))):
+        there = ~np.isnan(table[:, k])
+        if there.any():
+            label, marker = f"t {k / num:g} to {(k + 1) / num:g}", "." if there.sum() < 3 else None
+            line = {"color": colour, "linewidth": 1.5, "marker": marker, "label": label}
+            right.plot(steps[there], smooth(table[there, k], window), **line)
+    right.set_yscale("log")
+    right.yaxis.set_major_formatter("{x:g}")
+    small = np.nanmax(table, initial=1) < 10 * np.nanmin(table, initial=np.inf)
+    right.yaxis.set_minor_formatter("{x:g}" if small else "")
+    left.set_title(f"{file.resolve().parent.name}: training loss")
+    right.set_title(f"in ten parts of the range of t{f', running mean of {window}' if window > 1 else ''}")
+    for axes in (left, right):
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    left.legend(fontsize="small", loc="upper right")
+    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+    try:
+        with written_aside(file) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
+    finally:
+        plt.close(figure)
+
+
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Take the running mean (N,) of values (N,), over fewer than `window` at the ends."""
     kernel = np.ones(window)
@@ -159,7 +172,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int, config: dict[str, Any]) -> None:
-    """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it."""
+    """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it.
+
+    Raises:
+        OSError: The tracker cannot write.
+    """
     name, file = run_dir.resolve().name, run_dir / ".tracker-id"
     if accelerator.is_main_process and not file.is_file():
         write_text(file, uuid.uuid4().hex[:8])
@@ -169,8 +186,23 @@ def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int,
         "wandb": {"name": name, "id": key, "resume": "allow", "dir": str(run_dir), "config": config},
         "trackio": {"name": key, "resume": "allow", "config": config},
     }
+    threading.excepthook = _say_in_a_line
     project = "tensorboard" if kind == "tensorboard" else os.environ.get(f"{kind.upper()}_PROJECT", PROJECT)
-    accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+    try:
+        accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+    except OSError as error:
+        raise OSError(
+            f"train.tracker {kind!r} cannot write to {str(run_dir)!r}: {error.strerror or error}; make room, or choose "
+            "--train.tracker none."
+        ) from error
+
+
+def _say_in_a_line(args: threading.ExceptHookArgs) -> None:
+    """Say why a thread ended, as TensorBoard's do on a full disk; without a traceback if the system is why."""
+    if isinstance(args.exc_value, OSError):
+        tqdm.write(f"warning: {args.exc_value}")
+    else:
+        threading.__excepthook__(args)
 
 
 def show_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
