@@ -97,7 +97,7 @@ def _scale(axes: Any, least: float, most: float) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
-        axes.set_ylim(0, 1.1 * most)
+        axes.set_ylim(0, 1.1 * most or 1.0)
 
 
 def _check_records(records: Sequence[dict[str, Any]]) -> str:
@@ -134,8 +134,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Let matplotlib write a text as it is, not as a formula."""
-    return text.replace("$", r"\$")
+    """Let matplotlib write a text as it is, not as a formula, with bytes that are no text as escapes."""
+    return text.replace("$", r"\$").encode(errors="backslashreplace").decode()
 
 
 def read_records(
