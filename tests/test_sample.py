@@ -510,7 +510,9 @@ def test_a_file_is_filled_in_any_order_and_is_what_numpy_writes(tmp_path, name):
     out = tmp_path / name
 
     def opened():
-        return writers.open_writer(out, 6, {"seed": (0, 1)}, PartialState(cpu=True), 2)
+        writer = writers.writer_of(out, 6, PartialState(cpu=True), 2)
+        writer.open({"seed": (0, 1)})
+        return writer
 
     writer = opened()
     assert writer.missing() == list(range(6))
@@ -545,7 +547,7 @@ def test_a_file_is_filled_in_any_order_and_is_what_numpy_writes(tmp_path, name):
         assert out.read_bytes() == (tmp_path / "b.npy").read_bytes()
     assert (stored == images).all()
     assert labels.tolist() == [0, 10, 20, 30, 40, 50]
-    assert json.loads(out.with_name(name + ".json").read_text()) == {"seed": [0, 1], "num": 6, "nfe": 2}
+    assert read_json(out.with_name(name + ".json")) == {"seed": [0, 1], "num": 6, "nfe": 2}
     assert opened().missing() == []
 
 
@@ -573,10 +575,10 @@ def test_the_same_command_again_leaves_the_record_as_it_was(draw, measure, tmp_p
     for name in ("png", "a.npz"):
         draw("--num", 6, "--out", tmp_path / name)
         record = tmp_path / name / "samples.json" if name == "png" else tmp_path / "a.npz.json"
-        before = json.loads(record.read_text())
+        before = read_json(record)
         assert before["nfe"] == 2
         draw("--num", 6, "--out", tmp_path / name)
-        assert json.loads(record.read_text()) == before
+        assert read_json(record) == before
         draw("--num", 6, "--out", tmp_path / name, *measure)  # later, as people do
         found = json.loads((tmp_path / f"{name}.fid.json").read_text())
         assert found["sample"] == before
@@ -647,7 +649,7 @@ def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, cap
     expected = numbers(tmp_path / "x.npz.fid.json")
     classifier = fid.Classifier.load(measure[5])
     again = fid.evaluate(str(tmp_path / "x.npz"), measure[1], classifier, device="cpu").to_dict()
-    record = json.loads((tmp_path / "x.npz.json").read_text())
+    record = read_json(tmp_path / "x.npz.json")
     assert (again["sample"], again["labels"]["mode"]) == (record, "random")  # of any evaluation, not only sample.py's
     draw("--num", 40, "--out", tmp_path / "png", "--batch_size", 7, *measure)
     assert numbers(tmp_path / "png.fid.json") == pytest.approx(expected, rel=1e-6)

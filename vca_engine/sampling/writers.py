@@ -4,6 +4,7 @@ A file is made at its full size first, so that a disk that is too small is found
 process writes its images in their places.
 """
 
+import errno
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from vca_engine.files import remove_temporary, write_text, written_aside
+from vca_engine.records import read_json, write_json
 from vca_engine.sampling.sample_record import (
     SAMPLES_RECORD,
     add_to_record,
@@ -50,58 +52,36 @@ class ImageEvaluator(Protocol):
         """Give the numbers of the images that a state holds."""
 
 
-def open_writer(
-    out: Path,
-    num: int,
-    settings: dict[str, Any],
-    state: PartialState,
-    image_size: int,
-    evaluator: ImageEvaluator | None = None,
+def writer_of(
+    out: Path, num: int, state: PartialState, image_size: int, evaluator: ImageEvaluator | None = None
 ) -> "Writer":
-    """Open what writes to `out`: a file if it ends in .npy or .npz, an evaluation if in .json, else a folder of PNGs.
+    """Make what writes to `out`: a file if it ends in .npy or .npz, an evaluation if in .json, else a folder of PNGs.
 
     Args:
         out: File or folder.
         num: Number of images.
-        settings: What makes an image what it is, JSON values; what is half full is only filled up with the same.
-        state: The processes, of which the main one makes the files.
+        state: The processes.
         image_size: Height and width.
         evaluator: Where images go if `out` ends in .json.
 
     Raises:
-        ValueError: `out` holds images of other settings, or something else.
-        OSError: The disk has no room for the file.
+        ValueError: `out` is a folder where a file is meant, or the reverse.
     """
-    if out.suffix == ".json":
+    kind = out.suffix.lower()
+    if kind == ".json":
         if evaluator is None:
             raise ValueError(f"{str(out)!r} is the record of an evaluation; name the reference with --fid, too.")
         writer = EvaluatorWriter(out, num, evaluator, state)
-    elif out.suffix.lower() in (".npy", ".npz"):
+    elif kind in (".npy", ".npz"):
         writer = ArrayWriter(out, num, image_size)
     else:
         writer = FolderWriter(out, num)
-    if writer.is_folder:
-        record = out / SAMPLES_RECORD
-        if out.is_file() or out.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif"):
-            raise ValueError(
-                f"{str(out)!r} is no folder; with --num, --out is a folder for PNG files, or ends in .npz or .npy."
-            )
-    else:
-        record = sample_record_path(out) if out.exists() else partial_of(out) / SAMPLES_RECORD
-        settings = {**settings, "num": num}  # a folder may be filled up to more, a file is what it is
-        if out.is_dir():
-            raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or ends in .npz or .npy.")
-    settings = json.loads(json.dumps(settings))  # tuples are lists, as they will be when they are read
-    if state.is_main_process:
-        if record.exists() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-            require_same_settings(record, settings, out if out.exists() else partial_of(out))
-        else:
-            writer.check_names()
-            write_text(record, json.dumps(settings, indent=2))
-        if out.is_file():
-            shutil.rmtree(partial_of(out), ignore_errors=True)  # what a kill has left of one that is complete
-        writer.allocate()
-    state.wait_for_everyone()
+    if writer.is_folder and (out.is_file() or kind in (".png", ".jpg", ".jpeg", ".gif")):
+        raise ValueError(
+            f"{str(out)!r} is no folder; with --num, --out is a folder for PNG files, or ends in .npz or .npy."
+        )
+    if not writer.is_folder and out.is_dir():
+        raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or ends in .npz or .npy.")
     return writer
 
 
@@ -117,6 +97,39 @@ class Writer:
 
     def __init__(self, file: Path, num: int) -> None:
         self.file, self.num = file, num
+
+    @property
+    def record(self) -> Path:
+        """The file that says how the images were made, once they are complete."""
+        return self.file / SAMPLES_RECORD if self.is_folder else sample_record_path(self.file)
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Make the files, or see that those that are there are of the same images. The main process calls this.
+
+        Args:
+            settings: What makes an image what it is, JSON values; what is half full is only filled up with the same.
+
+        Raises:
+            ValueError: There are images of other settings, or something else.
+            OSError: The disk has no room for the file.
+        """
+        out, record = self.file, self.record
+        if not self.is_folder:
+            record = record if out.exists() else partial_of(out) / SAMPLES_RECORD
+            settings = {**settings, "num": self.num}  # a folder may be filled up to more, a file is what it is
+        settings = json.loads(json.dumps(settings))  # tuples are lists, as they will be when they are read
+        if record.exists() or out.is_file() or self.holds_something():
+            require_same_settings(record, settings, out if out.exists() else partial_of(out))
+        else:
+            self.check_names()
+            write_json(record, settings)
+        if out.is_file():
+            shutil.rmtree(partial_of(out), ignore_errors=True)  # what a kill has left of one that is complete
+        self.allocate()
+
+    def holds_something(self) -> bool:
+        """Tell whether there is a folder with files in it."""
+        return False
 
     def check_names(self) -> None:
         """Raise ValueError if what will be written beside `file` is there already, and not of an earlier drawing."""
@@ -158,6 +171,10 @@ class FolderWriter(Writer):
 
     is_folder = True
 
+    def holds_something(self) -> bool:
+        """Tell whether there is a folder with files in it, but for the lock of `alone_at`."""
+        return self.file.is_dir() and any(file.suffix != ".lock" for file in self.file.iterdir())
+
     def allocate(self) -> None:
         """Remove what a killed process has left."""
         remove_temporary(self.file)
@@ -178,7 +195,7 @@ class FolderWriter(Writer):
         """Check that all images are there, and write labels.json, unless the folder is already larger."""
         self.check_complete()
         before = read_sample_record(self.file).get("num", 0)
-        if self.num >= before:
+        if not isinstance(before, int) or self.num >= before:
             add_to_record(self.file, {"num": self.num})
             pairs = [[f"{i:06d}.png", int(label)] for i, label in enumerate(labels)]
             write_text(self.file / "labels.json", json.dumps({"labels": pairs}))
@@ -199,6 +216,7 @@ class ArrayWriter(Writer):
         self.partial = partial_of(file)
         self.zipped = file.suffix.lower() == ".npz"
         self.images, self.done = self.partial / f"images{file.suffix}", self.partial / "done"
+        self.labels_file = file.with_suffix(".labels.npy")
         self.bytes_each = image_size * image_size * 3
         self.npy_header = _npy_header((num, image_size, image_size, 3), np.uint8)
         self.member = zipfile.ZipInfo("arr_0.npy")  # of an npz; stored, not compressed, so that each image has a place
@@ -209,8 +227,8 @@ class ArrayWriter(Writer):
 
     def check_names(self) -> None:
         """Raise ValueError if a record or labels of something else stand where those of the images will."""
-        record, labels = sample_record_path(self.file), self.file.with_suffix(".labels.npy")
-        strange = [record] if record.exists() and '"sampler"' not in record.read_text(errors="replace") else []
+        record, labels = self.record, self.labels_file
+        strange = [record] if record.exists() and b'"sampler"' not in record.read_bytes() else []
         strange += [labels] if not self.zipped and labels.exists() and not record.exists() else []
         for file in strange:
             raise ValueError(f"{str(file)!r} is there already, and would be overwritten; choose another --out.")
@@ -218,9 +236,10 @@ class ArrayWriter(Writer):
     def allocate(self) -> None:
         """Make the files at their full size, unless they are there; see `Writer`."""
         if self.file.exists():
-            if self.file.stat().st_size < self.size:
-                raise ValueError(f"{str(self.file)!r} is cut short; remove it to draw its images again.")
+            self._check()
             return
+        remove_temporary(self.partial)
+        remove_temporary(self.file.parent, self.labels_file)
         fresh = not self.images.exists()
         if fresh:
             self.done.unlink(missing_ok=True)  # of images that are no longer there
@@ -242,7 +261,7 @@ class ArrayWriter(Writer):
         """Give the numbers of the images that are not on the disk yet."""
         if self.file.exists():
             return []
-        return np.flatnonzero(np.fromfile(self.done, np.uint8, self.num) == 0).tolist()
+        return np.flatnonzero(np.fromfile(self.done, np.uint8, self.num) != 1).tolist()
 
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
         """Write images (B, H, W, 3) uint8 in their places, and then that they are there."""
@@ -269,13 +288,29 @@ class ArrayWriter(Writer):
             if self.zipped:
                 self._close_zip(labels)
             else:
-                with written_aside(self.file.with_suffix(".labels.npy")) as temporary, open(temporary, "wb") as f:
+                with written_aside(self.labels_file) as temporary, open(temporary, "wb") as f:
                     np.save(f, labels)
-            write_text(sample_record_path(self.file), (self.partial / SAMPLES_RECORD).read_text(encoding="utf-8"))
+            write_json(self.record, read_json(self.partial / SAMPLES_RECORD))
             self.images.replace(self.file)
         except OSError as error:
             raise OSError(f"cannot complete {str(self.file)!r}: {error}; run the same command again") from error
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _check(self) -> None:
+        """Raise ValueError if the complete file is damaged, as far as its header and the checksums of a zip tell."""
+        try:
+            if self.file.stat().st_size < self.size:
+                raise ValueError("it is cut short")
+            with open(self.file, "rb") as f:
+                f.seek(self.start - len(self.npy_header))
+                if f.read(len(self.npy_header)) != self.npy_header:
+                    raise ValueError("it does not begin as it was written")
+            if self.zipped:
+                with zipfile.ZipFile(self.file) as archive:
+                    if archive.testzip():
+                        raise ValueError("it does not have its checksum")
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{str(self.file)!r} is damaged: {error}; remove it to draw its images again.") from None
 
     def _header(self) -> bytes:
         """Give all that stands before image 0."""
@@ -316,6 +351,10 @@ class EvaluatorWriter(Writer):
         self.taken_over: list[Path] = []
         self.saved = time.monotonic()
 
+    def allocate(self) -> None:
+        """Remove what a killed process has left."""
+        remove_temporary(self.partial)
+
     def missing(self) -> list[int]:
         """Give the numbers of missing images; this process's share of what any processes gathered is loaded."""
         if self.file.exists():
@@ -341,8 +380,8 @@ class EvaluatorWriter(Writer):
 
     def save(self) -> None:
         """Write what this process has gathered."""
-        with written_aside(self.mine) as temporary:
-            torch.save(self.evaluator.state_dict(), temporary)
+        with written_aside(self.mine) as temporary, open(temporary, "wb") as file:  # torch.save's own has no OSError
+            torch.save(self.evaluator.state_dict(), file)
         for part in self.taken_over:
             part.unlink(missing_ok=True)
         self.taken_over, self.saved = [], time.monotonic()
@@ -373,7 +412,11 @@ def _npy_header(shape: tuple[int, ...], dtype: type) -> bytes:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Make a file so large, with room on the disk where the system can promise it."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
+    """Make a file so large, with room on the disk where the system, and the file system, can promise it."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
     file.truncate(size)
