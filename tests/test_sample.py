@@ -1,6 +1,7 @@
 """What sample.py writes: the same images whatever the batch, the form and the interruptions, or a sentence."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -22,7 +23,8 @@ import sample
 import train
 from sit_vca import SiT
 from vca_engine import signals as stop
-from vca_engine.files import sha256_of_weights
+from vca_engine.files import hold, sha256_of_weights
+from vca_engine.images.pictures import grid
 from vca_engine.records import read_json
 from vca_engine.sampling import writers
 from vca_engine.sampling.image_sampler import ImageSampler
@@ -481,6 +483,131 @@ def test_a_full_disk_is_a_sentence_for_a_grid_too(sentence, tmp_path, full_disk)
     assert not (tmp_path / "grid.png").exists()
 
 
+def test_a_full_disk_keeps_what_the_evaluator_had(draw, sentence, measure, tmp_path, full_disk, monkeypatch):
+    """Saved before the images; where that fails, too, a sentence says so."""
+    monkeypatch.setattr(writers.uuid, "uuid4", lambda: SimpleNamespace(hex="0" * 32))
+    full_disk([f"state-{'0' * 32}.pt"])
+    text = sentence("--num", 8, "--out", tmp_path / "r.json", *measure)
+    assert "cannot write" in text
+    assert "No space left on device" in text
+
+
+OUTS = [
+    ("a.npz", ["--num", 2], ".a.npz.json.lock"),
+    ("a.npy", ["--num", 2], ".a.npy.json.lock"),
+    ("png", ["--num", 2], "png/.samples.json.lock"),
+    ("a.png", ["--classes", "[1]"], ".a.json.lock"),
+    ("a.json", ["--likelihood", "--num", 2], ".a.json.lock"),
+    ("r.json", ["--num", 12], ".r.json.lock"),  # with `measure`
+]
+
+
+@pytest.mark.parametrize(("name", "options", "lock"), OUTS)
+def test_one_program_at_a_time_writes_to_a_place(draw, sentence, measure, tmp_path, name, options, lock):
+    """The lock of one that was killed is free; what it left half written is removed."""
+    options = [*options, "--out", tmp_path / name, *(measure if name == "r.json" else [])]
+    with hold(tmp_path / lock, "busy"):
+        said = sentence(*options)
+    assert (
+        said == f"sample.py: another program is writing {str(tmp_path / name)!r}; wait for it, or choose another --out."
+    )
+    beside = (tmp_path / lock).parent
+    beside.mkdir(exist_ok=True)
+    for left in (lock, beside / f".{lock.rpartition('/.')[2].removeprefix('.')[:-5]}.0123abcd.tmp"):
+        (tmp_path / left).touch()
+    theirs = tmp_path / ".other.npz.0123abcd.tmp"
+    theirs.touch()
+    draw(*options)
+    assert [f for f in tmp_path.rglob("*") if f.name.startswith(".")] == [theirs]
+
+
+def test_a_picture_never_stands_beside_the_record_of_another(draw, tmp_path, monkeypatch):
+    """A kill at any renaming leaves no picture, or one that is as its record says; and it is drawn again."""
+    picture, record = tmp_path / "a.png", tmp_path / "a.json"
+    one = ("--classes", "[1]", "--per_class", 1, "--out", picture)
+    replace = Path.replace
+    for last in (0, 1):
+        draw(*one)
+        renamed = []
+
+        def killed(self, target, last=last, renamed=renamed):
+            if len(renamed) == last:
+                raise KeyboardInterrupt
+            renamed.append(target)
+            return replace(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed)
+            with pytest.raises(SystemExit):
+                draw(*one, "--seed", 5)
+        assert record.exists()
+        assert not picture.exists()
+        draw(*one, "--seed", 6)
+        assert json.loads(Image.open(picture).text["samples"]) == json.loads(record.read_text())
+        assert read_json(record)["seed"] == 6
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_reserves_no_space(draw, tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    draw("--num", 3, "--out", tmp_path / "a.npz")
+    monkeypatch.setattr(writers.os, "posix_fallocate", refuse)
+    draw("--num", 3, "--out", tmp_path / "b.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_endings_of_either_case(draw, sentence, measure, tmp_path):
+    for name, options in (("a.NPZ", ["--num", 20]), ("a.NPY", ["--num", 20]), ("R.JSON", ["--num", 20, *measure])):
+        draw("--out", tmp_path / name, *options)
+        assert (tmp_path / name).is_file()
+    assert (read(tmp_path / "a.NPZ")[0] == np.load(tmp_path / "a.NPY")).all()
+    for name in ("g.PNG", "g.GIF"):
+        draw("--out", tmp_path / name, "--classes", "[1]")
+        assert Image.open(tmp_path / name).format == name[2:]
+    assert "with --num, --out is a folder" in sentence("--num", 1, "--out", tmp_path / "x.PNG")
+
+
+@pytest.mark.parametrize("options", [["--num", 1], ["--likelihood"], []])
+@pytest.mark.parametrize("ending", ["", ".npz", ".png", ".json"])
+def test_a_place_where_nothing_can_be_written(sentence, tmp_path, options, ending):
+    (tmp_path / "file").write_bytes(b"mine")
+    for out in (tmp_path / "file" / f"x{ending}", tmp_path / ("x" * 300 + ending)):
+        sentence("--out", out, *options)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_whose_name_is_no_unicode(draw, measure, tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name, options in (
+        ("a.npz", ["--num", 2]),
+        ("b", ["--num", 2]),
+        ("c.png", []),
+        ("d.json", ["--num", 4, *measure]),
+    ):
+        draw("--out", name, *options)
+        assert Path(name).exists()
+
+
+def test_damage_of_complete_images_is_found(draw, sentence, tmp_path):
+    draw("--num", 3, "--out", tmp_path / "a.npz")
+    content = (tmp_path / "a.npz").read_bytes()
+    for place in (80, 200, 300, len(content) - 40):
+        (tmp_path / "a.npz").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        said = sentence("--num", 3, "--out", tmp_path / "a.npz")
+        assert "a.npz' is damaged: " in said
+        assert "remove it to draw its images again" in said
+
+
+def test_names_of_classes_cannot_break_a_picture():
+    images = np.zeros((1, 1, 8, 8, 3), np.uint8)
+    shown = grid(images, ["a\nb\x1b[2J\udce9"], ["\u202ex"], "\r")
+    assert (shown == grid(images, [r"a\nb\x1b[2J\udce9"], [r"\u202ex"], r"\r")).all()
+
+
 def test_an_option_of_the_sampler_keeps_the_sampler_of_the_run(draw, tmp_path):
     draw("--num", 2, "--out", tmp_path / "a.npz", "--sampler.num_steps", 5)
     settings = json.loads((tmp_path / "a.npz.json").read_text())
@@ -670,7 +797,7 @@ def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, cap
     assert capsys.readouterr().out.splitlines()[0] == out.splitlines()[0]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeypatch, number, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process has not
     command = ["--num", 40, "--out", tmp_path / "r.json", "--batch_size", 5, "--group_size", 5, *measure]
