@@ -18,7 +18,7 @@ import shlex
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
@@ -29,6 +29,7 @@ except ModuleNotFoundError as error:
 
 import numpy as np
 from gradio.context import LocalContext
+from pydantic import Field
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -63,11 +64,8 @@ class AppArguments(ModelOptions):
     """
 
     host: str = "127.0.0.1"
-    port: int = 7860
+    port: Annotated[int, Field(ge=1, le=65_535)] = 7860
     names: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        require(0 < self.port < 65536, "port", self.port, "choose 1 to 65535")
 
 
 class Fields(NamedTuple):

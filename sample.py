@@ -27,18 +27,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from accelerate import PartialState
+from pydantic import Field
 from tqdm import tqdm
 
 import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.options import ModelOptions, SampleOptions, with_options
-from vca_engine.config.reading import Spec
-from vca_engine.config.schema import NEED_GUIDANCE, FidConfig, SampleConfig, require
+from vca_engine.config.reading import FilePath, Spec
+from vca_engine.config.schema import NEED_GUIDANCE, Batch, FidConfig, SampleConfig, require
 from vca_engine.precision import chosen_device
 from vca_engine.sampling.classes import find_class, random_label
 from vca_engine.sampling.drawing import Drawing
@@ -46,6 +47,7 @@ from vca_engine.sampling.likelihood import likelihood_settings, measure_likeliho
 from vca_engine.sampling.pictures import draw_picture
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.sample_record import add_to_record, alone_at, partial_of, read_sample_record
+from vca_engine.sampling.sweep import swept
 from vca_engine.sampling.writers import Writer, writer_of
 from vca_engine.signals import end_on_signals, uninterrupted
 
@@ -82,37 +84,37 @@ class SampleArguments(SampleOptions, ModelOptions):
         likelihood: Of real images under a flow, in bits per dimension, of as many as num says, else of 1000.
         data: Those images, if not the ones of training, e.g. --data.images DIR, --data.split test.
         fid: With num, measure the images against this reference: a file of statistics, or images.
-        fid_extractor: Network of the features, e.g. inception or dinov2, as python -m fid eval --help lists
-            them; not given means as in the run's config.
-        fid_preset: Protocol of Inception, e.g. adm or clean, likewise.
-        fid_weights: Its file of weights; not given means as in the run's config.
-        fid_metrics: Names of metrics, e.g. [fid,is]; not given means as in the run's config.
+        fid_extractor: Network of the features. Not given means as in the run's config, here and in what follows.
+        fid_preset: Protocol of Inception.
+        fid_weights: The network's file of weights.
+        fid_metrics: Names of metrics, which python -m fid eval --help explains.
     """
 
-    num: int | None = None
-    out: str | None = None
+    num: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    out: FilePath | None = None
     negative_class: str | None = None
-    guide: str | None = None
+    guide: FilePath | None = None
     guide_weights: str | None = None
     labels: Literal["random", "balanced"] | None = None
-    batch_size: int | None = None
+    batch_size: Batch | None = None
     trajectory: bool = False
     interpolate: bool = False
-    columns: int | None = None
+    columns: Annotated[int, Field(ge=2, le=1000)] | None = None
     sweep: str | None = None
     likelihood: bool = False
     data: Spec | None = None
-    fid: str | None = None
+    fid: FilePath | None = None
     fid_extractor: str | None = None
     fid_preset: str | None = None
-    fid_weights: str | None = None
+    fid_weights: FilePath | None = None
     fid_metrics: list[str] | None = None
 
     def __post_init__(self) -> None:
-        with_options(SampleConfig(), self)
-        require(self.num is None or self.num > 0, "num", self.num, "choose at least 1 image")
-        require(self.batch_size is None or self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
-        require(self.columns is None or self.columns > 1, "columns", self.columns, "choose at least 2")
+        super().__post_init__()
+        sampling = with_options(SampleConfig(), self)
+        assemble.check_sampler(self.sampler, "sampler")
+        if self.sweep:
+            swept(self.sweep, sampling, self.sampler)
         require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num N")
         require(self.fid is None or self.num > 1, "num", self.num, "a distance needs at least 2 images")
         chosen = [name for name in ("trajectory", "interpolate", "sweep", "likelihood", "fid") if getattr(self, name)]
@@ -156,8 +158,8 @@ class SampleArguments(SampleOptions, ModelOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw what the command line asks for."""
     texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
-    args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts())
-    FidConfig(**args.of_fid).check_names(fid.CHOICES, "fid_")
+    choices = {f"fid_{name}": names for name, names in fid.CHOICES.items()}
+    args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts(), choices=choices)
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     drawing = make_drawing(args, state)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import FilePath
 from vca_engine.config.schema import Config
 from vca_engine.distributed import same_on_all_processes
 from vca_engine.images.codecs import sample_posterior
@@ -49,7 +50,7 @@ class TrainArguments(Config):
         dry_run: Say what the run takes, try two steps of everything in a temporary folder, and keep nothing.
     """
 
-    resume: str = "auto"
+    resume: FilePath = "auto"
     dry_run: bool = False
 
 
@@ -57,10 +58,10 @@ class TrainArguments(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, as the command line says."""
     texts = {"prog": "train.py", "description": __doc__, "epilog": assemble.options_help()}
-    args = parse(TrainArguments, argv, **texts, parts=assemble.parts())
+    choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
+    args = parse(TrainArguments, argv, **texts, parts=assemble.parts(), choices=choices)
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)
-    config.fid.check_names(fid.CHOICES)
     stop = StopSignal()
     accelerator = make_accelerator(config)
     start = starting_point(config, args.resume)

@@ -174,7 +174,7 @@ MISTAKES = [
     ({"num": 0}, "images is 0; choose 1 to 256; sample.py draws more."),
     ({"num": None}, "images is None; choose 1 to 256"),
     ({"num": 1000}, "images is 1000; choose 1 to 256"),
-    ({"seed": -1}, "sample.seed is -1; choose at least 0."),
+    ({"seed": -1}, "seed is -1; choose at least 0, below 18,446,744,073,709,551,616."),
     ({"steps": 0}, "sample.sampler.num_steps is 0;"),
     ({"steps": 10**9}, "steps is 1000000000; choose at most 1000; sample.py takes more."),
     ({"cfg_scale": float("nan")}, "cfg scale is nan; choose -100 to 100; 1 is no guidance."),

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from test_fuzz import bounded
 
 import fid
 import sample
@@ -29,10 +30,6 @@ SMALL = (
 )
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
-
-bounded = settings(
-    max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +163,7 @@ def new_folder(made):
             os.chdir(before)
 
 
-@seed(0)
-@bounded
+@bounded(60)
 @given(arguments(VALUES))
 def test_any_arguments_of_sample(made, pairs):
     with new_folder(made) as folder:
@@ -176,8 +172,7 @@ def test_any_arguments_of_sample(made, pairs):
         assert not list(folder.rglob(".*"))
 
 
-@seed(0)
-@settings(bounded, max_examples=10)
+@bounded(10)
 @given(arguments(OF_VISUALISE))
 def test_any_arguments_of_visualise(made, pairs):
     with new_folder(made) as folder:
@@ -201,8 +196,7 @@ def damaged(content, draw):
     return draw(st.sampled_from([b"", b"null", b"3", b"[1]", b"{}", b'{"num": "x"}', b"[" * 10**5, b"\xff\xfe"]))
 
 
-@seed(0)
-@settings(bounded, max_examples=120)
+@bounded(120)
 @given(st.data())
 def test_damage_of_any_file_is_repaired_named_or_of_no_effect(made, data):
     """Afterwards the command is done, and then its images are those of the file without damage, or it says why not."""

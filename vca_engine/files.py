@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 NAME = 50  # characters of a file's name that stand in its temporary one, which no file system then finds too long
 
 
+def expanded(path: str) -> str:
+    """Put the home folder in the place of ~ or ~USER at the start of a path, unless that is there under its very name.
+
+    This is done where a path is read, of a file of settings or a command line, and nowhere else.
+    """
+    return path if os.path.lexists(path) else os.path.expanduser(path)
+
+
+def typed_path(word: str) -> Path:
+    """Read a path on a command line, for argparse."""
+    return Path(expanded(word))
+
+
 @contextmanager
 def written_aside(file: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `file`, which gets its own name when the block has written it; make the folders.

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import os
 import re
 import sys
 import traceback
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser import parse_from_object
 
-from vca import describe_type
+from vca import describe_type, lookup, members_of
 from vca_engine.config.reading import (
     MissingSettingError,
     Registries,
@@ -21,6 +22,7 @@ from vca_engine.config.reading import (
     Word,
     is_spec,
     leaves,
+    range_of,
     refused,
     typed,
     unknown,
@@ -41,6 +43,7 @@ def parse(
     epilog: str = "",
     first: str | None = None,
     parts: Registries | None = None,
+    choices: Registries | None = None,
 ) -> Settings:
     """Make an instance of a dataclass from the command line, which may name YAML files; what is later overrides.
 
@@ -52,22 +55,26 @@ def parse(
         epilog: What stands below them.
         first: The field that a word without an option is the value of.
         parts: Registries whose entries say of what type the options of specs are.
+        choices: Setting, such as fid.metrics -> registry in which its word, or each of its words, is a name.
 
     Raises:
         SystemExit: After --help or --print_config; with code 2 after a user's mistake, which one sentence names.
     """
     words = list(sys.argv[1:] if argv is None else map(str, argv))
     if {"-h", "--help"} & {*words}:
-        print(_help(cls, prog, description, epilog))
+        print(_help(cls, prog, description, epilog, choices or {}))
         raise SystemExit(0)
     try:
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
+        if empty := _empty(values):
+            raise ValueError(f"{empty} is empty, as of a variable that is not set; give it a value, or leave it out.")
         try:
             found = validate(cls, values)
         except MissingSettingError:
             if not printed:
                 raise
+        _check_choices(values, choices or {})
         if not printed:
             return found
         print(write_yaml(_with_defaults(cls, values)), end="")
@@ -114,12 +121,21 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if key == "config":
             _merge(found, read_yaml(value), cls)
         elif dataclasses.is_dataclass(kinds.get(key)):
+            if value in NULLS:
+                raise ValueError(refused(name, Plain(value), kinds[key], {"type": "dataclass_type"}))
             group = _braces(name, value) if value.startswith("{") else read_yaml(value)
             _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
         else:
             spec = value.startswith("{") and is_spec(kinds.get(key))
             _put(found, key, _braces(name, value) if spec else Word(value), cls)
     return found, printed
+
+
+def _empty(values: Any, key: str = "") -> str | None:
+    """Find a setting, an option or an item of a list that is a text without a letter."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    inner = (_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
+    return key if values == "" else next(filter(None, inner), None)
 
 
 def _braces(name: str, value: str) -> dict[str, Any]:
@@ -158,7 +174,7 @@ def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
         elif isinstance(value, dict):
             _merge(found.setdefault(name, {}), value, fields[name])
         elif not (isinstance(value, Plain) and value in NULLS):
-            raise ValueError(refused(name, value, fields[name], "dataclass_type"))
+            raise ValueError(refused(name, value, fields[name], {"type": "dataclass_type"}))
 
 
 def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
@@ -184,6 +200,14 @@ def _as_dict(spec: Any) -> dict[str, Any]:
     return {"name": spec} if isinstance(spec, str) and spec not in NULLS else {}
 
 
+def _check_choices(values: dict[str, Any], choices: Registries) -> None:
+    """Raise ValueError if a word of nested settings is not a name in the registry of its setting."""
+    for setting, registry in choices.items():
+        words = functools.reduce(lambda group, name: (group or {}).get(name), setting.split("."), values)
+        for word in [words] if isinstance(words, str) else words or []:
+            lookup(registry, word, setting)
+
+
 def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Complete the settings; what has to be given and was not, is null."""
     found = {}
@@ -201,7 +225,7 @@ def _default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _help(cls: type, prog: str, description: str, epilog: str) -> str:
+def _help(cls: type, prog: str, description: str, epilog: str, choices: Registries) -> str:
     """List every setting with its description, type and default, in the groups of the dataclass."""
     usage = f"{prog} [--config FILE ...] [--SETTING VALUE ...]"
     parser = argparse.ArgumentParser(
@@ -225,11 +249,13 @@ def _help(cls: type, prog: str, description: str, epilog: str) -> str:
                 add(f.type, f"{prefix}{f.name}.", f"{prefix}{f.name}", texts[f.name])
                 continue
             default = _default_of(f)
-            choices = [word for k in (f.type, *get_args(f.type)) if get_origin(k) is Literal for word in get_args(k)]
-            metavar = (
-                "{" + ",".join(choices) + "}" if choices else "[{true,false}]" if f.type is bool else f.name.upper()
-            )
-            kind = "" if choices or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
+            words = [word for k in members_of(f.type) if get_origin(k) is Literal for word in get_args(k)]
+            words = words or [*choices.get(f"{prefix}{f.name}", ())]
+            metavar = "{" + ",".join(words) + "}" if words else "[{true,false}]" if f.type is bool else f.name.upper()
+            if words and any(get_origin(k) is list for k in members_of(f.type)):
+                metavar = f"[{metavar},...]"
+            kind = "" if words or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
+            kind += f"{bounds}; " if (bounds := range_of(f.type)) else ""
             known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
             group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)
@@ -286,7 +312,8 @@ def _origin(error: Exception) -> tuple[Path, str]:
     """Find the file that raised an error, and its sentence; torch passes those of its data workers on as text."""
     file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        sentence = f"{error.filename!r}: {error.strerror}."
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        sentence = f"{str(name)!r}: {error.strerror}."
     if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
         file = re.findall(r'File "([^"]+)"', sentence)[-1]
         sentence = re.split(r"\n[\w.]+: ", sentence)[-1].strip()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -133,13 +134,13 @@ class Log:
             self._track(tracker, tracker.finish)
 
     def _track(self, tracker: GeneralTracker, show: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """Call `show`, whatever a tracker may raise; TensorBoard's is of no use after an error, and gets a new file."""
+        """Call `show`; after an error, whatever a tracker may raise, it is left out until the run is started again."""
         try:
             show(*args, **options)
         except Exception as error:
-            self.warn(f"what {tracker.name} shows", error)
-            if tracker.name == "tensorboard":
-                self.attempt("tensorboard's file", tracker.start)
+            first = str(error).partition("\n")[0] or type(error).__name__
+            self.trackers = [other for other in self.trackers if other is not tracker]
+            tqdm.write(f"warning: {tracker.name} shows no more of this run, whose metrics.jsonl has all of it: {first}")
 
     def _append(self) -> None:
         self.whole = False
@@ -159,7 +160,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int, config: dict[str, Any]) -> None:
-    """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it."""
+    """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it.
+
+    Raises:
+        OSError: The tracker cannot write.
+    """
     name, file = run_dir.resolve().name, run_dir / ".tracker-id"
     if accelerator.is_main_process and not file.is_file():
         write_text(file, uuid.uuid4().hex[:8])
@@ -169,8 +174,23 @@ def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int,
         "wandb": {"name": name, "id": key, "resume": "allow", "dir": str(run_dir), "config": config},
         "trackio": {"name": key, "resume": "allow", "config": config},
     }
+    threading.excepthook = _say_in_a_line
     project = "tensorboard" if kind == "tensorboard" else os.environ.get(f"{kind.upper()}_PROJECT", PROJECT)
-    accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+    try:
+        accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+    except OSError as error:
+        raise OSError(
+            f"train.tracker {kind!r} cannot write to {str(run_dir)!r}: {error.strerror or error}; make room, or choose "
+            "--train.tracker none."
+        ) from error
+
+
+def _say_in_a_line(args: threading.ExceptHookArgs) -> None:
+    """Say why a thread ended, as TensorBoard's do on a full disk; without a traceback if the system is why."""
+    if isinstance(args.exc_value, OSError):
+        tqdm.write(f"warning: {args.exc_value}")
+    else:
+        threading.__excepthook__(args)
 
 
 def show_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:

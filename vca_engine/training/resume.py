@@ -126,7 +126,7 @@ def _check_no_checkpoint_is_lost(config: Config) -> None:
     """
     file = Path(config.run_dir) / "metrics.jsonl"
     step = max((line["step"] for line in read_metrics(file)), default=0)
-    if step >= config.train.checkpoint_every:
+    if step > config.train.checkpoint_every:  # at that step itself it may have been killed before the checkpoint
         raise ValueError(
             f"run_dir {config.run_dir!r} has come to step {step:,}, but holds no checkpoint; put its folder "
             f"{checkpoint.CHECKPOINTS!r} back, say by mounting its disk. To begin anew, remove {str(file)!r} or choose "
