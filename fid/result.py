@@ -1,6 +1,5 @@
 """The result of an evaluation: the numbers, and the record of how they were made."""
 
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from fid.metrics import METRICS
-from vca_engine.files import written_aside
+from vca_engine.records import read_json, write_json
 
 VERSION = 1  # of the numbers: it changes when any of them can
 
@@ -44,26 +43,31 @@ class Result:
         return {"schema": 1, **self.values, **self.record}
 
     def to_json(self, path: str | Path) -> None:
-        """Write the file; whole or not at all."""
-        with written_aside(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the file, with a checksum; whole or not at all."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: The file holds something else.
+            ValueError: The file holds something else, or is damaged.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = read_json(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"'{path}' is not a record of an evaluation: {error}.") from error
-        if not isinstance(found, dict) or "num_samples" not in found:
+            raise ValueError(f"'{path}' is not a record of an evaluation: {error}") from error
+        if "num_samples" not in found:
             raise ValueError(f"'{path}' is not a record of an evaluation: it does not say of how many samples.")
+        found = {"reference": None, "protocol": None, "labels": None, "warnings": [], **found}
         numbers = {name for metric in METRICS.values() for name in metric.numbers}
         values = {name: value for name, value in found.items() if name in numbers}
-        return cls(values, {name: value for name, value in found.items() if name not in {*numbers, "schema"}})
+        result = cls(values, {name: value for name, value in found.items() if name not in {*numbers, "schema"}})
+        try:
+            str(result)
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise ValueError(f"'{path}' is damaged: what it says of the evaluation cannot be.") from None
+        return result
 
     def __str__(self) -> str:
         """Write one line fit for a table."""

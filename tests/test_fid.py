@@ -25,6 +25,7 @@ from fid.metrics.mind import mind
 from fid.metrics.precision_recall import precision_recall
 from fid.options import Options
 from fid.pictures import read_records
+from vca_engine.records import read_json
 from vca_engine.seeds import splitmix64
 
 torch.set_num_threads(1)
@@ -490,7 +491,7 @@ def test_evaluator_against_numpy(tmp_path):
     assert (result.record["step"], result.record["num_samples"]) == (12, 300)
     result.to_json(tmp_path / "x.json")
     again = fid.Result.from_json(tmp_path / "x.json")
-    assert again.to_dict() == json.loads((tmp_path / "x.json").read_text()) == result.to_dict()
+    assert again.to_dict() == read_json(tmp_path / "x.json") == result.to_dict()
     with pytest.raises(AttributeError, match="no 'sfid'; it has fd"):
         _ = result.sfid
 

@@ -23,7 +23,7 @@ import sample
 import train
 from sit_vca import SiT
 from vca_engine import signals as stop
-from vca_engine.files import hold, sha256_of_weights
+from vca_engine.files import checksum_of, hold, sha256_of_weights
 from vca_engine.images.pictures import grid
 from vca_engine.records import read_json
 from vca_engine.sampling import writers
@@ -594,14 +594,41 @@ def test_a_folder_whose_name_is_no_unicode(draw, measure, tmp_path, monkeypatch)
         assert Path(name).exists()
 
 
-def test_damage_of_complete_images_is_found(draw, sentence, tmp_path):
-    draw("--num", 3, "--out", tmp_path / "a.npz")
-    content = (tmp_path / "a.npz").read_bytes()
-    for place in (80, 200, 300, content.index(b"arr_1.npy") + 140):
-        (tmp_path / "a.npz").write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        said = sentence("--num", 3, "--out", tmp_path / "a.npz")
-        assert "a.npz' is damaged: " in said
+@pytest.mark.parametrize("name", ["a.npz", "a.npy"])
+def test_damage_of_complete_images_is_found(draw, sentence, tmp_path, name):
+    draw("--num", 3, "--out", tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    for place in (80, 200, 300, content.find(b"arr_1.npy") + 140):
+        (tmp_path / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        said = sentence("--num", 3, "--out", tmp_path / name)
+        assert f"{name}' is damaged: " in said
         assert "remove it to draw its images again" in said
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy"])
+def test_damage_of_images_that_are_half_done_is_drawn_again(draw, tmp_path, monkeypatch, name):
+    """Of an earlier version, too, which had a byte for each image."""
+    draw("--num", 9, "--out", tmp_path / f"whole_{name}")
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.ArrayWriter, "finish", lambda self, labels: None)
+        draw("--num", 9, "--out", tmp_path / name)
+    partial = tmp_path / f"{name}.partial"
+    images, length = partial / f"images{name[1:]}", 8 * 8 * 3
+    content = bytearray(images.read_bytes())
+    content[-5 * length] ^= 1
+    images.write_bytes(content)
+    again = []
+    write = writers.ArrayWriter.write
+    monkeypatch.setattr(writers.ArrayWriter, "write", lambda self, i, *rest: (again.extend(i), write(self, i, *rest)))
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.ArrayWriter, "finish", lambda self, labels: None)
+        draw("--num", 9, "--out", tmp_path / name)
+    assert again == [4]
+    (partial / "checksums").unlink()
+    (partial / "done").write_bytes(b"\1\1\1\0\1\1\1\1\1")
+    draw("--num", 9, "--out", tmp_path / name)
+    assert again == [4, 3]
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"whole_{name}").read_bytes()
 
 
 def test_names_of_classes_cannot_break_a_picture():
@@ -676,7 +703,9 @@ def test_a_file_is_filled_in_any_order_and_is_what_numpy_writes(tmp_path, name):
         assert out.read_bytes() == (tmp_path / "b.npy").read_bytes()
     assert (stored == images).all()
     assert labels.tolist() == [0, 10, 20, 30, 40, 50]
-    assert read_json(out.with_name(name + ".json")) == {"seed": [0, 1], "num": 6, "nfe": 2}
+    record = read_json(out.with_name(name + ".json"))
+    assert record.pop("file_checksum", None) == (None if name == "a.npz" else checksum_of(out))
+    assert record == {"seed": [0, 1], "num": 6, "nfe": 2}
     assert opened().missing() == []
 
 
@@ -687,7 +716,7 @@ def test_a_kill_after_the_last_image_never_makes_an_empty_file(draw, tmp_path, m
         patch.setattr(writers.shutil, "rmtree", lambda folder, **_: (folder / "samples.json").unlink())
         draw("--num", 5, "--out", out)
     before = out.read_bytes()
-    assert (tmp_path / "a.npz.partial" / "done").exists()
+    assert (tmp_path / "a.npz.partial" / "checksums").exists()
     draw("--num", 5, "--out", out)
     assert out.read_bytes() == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.npz", "a.npz.json"]

@@ -13,16 +13,17 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from accelerate import PartialState
 from PIL import Image
 
-from vca_engine.files import remove_temporary, write_text, written_aside
+from vca_engine.files import checksum_of, remove_temporary, write_text, written_aside
 from vca_engine.records import read_json, write_json
 from vca_engine.sampling.sample_record import (
     SAMPLES_RECORD,
@@ -34,6 +35,7 @@ from vca_engine.sampling.sample_record import (
 )
 
 CHUNK = 2**24  # bytes read at once
+CHECKSUM = 8  # bytes of an image's checksum
 
 
 class ImageEvaluator(Protocol):
@@ -205,7 +207,7 @@ class ArrayWriter(Writer):
     """Images (N, H, W, 3) uint8 in one file: OUT.npy; or OUT.npz, arr_0 images and arr_1 labels, as of ADM and DiT.
 
     The labels of OUT.npy are OUT.labels.npy. Until it is complete, OUT.partial holds the file at its full size, and a
-    byte for each image that says whether it is there: 1 only once the image itself is on the disk.
+    checksum for each image, which is written once the image itself is on the disk, and is zero until then.
 
     Images are written, and the file is not mapped: then a full disk is an error with a sentence, not a signal that
     kills the process, and machines that share a disk write bytes, not pages, in which neighbours would lose an image.
@@ -215,7 +217,7 @@ class ArrayWriter(Writer):
         super().__init__(file, num)
         self.partial = partial_of(file)
         self.zipped = file.suffix.lower() == ".npz"
-        self.images, self.done = self.partial / f"images{file.suffix}", self.partial / "done"
+        self.images, self.checksums = self.partial / f"images{file.suffix}", self.partial / "checksums"
         self.labels_file = file.with_suffix(".labels.npy")
         self.bytes_each = image_size * image_size * 3
         self.npy_header = _npy_header((num, image_size, image_size, 3), np.uint8)
@@ -242,12 +244,13 @@ class ArrayWriter(Writer):
         remove_temporary(self.file.parent, self.labels_file)
         fresh = not self.images.exists()
         if fresh:
-            self.done.unlink(missing_ok=True)  # of images that are no longer there
+            self.checksums.unlink(missing_ok=True)  # of images that are no longer there
+        lengths = {self.images: self.size, self.checksums: self.num * CHECKSUM}
         try:
-            for file, head, length in ((self.images, self._header(), self.size), (self.done, b"", self.num)):
+            for file, length in lengths.items():
                 if not file.exists():
                     with written_aside(file) as temporary, open(temporary, "wb") as f:
-                        f.write(head)
+                        f.write(self._header() if file == self.images else b"")
                         f.flush()
                         _reserve(f, length)
                 elif file.stat().st_size < length:
@@ -256,25 +259,43 @@ class ArrayWriter(Writer):
             if fresh:
                 shutil.rmtree(self.partial, ignore_errors=True)
             raise OSError(f"{self.num} images take {self.num * self.bytes_each / 1e9:.3g} GB: {error}") from error
+        if not fresh:
+            self._forget_damaged()
+
+    def _forget_damaged(self) -> None:
+        """Let images that do not have their checksum be drawn again; take over those of earlier versions."""
+        earlier = self.partial / "done"  # a byte for each image, 1 if it is there
+        known = np.fromfile(self.checksums, np.uint64, self.num)
+        trusted = earlier.exists()
+        there = np.fromfile(earlier, np.uint8, self.num) == 1 if trusted else known != 0
+        with open(self.images, "rb") as f:
+            for i in np.flatnonzero(there):
+                f.seek(self.start + int(i) * self.bytes_each)
+                found = _checksum(f.read(self.bytes_each))
+                known[i] = found if trusted or found == known[i] else 0
+        with written_aside(self.checksums) as temporary:
+            temporary.write_bytes(known.tobytes())
+        earlier.unlink(missing_ok=True)
 
     def missing(self) -> list[int]:
         """Give the numbers of the images that are not on the disk yet."""
         if self.file.exists():
             return []
-        return np.flatnonzero(np.fromfile(self.done, np.uint8, self.num) != 1).tolist()
+        return np.flatnonzero(np.fromfile(self.checksums, np.uint64, self.num) == 0).tolist()
 
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
-        """Write images (B, H, W, 3) uint8 in their places, and then that they are there."""
+        """Write images (B, H, W, 3) uint8 in their places, and then their checksums."""
+        contents = [image.tobytes() for image in images]
         try:
-            with open(self.images, "r+b") as f, open(self.done, "r+b") as done:
-                for i, image in zip(indices, images, strict=True):
+            with open(self.images, "r+b") as f, open(self.checksums, "r+b") as checksums:
+                for i, content in zip(indices, contents, strict=True):
                     f.seek(self.start + i * self.bytes_each)
-                    f.write(np.ascontiguousarray(image))
+                    f.write(content)
                 f.flush()
                 os.fsync(f.fileno())
-                for i in indices:
-                    done.seek(i)
-                    done.write(b"\1")
+                for i, content in zip(indices, contents, strict=True):
+                    checksums.seek(i * CHECKSUM)
+                    checksums.write(_checksum(content).tobytes())
         except OSError as error:
             raise OSError(f"cannot write {str(self.images)!r}: {error}") from error
 
@@ -283,21 +304,24 @@ class ArrayWriter(Writer):
         if self.file.exists():
             return
         self.check_complete()
-        labels = np.array(labels, np.int64)
+        labels, record = np.array(labels, np.int64), read_json(self.partial / SAMPLES_RECORD)
         try:
             if self.zipped:
                 self._close_zip(labels)
             else:
+                with open(self.images, "r+b") as f:
+                    f.write(self._header())
                 with written_aside(self.labels_file) as temporary, open(temporary, "wb") as f:
                     np.save(f, labels)
-            write_json(self.record, read_json(self.partial / SAMPLES_RECORD))
+                record["file_checksum"] = checksum_of(self.images)  # a zip has its own
+            write_json(self.record, record)
             self.images.replace(self.file)
         except OSError as error:
             raise OSError(f"cannot complete {str(self.file)!r}: {error}; run the same command again") from error
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _check(self) -> None:
-        """Raise ValueError if the complete file is damaged, as far as its header and the checksums of a zip tell."""
+        """Raise ValueError if the complete file is damaged; an .npy of earlier versions has no checksum."""
         try:
             if self.file.stat().st_size < self.size:
                 raise ValueError("it is cut short")
@@ -307,8 +331,12 @@ class ArrayWriter(Writer):
                     raise ValueError("it does not begin as it was written")
             if self.zipped:
                 with zipfile.ZipFile(self.file) as archive:
-                    if archive.testzip():
-                        raise ValueError("it does not have its checksum")
+                    same = archive.testzip() is None
+            else:
+                known = read_json(self.record).get("file_checksum")
+                same = known is None or known == checksum_of(self.file)
+            if not same:
+                raise ValueError("it does not have its checksum")
         except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise ValueError(f"{str(self.file)!r} is damaged: {error}; remove it to draw its images again.") from None
 
@@ -359,7 +387,7 @@ class EvaluatorWriter(Writer):
         """Give the numbers of missing images; this process's share of what any processes gathered is loaded."""
         if self.file.exists():
             return []
-        held = {part: self._images_in(part) for part in self.partial.glob("state-*.pt")}
+        held = {part: self._take(part, self.evaluator.images_in) for part in self.partial.glob("state-*.pt")}
         there: set[int] = set()
         for k, part in enumerate(sorted(held, key=lambda part: (-len(held[part]), part.name))):
             mine = k % self.num_processes == self.rank
@@ -367,7 +395,7 @@ class EvaluatorWriter(Writer):
                 if not held[part].isdisjoint(there):
                     raise ValueError(f"{str(part)!r} holds images that another state holds, too; remove one of them.")
                 if mine:
-                    self.evaluator.load_state_dict(torch.load(part, map_location="cpu", weights_only=True))
+                    self._take(part, self.evaluator.load_state_dict)
             there |= held[part]
             self.taken_over += [part] * mine
         return [i for i in range(self.num) if i not in there]
@@ -389,11 +417,15 @@ class EvaluatorWriter(Writer):
     def finish(self, labels: Sequence[int]) -> None:
         """Do nothing: the record is written by whoever computes the numbers."""
 
-    def _images_in(self, part: Path) -> set[int]:
+    def _take(self, part: Path, take: Callable[[dict[str, Any]], Any]) -> Any:
+        """Call a method of the evaluator with a state, whose damage it finds."""
         try:
-            return self.evaluator.images_in(torch.load(part, map_location="cpu", weights_only=True, mmap=True))
+            return take(torch.load(part, map_location="cpu", weights_only=True))
         except Exception as error:  # a damaged file raises almost anything
-            raise ValueError(f"{str(part)!r} is damaged; remove it, and its images are drawn again.") from error
+            why = f": {str(error).rstrip('.')}" if isinstance(error, ValueError) else ""
+            raise ValueError(
+                f"{str(part)!r} is damaged, or of another evaluation{why}; remove it, and its images are drawn again."
+            ) from error
 
 
 def _is_whole(png: str) -> bool:
@@ -402,6 +434,11 @@ def _is_whole(png: str) -> bool:
         begin = file.read(8)
         file.seek(max(0, os.fstat(file.fileno()).st_size - 8))
         return begin == b"\x89PNG\r\n\x1a\n" and file.read() == b"IEND\xaeB`\x82"
+
+
+def _checksum(image: bytes) -> np.uint64:
+    """Compute the checksum of the pixels of an image."""
+    return np.uint64(xxhash.xxh3_64_intdigest(image))
 
 
 def _npy_header(shape: tuple[int, ...], dtype: type) -> bytes:
