@@ -387,7 +387,7 @@ class EvaluatorWriter(Writer):
         """Give the numbers of missing images; this process's share of what any processes gathered is loaded."""
         if self.file.exists():
             return []
-        held = {part: self._take(part, self.evaluator.images_in) for part in self.partial.glob("state-*.pt")}
+        held = {part: self._take(part, self.evaluator.images_in, mmap=True) for part in self.partial.glob("state-*.pt")}
         there: set[int] = set()
         for k, part in enumerate(sorted(held, key=lambda part: (-len(held[part]), part.name))):
             mine = k % self.num_processes == self.rank
@@ -417,10 +417,10 @@ class EvaluatorWriter(Writer):
     def finish(self, labels: Sequence[int]) -> None:
         """Do nothing: the record is written by whoever computes the numbers."""
 
-    def _take(self, part: Path, take: Callable[[dict[str, Any]], Any]) -> Any:
+    def _take(self, part: Path, take: Callable[[dict[str, Any]], Any], mmap: bool = False) -> Any:
         """Call a method of the evaluator with a state, whose damage it finds."""
         try:
-            return take(torch.load(part, map_location="cpu", weights_only=True))
+            return take(torch.load(part, map_location="cpu", weights_only=True, mmap=mmap))
         except Exception as error:  # a damaged file raises almost anything
             why = f": {str(error).rstrip('.')}" if isinstance(error, ValueError) else ""
             raise ValueError(
