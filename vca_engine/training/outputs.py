@@ -23,7 +23,7 @@ from vca_engine.images import NonFiniteError
 from vca_engine.images.pictures import grid, save_film, save_picture
 from vca_engine.sampling.classes import evenly_spaced_classes, find_class, random_label
 from vca_engine.signals import StopSignal
-from vca_engine.training.log import Log, read_metrics, start_tracker
+from vca_engine.training.log import Log, plot_losses, read_metrics, start_tracker
 from vca_engine.training.resume import CONFIG_FILE, write_resumed_from
 from vca_engine.training.run import Run
 from vca_engine.weights import checkpoint
@@ -259,6 +259,8 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
     for place in (folder, previews):
         remove_temporary(place)
     try:
+        if _is_older(folder / "loss.png", folder / "metrics.jsonl"):
+            plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
         if _is_older(previews / "progress.gif", *previews.glob("step-*.png")):
             save_film(previews)
         if _is_older(folder / "fid.png", distances) or _is_older(folder / BEST_FILE, distances):
