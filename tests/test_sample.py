@@ -495,28 +495,26 @@ def test_a_full_disk_keeps_what_the_evaluator_had(draw, sentence, measure, tmp_p
 
 
 OUTS = [
-    ("a.npz", ["--num", 2], ".a.npz.json.lock"),
-    ("a.npy", ["--num", 2], ".a.npy.json.lock"),
-    ("png", ["--num", 2], "png/.samples.json.lock"),
-    ("a.png", ["--classes", "[1]"], ".a.json.lock"),
-    ("a.json", ["--likelihood", "--num", 2], ".a.json.lock"),
-    ("r.json", ["--num", 12], ".r.json.lock"),  # with `measure`
+    ("a.npz", ["--num", 2], "a.npz.json"),
+    ("a.npy", ["--num", 2], "a.npy.json"),
+    ("png", ["--num", 2], "png/samples.json"),
+    ("a.png", ["--classes", "[1]"], "a.json"),
+    ("a.json", ["--likelihood", "--num", 2], "a.json"),
+    ("r.json", ["--num", 12], "r.json"),  # with `measure`
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "lock"), OUTS)
-def test_one_program_at_a_time_writes_to_a_place(draw, sentence, measure, tmp_path, name, options, lock):
-    """The lock of one that was killed is free; what it left half written is removed."""
-    options = [*options, "--out", tmp_path / name, *(measure if name == "r.json" else [])]
-    with hold(tmp_path / lock, "busy"):
+@pytest.mark.parametrize(("name", "options", "record"), OUTS)
+def test_one_program_at_a_time_writes_to_a_place(draw, sentence, measure, tmp_path, name, options, record):
+    """The lock of one that was killed is free; what it left half written is removed, by earlier versions, too."""
+    out, record = tmp_path / name, tmp_path / record
+    lock = record.with_name(f".{record.name}.lock")
+    options = [*options, "--out", out, *(measure if name == "r.json" else [])]
+    with hold(lock, "busy"):
         said = sentence(*options)
-    assert (
-        said == f"sample.py: another program is writing {str(tmp_path / name)!r}; wait for it, or choose another --out."
-    )
-    beside = (tmp_path / lock).parent
-    beside.mkdir(exist_ok=True)
-    for left in (lock, beside / f".{lock.rpartition('/.')[2].removeprefix('.')[:-5]}.0123abcd.tmp"):
-        (tmp_path / left).touch()
+    assert said == f"sample.py: another program is writing {str(out)!r}; wait for it, or choose another --out."
+    for left in (lock.name, f".{record.name}.0123abcd.tmp", f".{record.name}.partial", f".4711.{record.name}"):
+        lock.with_name(left).touch()
     theirs = tmp_path / ".other.npz.0123abcd.tmp"
     theirs.touch()
     draw(*options)

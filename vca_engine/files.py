@@ -100,8 +100,10 @@ def remove_temporary(folder: Path, of: Path | None = None) -> None:
         of: The file that was to be written; None for all.
     """
     name, short = ("*", "*") if of is None else map(glob.escape, (of.name, _short_name(of)))
-    left_by_earlier_versions = folder.glob(f".{name}.partial")
-    for left in (*folder.glob(f".{short}.????????.tmp"), *left_by_earlier_versions):
+    found = [*folder.glob(f".{short}.????????.tmp"), *folder.glob(f".{name}.partial")]  # .partial: earlier versions
+    if of is not None:  # .PID.NAME: the first ones
+        found += [f for f in folder.glob(f".[0-9]*.{name}") if f.name[1:].removesuffix(f".{of.name}").isdecimal()]
+    for left in found:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
