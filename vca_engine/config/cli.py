@@ -20,9 +20,9 @@ from vca_engine.config.reading import (
     Registries,
     Settings,
     Word,
+    bounds_of,
     is_spec,
     leaves,
-    range_of,
     refused,
     typed,
     unknown,
@@ -67,7 +67,7 @@ def parse(
     try:
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
-        if empty := _empty(values):
+        if empty := _first_empty(values):
             raise ValueError(f"{empty} is empty, as of a variable that is not set; give it a value, or leave it out.")
         try:
             found = validate(cls, values)
@@ -131,10 +131,10 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
     return found, printed
 
 
-def _empty(values: Any, key: str = "") -> str | None:
+def _first_empty(values: Any, key: str = "") -> str | None:
     """Find a setting, an option or an item of a list that is a text without a letter."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    inner = (_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
+    inner = (_first_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
     return key if values == "" else next(filter(None, inner), None)
 
 
@@ -255,7 +255,7 @@ def _help(cls: type, prog: str, description: str, epilog: str, choices: Registri
             if words and any(get_origin(k) is list for k in members_of(f.type)):
                 metavar = f"[{metavar},...]"
             kind = "" if words or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
-            kind += f"{bounds}; " if (bounds := range_of(f.type)) else ""
+            kind += f"{bounds}; " if (bounds := bounds_of(f.type)) else ""
             known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
             group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)

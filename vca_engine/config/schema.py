@@ -23,7 +23,7 @@ Size = Annotated[int, Field(ge=1, le=2**20)]  # of a network
 Count = Annotated[int, Field(ge=1, le=10_000)]  # of images to look at
 Batch = Annotated[int, Field(ge=1, le=65_536)]  # of images that are in memory together
 Steps = Annotated[int, Field(ge=1, le=10**9)]
-Images = Annotated[int, Field(ge=2, le=10**7)]  # of a distance
+ImagesMeasured = Annotated[int, Field(ge=2, le=10**7)]  # of a distance
 Share = Annotated[float, Field(ge=0, lt=1)]
 Level = Annotated[float, Field(ge=0, le=1)]  # of noise
 Scale = Annotated[float, Field(ge=-1000, le=1000)]  # of guidance
@@ -221,7 +221,7 @@ class FidConfig(Strict):
     weights: FilePath | None = None
     metrics: list[str] | None = None
     every: Steps | None = None
-    num: Images = 10_000
+    num: ImagesMeasured = 10_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
