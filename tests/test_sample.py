@@ -626,6 +626,13 @@ def test_damage_of_images_that_are_half_done_is_drawn_again(draw, tmp_path, monk
     (partial / "done").write_bytes(b"\1\1\1\0\1\1\1\1\1")
     draw("--num", 9, "--out", tmp_path / name)
     assert again == [4, 3]
+    (partial / "done").parent.mkdir()
+    (partial / "done").write_bytes(b"\1" * 9)  # of images that are no longer there
+    (tmp_path / name).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.ArrayWriter, "finish", lambda self, labels: None)
+        draw("--num", 9, "--out", tmp_path / name)
+    draw("--num", 9, "--out", tmp_path / name)
     assert (tmp_path / name).read_bytes() == (tmp_path / f"whole_{name}").read_bytes()
 
 

@@ -218,6 +218,7 @@ class ArrayWriter(Writer):
         self.partial = partial_of(file)
         self.zipped = file.suffix.lower() == ".npz"
         self.images, self.checksums = self.partial / f"images{file.suffix}", self.partial / "checksums"
+        self.earlier = self.partial / "done"  # of earlier versions: a byte for each image, 1 if it is there
         self.labels_file = file.with_suffix(".labels.npy")
         self.bytes_each = image_size * image_size * 3
         self.npy_header = _npy_header((num, image_size, image_size, 3), np.uint8)
@@ -243,8 +244,9 @@ class ArrayWriter(Writer):
         remove_temporary(self.partial)
         remove_temporary(self.file.parent, self.labels_file)
         fresh = not self.images.exists()
-        if fresh:
-            self.checksums.unlink(missing_ok=True)  # of images that are no longer there
+        if fresh:  # what is known is of images that are no longer there
+            self.checksums.unlink(missing_ok=True)
+            self.earlier.unlink(missing_ok=True)
         lengths = {self.images: self.size, self.checksums: self.num * CHECKSUM}
         try:
             for file, length in lengths.items():
@@ -264,10 +266,9 @@ class ArrayWriter(Writer):
 
     def _forget_damaged(self) -> None:
         """Let images that do not have their checksum be drawn again; take over those of earlier versions."""
-        earlier = self.partial / "done"  # a byte for each image, 1 if it is there
         known = np.fromfile(self.checksums, np.uint64, self.num)
-        trusted = earlier.exists()
-        there = np.fromfile(earlier, np.uint8, self.num) == 1 if trusted else known != 0
+        trusted = self.earlier.exists()
+        there = np.fromfile(self.earlier, np.uint8, self.num) == 1 if trusted else known != 0
         with open(self.images, "rb") as f:
             for i in np.flatnonzero(there):
                 f.seek(self.start + int(i) * self.bytes_each)
@@ -275,7 +276,7 @@ class ArrayWriter(Writer):
                 known[i] = found if trusted or found == known[i] else 0
         with written_aside(self.checksums) as temporary:
             temporary.write_bytes(known.tobytes())
-        earlier.unlink(missing_ok=True)
+        self.earlier.unlink(missing_ok=True)
 
     def missing(self) -> list[int]:
         """Give the numbers of the images that are not on the disk yet."""
