@@ -36,7 +36,7 @@ class Result:
     @property
     def warnings(self) -> list[str]:
         """All that may make the numbers wrong, or not comparable."""
-        return self.record["warnings"]
+        return self.record.get("warnings", [])
 
     def to_dict(self) -> dict[str, Any]:
         """Put numbers and record side by side, as the file has them; of JSON's types."""
@@ -51,35 +51,29 @@ class Result:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: The file holds something else, or is damaged.
+            OSError: The file cannot be read.
+            ValueError: It is damaged, or holds something else.
         """
-        try:
-            found = read_json(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"'{path}' is not a record of an evaluation: {error}") from error
-        if "num_samples" not in found:
+        found = read_json(path)
+        if not {"num_samples", "label"} <= found.keys():
             raise ValueError(f"'{path}' is not a record of an evaluation: it does not say of how many samples.")
-        found = {"reference": None, "protocol": None, "labels": None, "warnings": [], **found}
+        if not all(isinstance(found.get(name) or {}, dict) for name in ("reference", "labels")):
+            raise ValueError(f"'{path}' is not a record of an evaluation.")
         numbers = {name for metric in METRICS.values() for name in metric.numbers}
         values = {name: value for name, value in found.items() if name in numbers}
-        result = cls(values, {name: value for name, value in found.items() if name not in {*numbers, "schema"}})
-        try:
-            str(result)
-        except (TypeError, KeyError, ValueError, AttributeError):
-            raise ValueError(f"'{path}' is damaged: what it says of the evaluation cannot be.") from None
-        return result
+        return cls(values, {name: value for name, value in found.items() if name not in {*numbers, "schema"}})
 
     def __str__(self) -> str:
         """Write one line fit for a table."""
         record = self.record
         parts = [cell for metric in METRICS.values() for cell in metric.cells(self.values, record)]
-        reference = record["reference"]
+        reference = record.get("reference")
         against = "no reference" if reference is None else f"against {reference['path']}"
         if reference and reference["kind"] == "adm":
             against = "ADM ref"
-        mode = (record["labels"] or {}).get("mode")
+        mode = (record.get("labels") or {}).get("mode")
         samples = f"{record['num_samples'] or 'an unknown number of'} {f'{mode}-label ' if mode else ''}samples"
-        return f"{'  '.join(parts)}  ({against}, {record['protocol'] or 'unknown protocol'}, {samples})"
+        return f"{'  '.join(parts)}  ({against}, {record.get('protocol') or 'unknown protocol'}, {samples})"
 
 
 def device_name(device: torch.device) -> str:

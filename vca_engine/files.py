@@ -144,14 +144,14 @@ def hold(file: Path, busy: str) -> FileLock | None:
     return lock
 
 
-def checksum_of(content: str | Path | bytes) -> str:
+def checksum_of(content: str | Path | bytes | memoryview) -> str:
     """Compute the checksum by which damage is found: XXH3 of bytes, or of what a file holds; of no use against intent.
 
     Raises:
         OSError: The file cannot be read.
     """
     digest = xxhash.xxh3_64()
-    if isinstance(content, bytes):
+    if isinstance(content, bytes | memoryview):
         digest.update(content)
     else:
         with Path(content).open("rb") as file:
