@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -201,10 +202,14 @@ def images_in(file):
     return found if file.suffix == ".npy" else found["arr_0"]
 
 
+def number_in(file):
+    return json.loads(file.read_text())["fd"]
+
+
 @bounded(120)
 @given(st.data())
 def test_damage_of_any_file_is_repaired_named_or_of_no_effect(made, data):
-    """Afterwards the command is done, and then its images are those of the file without damage, or it says why not."""
+    """Afterwards the command is done, and images and distances are those without damage; or it says why not."""
     name, command = data.draw(st.sampled_from([pair for pair in commands(made) if pair[0] not in ("maps", "t.gif")]))
     command = [word for word in command if word != "--interrupted"]
     with tempfile.TemporaryDirectory() as folder:
@@ -218,3 +223,5 @@ def test_damage_of_any_file_is_repaired_named_or_of_no_effect(made, data):
             assert str(folder) in said, said
         elif name.endswith((".npz", ".npy")):
             assert np.array_equal(images_in(out / name), images_in(made / "out" / name.replace("half", "a")))
+        elif name in ("r.json", "m.json"):
+            assert number_in(out / name) == pytest.approx(number_in(made / "out" / "m.json"), rel=1e-6)
