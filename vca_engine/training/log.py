@@ -130,7 +130,7 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
     steps, loss = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
     window = 2 * (len(loss) // 40) + 1
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
-    figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.13)
+    figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.16)
     left.plot(steps, loss, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
     if window > 1:
         left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
@@ -155,7 +155,7 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
     left.set_title(f"{file.resolve().parent.name}: training loss")
     right.set_title(f"in ten parts of the range of t{f', running mean of {window}' if window > 1 else ''}")
     for axes in (left, right):
-        axes.set_xlabel("optimizer step")
+        axes.set(xlabel="optimizer step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     left.legend(fontsize="small", loc="upper right")
