@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
     Raises:
         OSError: It could not be written.
     """
-    lines = [line for line in lines if isinstance(line.get("loss"), int | float)]
+    lines = [line for line in lines if _is_finite(line.get("loss"))]
     if not lines:
         return
     import matplotlib  # slow to import: see docs/architecture.md, start-up
@@ -136,9 +137,11 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
     low, high = np.quantile(loss, [0, 0.98])
     # Without the loss of the first steps, which would hide the rest.
     left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
-    by_t = [line.get("loss_by_t", []) for line in lines]
+    by_t = [row if isinstance(row := line.get("loss_by_t"), list) else [] for line in lines]
     num = max(map(len, by_t))
-    table = np.array([row or [None] * num for row in by_t], dtype=float)  # (lines, bins), None is nan
+    table = np.full((len(lines), num), np.nan)
+    for values, row in zip(table, by_t, strict=True):
+        values[: len(row)] = [value if _is_finite(value) else np.nan for value in row]
     for k, colour in enumerate(plt.get_cmap("viridis")(np.linspace(0, 0.95, num))):
         there = ~np.isnan(table[:, k])
         if there.any():
@@ -165,10 +168,15 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
         plt.close(figure)
 
 
+def _is_finite(value: Any) -> bool:
+    """Say whether a value of a log, which others may have written, is a number that can be drawn."""
+    return isinstance(value, int | float) and abs(value) < sys.float_info.max
+
+
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Take the running mean (N,) of values (N,), over fewer than `window` at the ends."""
-    kernel = np.ones(window)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+    """Take the running mean (N,) of values (N,), over fewer than `window`, an odd number, at the ends."""
+    kernel, here = np.ones(window), slice(window // 2, window // 2 + len(values))
+    return np.convolve(values, kernel)[here] / np.convolve(np.ones_like(values), kernel)[here]
 
 
 def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int, config: dict[str, Any]) -> None:
