@@ -24,7 +24,7 @@ from vca_engine.images import codecs, datasets
 from vca_engine.images.labels import DataInfo
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("vca", "dit_vca", "sit_vca", "vca_engine", "fid", "demo", "benchmarks")
+PACKAGES = ("vca", "dit_vca", "sit_vca", "vca_engine", "fid", "classify", "demo", "benchmarks")
 SCRIPTS = ("train", "sample", "visualise", "export", "app", "cache_latents")
 OURS = {*PACKAGES, *SCRIPTS}
 FILES = [f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))] + [ROOT / f"{s}.py" for s in SCRIPTS]
@@ -67,6 +67,7 @@ MAY_IMPORT = {  # room -> rooms; all may import themselves and, but for the netw
     "vca_engine.sampling": PEERS | NETWORKS | {"vca_engine.assemble"},
     "vca_engine.training": PEERS | NETWORKS | {"vca_engine.assemble", "vca_engine.sampling"},
     "fid": {"vca_engine.images"},
+    "classify": PEERS | {"vca", "vca_engine.assemble"},
 }
 PROGRAMS_MAY = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["benchmarks"] = PROGRAMS_MAY | {*SCRIPTS}
