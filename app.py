@@ -14,7 +14,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 try:
@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
     raise SystemExit("app.py: the page needs gradio; run `pip install -e .[app]`.") from error
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from sit_vca.sampler import ODE, ODE_METHODS
@@ -50,10 +51,7 @@ class AppArguments(ModelOptions):
     """
 
     host: str = "127.0.0.1"
-    port: int = 7860
-
-    def __post_init__(self) -> None:
-        require(0 < self.port < 65536, "port", self.port, "choose 1 to 65535")
+    port: Annotated[int, Field(ge=1, le=65_535)] = 7860
 
 
 class Fields(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vca_engine.config.cli import report_errors
-from vca_engine.files import folder_written_aside, require_free
+from vca_engine.files import expanded, folder_written_aside, require_free, typed_path
 from vca_engine.sampling.model_card import facts_of, model_card
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.weights import checkpoint
@@ -54,13 +54,15 @@ UNGUIDED = (
 )
 
 
-def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
+def export(run: Path, out: Path, weights: str = "ema", vae: str | None = None) -> list[str]:
     """Write a folder for `DiTPipeline.from_pretrained`: transformer, vae, scheduler, model_index.json, README.md.
 
     Args:
-        run: A run's folder, for its newest checkpoint, or one of its checkpoints.
+        run: A run's folder, for its newest checkpoint, or one of its checkpoints; or one that
+            `Pipeline.save_pretrained` wrote.
         out: Folder to write; it may be there if it is empty.
         weights: Which of the checkpoint's.
+        vae: The autoencoder, if it is not where it was in training.
 
     Returns:
         What a user has to know, as the model card says it.
@@ -73,7 +75,7 @@ def export(run: Path, out: Path, weights: str = "ema") -> list[str]:
 
     require_free(out)
     folder = checkpoint.find(run)
-    ours = Pipeline.from_pretrained(folder, weights=weights, device="cpu")
+    ours = Pipeline.from_pretrained(folder, weights=weights, vae=vae, device="cpu")
     model, theirs = ours.network, pipeline_of_diffusers(ours)
     guided = model.null_class is not None and model.null_class <= NULL_ROW
     notes = [FREQUENCIES]
@@ -136,11 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export a run, as the command line says."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("export.py", description=__doc__, formatter_class=form)
-    parser.add_argument("run", type=Path, help="the run's folder, for its newest checkpoint, or one of its checkpoints")
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "run", type=typed_path, help="the run's folder, for its newest checkpoint, or one of its checkpoints"
+    )
+    parser.add_argument("out", type=typed_path, help="folder to write")
     parser.add_argument("--weights", default="ema", help="ema (the default), ema-0.05 and the like, or model")
+    parser.add_argument("--vae", type=expanded, help="where the autoencoder is now, if not where it was in training")
     args = parser.parse_args(argv)
-    for note in export(args.run, args.out, args.weights):
+    for note in export(args.run, args.out, args.weights, args.vae):
         print(f"note: {note}")
     print(f"wrote {args.out}: draw with DiTPipeline.from_pretrained({str(args.out)!r}), as its README.md shows")
 

@@ -27,18 +27,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from accelerate import PartialState
+from pydantic import Field
 from tqdm import tqdm
 
 import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.options import ModelOptions, SampleOptions, with_options
-from vca_engine.config.reading import Spec
-from vca_engine.config.schema import NEED_GUIDANCE, FidConfig, SampleConfig, require
+from vca_engine.config.reading import FilePath, Spec
+from vca_engine.config.schema import NEED_GUIDANCE, Batch, FidConfig, SampleConfig, require
 from vca_engine.precision import chosen_device
 from vca_engine.sampling.classes import find_class, random_label
 from vca_engine.sampling.drawing import Drawing
@@ -47,7 +48,7 @@ from vca_engine.sampling.pictures import draw_picture
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.sample_record import add_to_record, partial_of, read_sample_record
 from vca_engine.sampling.writers import Writer, open_writer
-from vca_engine.signals import end_on_sigterm, uninterrupted
+from vca_engine.signals import end_on_signals, uninterrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,30 +90,28 @@ class SampleArguments(SampleOptions, ModelOptions):
         fid_metrics: Names of metrics, e.g. [fid,is]; not given means as in the run's config.
     """
 
-    num: int | None = None
-    out: str | None = None
+    num: Annotated[int, Field(ge=1, le=10**7)] | None = None
+    out: FilePath | None = None
     negative_class: str | None = None
-    guide: str | None = None
+    guide: FilePath | None = None
     guide_weights: str | None = None
     labels: Literal["random", "balanced"] | None = None
-    batch_size: int | None = None
+    batch_size: Batch | None = None
     trajectory: bool = False
     interpolate: bool = False
-    columns: int | None = None
+    columns: Annotated[int, Field(ge=2, le=1000)] | None = None
     sweep: str | None = None
     likelihood: bool = False
     data: Spec | None = None
-    fid: str | None = None
+    fid: FilePath | None = None
     fid_extractor: str | None = None
     fid_preset: str | None = None
-    fid_weights: str | None = None
+    fid_weights: FilePath | None = None
     fid_metrics: list[str] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         with_options(SampleConfig(), self)
-        require(self.num is None or self.num > 0, "num", self.num, "choose at least 1 image")
-        require(self.batch_size is None or self.batch_size > 0, "batch_size", self.batch_size, "choose at least 1")
-        require(self.columns is None or self.columns > 1, "columns", self.columns, "choose at least 2")
         require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num N")
         require(self.fid is None or self.num > 1, "num", self.num, "a distance needs at least 2 images")
         chosen = [name for name in ("trajectory", "interpolate", "sweep", "likelihood", "fid") if getattr(self, name)]
@@ -238,7 +237,7 @@ def draw_missing(
     state, size, num = drawing.state, drawing.sampling.group_size, writer.num
     wanted, together = set(missing), max(1, batch_size // size)
     groups = sorted({i // size for i in wanted})[state.process_index :: state.num_processes]
-    end_on_sigterm()
+    end_on_signals()
     bar = tqdm(desc="sample", unit="image", total=num, disable=not state.is_main_process)
     bar.update(num - len(wanted))
     try:

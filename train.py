@@ -25,13 +25,14 @@ from tqdm import tqdm
 import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
+from vca_engine.config.reading import FilePath
 from vca_engine.config.schema import Config
 from vca_engine.distributed import same_on_all_processes
 from vca_engine.images.codecs import sample_posterior
 from vca_engine.signals import STOPPED, StopSignal
 from vca_engine.training.dry_run import dry_run
 from vca_engine.training.log import check_tracker
-from vca_engine.training.outputs import Outputs, unfinished
+from vca_engine.training.outputs import Outputs, lock_folder, mend, unfinished
 from vca_engine.training.resume import check_same_run, starting_point
 from vca_engine.training.run import Run, make_accelerator
 from vca_engine.training.step import clip, draws, learning_rate, nan_if_not_finite, step_unless
@@ -49,7 +50,7 @@ class TrainArguments(Config):
         dry_run: Say what the run takes, try two steps of everything in a temporary folder, and keep nothing.
     """
 
-    resume: str = "auto"
+    resume: FilePath = "auto"
     dry_run: bool = False
 
 
@@ -75,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     done = record["step"]
     if done >= config.train.num_steps and not unfinished(config, done, outputs_due(config, done), accelerator):
+        if accelerator.is_main_process:
+            with lock_folder(Path(config.run_dir)) or contextlib.nullcontext():
+                mend(Path(config.run_dir), fid.curve)
         more = " A larger train.num_steps would go on." if config.train.schedule == "constant" else ""
         accelerator.print(f"done already: {done:,} steps in {config.run_dir}.{more}")
         if config.fid.every and not (Path(config.run_dir) / "fid.jsonl").exists():
@@ -123,7 +127,7 @@ def train(run: Run, outputs: Outputs, stop: StopSignal) -> bool:
                 bar.set_postfix({k: "-" if v is None else f"{v:.4g}" for k, v in shown.items()}, refresh=False)
                 since, steps = time.perf_counter(), 0
             paused = time.perf_counter()
-            if last or is_due(run.step, cfg.snapshot_every):
+            if "snapshot" in due:
                 outputs.snapshot()  # before the checkpoint: a run that is killed between the two comes here again
             # With every FID, too, so that the best one is there to be used.
             if last or stopped or is_due(run.step, cfg.checkpoint_every) or "fid" in due:
@@ -134,6 +138,8 @@ def train(run: Run, outputs: Outputs, stop: StopSignal) -> bool:
             since += time.perf_counter() - paused
         if stopped and saved < run.step:
             outputs.save(last=True)
+    if not stopped:
+        outputs.check_finished(outputs_due(config, run.step))
     return stopped
 
 
@@ -184,9 +190,10 @@ def add_gradients(run: Run, x: Tensor, y: Tensor, positions: Tensor) -> None:
 
 
 def outputs_due(config: Config, step: int) -> list[str]:
-    """List which of `preview` and `fid` are due at `step`."""
-    last = step == config.train.num_steps
-    found = ["preview"] if last or is_due(step, config.train.sample_every) else []
+    """List which of `snapshot`, `preview` and `fid` are due at `step`."""
+    cfg, last = config.train, step == config.train.num_steps
+    found = ["snapshot"] if cfg.ema_stds and (last or is_due(step, cfg.snapshot_every)) else []
+    found += ["preview"] if last or is_due(step, cfg.sample_every) else []
     return found + (["fid"] if config.fid.every and (last or is_due(step, config.fid.every)) else [])
 
 

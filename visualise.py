@@ -27,8 +27,8 @@ from torch import Tensor
 from vca import Streams, VisualContrastAttention, contrast_layers, keep_inputs, maps_of, streams_of
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
-from vca_engine.config.reading import Spec, Strict
-from vca_engine.config.schema import SampleConfig, require
+from vca_engine.config.reading import FilePath, Spec, Strict
+from vca_engine.config.schema import SampleConfig, Scale, Seed, require
 from vca_engine.files import write_text
 from vca_engine.precision import chosen_device
 from vca_engine.sampling.figures import NARROW, WIDE, plot_rows, save_figure
@@ -65,22 +65,23 @@ class VisualiseArguments(Strict):
         device: cuda or cpu; auto is the GPU if there is one.
     """
 
-    checkpoint: str
+    checkpoint: FilePath
     maps: bool = False
-    out: str | None = None
+    out: FilePath | None = None
     classes: list[str] | None = None
     blocks: list[int] | None = None
     heads: list[int] = dataclasses.field(default_factory=lambda: [0])
     times: list[float] = dataclasses.field(default_factory=lambda: [0.75, 0.5, 0.25])
     query: tuple[int, int] | None = None
     weights: str = "ema"
-    seed: int | None = None
+    seed: Seed | None = None
     sampler: Spec | None = None
-    cfg_scale: float | None = None
-    vae: str | None = None
+    cfg_scale: Scale | None = None
+    vae: FilePath | None = None
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.maps:
             raise ValueError("nothing to draw is named; type --maps.")
         for name in ("classes", "blocks", "heads", "times"):

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from fid import Classifier
 from vca import create
 from vca_engine.config.cli import parse, report_errors
-from vca_engine.config.reading import Spec, Strict
+from vca_engine.config.reading import FilePath, Spec, Strict
+from vca_engine.config.schema import Seed
 from vca_engine.images.datasets import DATASETS, ImageDataset
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 10, 64, 5e-3
@@ -33,8 +34,8 @@ class ClassifierArguments(Strict):
     """
 
     data: Spec
-    out: str
-    seed: int = 0
+    out: FilePath
+    seed: Seed = 0
 
 
 @report_errors("demo.classifier")

@@ -21,7 +21,7 @@ from demo.classifier import accuracy, pixels
 from vca import create
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
-from vca_engine.config.reading import Strict, from_dict
+from vca_engine.config.reading import FilePath, Strict, from_dict
 from vca_engine.config.schema import Config
 from vca_engine.files import write_text
 from vca_engine.images import to_uint8
@@ -39,9 +39,9 @@ class ScoreArguments(Strict):
         classifier: The file that demo.classifier wrote.
     """
 
-    checkpoint: str
-    samples: str
-    classifier: str
+    checkpoint: FilePath
+    samples: FilePath
+    classifier: FilePath
 
 
 @report_errors("demo.score")

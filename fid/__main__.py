@@ -38,7 +38,8 @@ from fid.networks.resize import tf1_bilinear
 from fid.pictures import curve, neighbours, read_records
 from fid.references import Reference, load_ref, open_reference, save_reference
 from fid.result import Result, versions_of_packages
-from vca_engine.files import written_aside
+from vca_engine.files import expanded, written_aside
+from vca_engine.terminal import steady_output
 
 MOST_NEIGHBOURS = 50
 
@@ -50,15 +51,16 @@ class MissingError(FileNotFoundError):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default that of the process."""
     args = _parser().parse_args(argv)
-    try:
-        with _processes(getattr(args, "device", None)):
-            args.command(args)
-    except MissingError as error:
-        _fail(error, 3)
-    except (ValueError, OSError) as error:
-        _fail(error, 2)
-    except KeyboardInterrupt:
-        _fail("interrupted.", 130)
+    with steady_output():
+        try:
+            with _processes(getattr(args, "device", None)):
+                args.command(args)
+        except MissingError as error:
+            _fail(error, 3)
+        except (ValueError, OSError) as error:
+            _fail(error, 2)
+        except KeyboardInterrupt:
+            _fail("interrupted.", 130)
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -215,7 +217,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="eval|stats|compare|curve|selfcheck")
     network, output, quiet = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     _add_network(network)
-    output.add_argument("--json", metavar="FILE", help="write the record; - prints it in place of the line")
+    output.add_argument(
+        "--json", type=expanded, metavar="FILE", help="write the record; - prints it in place of the line"
+    )
     output.add_argument(
         "--force", action="store_true", help="compare what was made by different protocols all the same"
     )
@@ -226,19 +230,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_stats(commands.add_parser("stats", parents=[network, quiet], help="make a reference of images"))
 
     command = commands.add_parser("compare", parents=[output], help="distance of two files of statistics")
-    command.add_argument("a", metavar="SAMPLES.npz")
-    command.add_argument("b", metavar="REF.npz")
+    command.add_argument("a", type=expanded, metavar="SAMPLES.npz")
+    command.add_argument("b", type=expanded, metavar="REF.npz")
     command.set_defaults(command=_compare)
 
     command = commands.add_parser("curve", help="draw FID against training step")
     text = "a run's folder or its fid.jsonl, or records of sample.py --fid; those of one folder make one line"
-    command.add_argument("records", nargs="+", metavar="RECORD", help=text)
-    command.add_argument("--out", default="fid.png", metavar="FILE", help="the picture (default: %(default)s)")
+    command.add_argument("records", nargs="+", type=expanded, metavar="RECORD", help=text)
+    command.add_argument(
+        "--out", default="fid.png", type=expanded, metavar="FILE", help="the picture (default: %(default)s)"
+    )
     command.add_argument("--title", default="", help="a line above it")
     command.set_defaults(command=_curve)
 
     command = commands.add_parser("selfcheck", help="check weights and arithmetic on this machine")
-    command.add_argument("--weights", metavar="FILE", help="file of Inception's weights")
+    command.add_argument("--weights", type=expanded, metavar="FILE", help="file of Inception's weights")
     command.add_argument("--device", choices=("cpu", "cuda"), help="where the network runs")
     command.set_defaults(command=_selfcheck)
     return parser
@@ -249,7 +255,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--extractor", choices=EXTRACTORS, default="inception", help="network of the features (default: %(default)s)")
     text = "its weights; not given: $FID_INCEPTION_WEIGHTS, torch.hub's cache, a download"
-    add("--weights", metavar="FILE", help=text)
+    add("--weights", type=expanded, metavar="FILE", help=text)
     add("--preset", choices=PRESETS, default="adm", help="protocol of Inception (default: %(default)s)")
     add("--batch", type=int, default=64, metavar="B", help="images in a forward pass (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="where the network runs (default: cuda if there is one)")
@@ -261,8 +267,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("samples", metavar="SAMPLES", help="images, or a file of statistics")
-    add("--ref", metavar="REF", help="the reference: a file of statistics, or images")
+    add("samples", type=expanded, metavar="SAMPLES", help="images, or a file of statistics")
+    add("--ref", type=expanded, metavar="REF", help="the reference: a file of statistics, or images")
     names = ", ".join(f"{name} ({metric.title})" if metric.title else name for name, metric in METRICS.items())
     default = "; ".join(f"{name}: {','.join(preset.metrics)}" for name, preset in PRESETS.items())
     add("--metrics", metavar="NAMES", help=f"with commas between them, of {names} (default: of the preset {default})")
@@ -271,18 +277,23 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     text = "arithmetic of P and R (default: %(default)s)"
     add("--pr-compat", choices=tuple(ARITHMETICS), default="adm-fp16", help=text)
     add("--allow-fewer", action="store_true", help="go on if there are fewer than --num images")
-    add("--save-stats", metavar="FILE", help="write the statistics of the samples to this .npz")
-    add("--save-features", metavar="FILE", help="write the features of the samples, (N, D) float32, to this .npy")
+    add("--save-stats", type=expanded, metavar="FILE", help="write the statistics of the samples to this .npz")
+    add(
+        "--save-features",
+        type=expanded,
+        metavar="FILE",
+        help="write the features of the samples, (N, D) float32, to this .npy",
+    )
     text = "draw the samples nearest to a real image, with K of those"
     add("--neighbours", type=_count, default=0, metavar="K", help=text)
-    add("--picture", metavar="FILE", help="where to (default: neighbours.png)")
+    add("--picture", type=expanded, metavar="FILE", help="where to (default: neighbours.png)")
     parser.set_defaults(command=_eval)
 
 
 def _add_stats(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("images", metavar="IMAGES", help="the images, usually those of the training set")
-    add("--out", required=True, metavar="FILE", help="the .npz to write")
+    add("images", type=expanded, metavar="IMAGES", help="the images, usually those of the training set")
+    add("--out", required=True, type=expanded, metavar="FILE", help="the .npz to write")
     add("--crop", type=int, metavar="SIZE", help="crop and resize as in training: ADM's centre crop to SIZE pixels")
     add("--keep-images", type=int, default=0, metavar="K", help="keep K images in the file, for precision and recall")
     parser.set_defaults(command=_stats)

@@ -120,7 +120,7 @@ def use(screen: Screen, content):
     again, *_ = screen.draw(seed=3)
     assert again == content
 
-    assert "seed is -1; choose at least 0." in screen.mistake(seed=-1)
+    assert "seed is -1; choose at least 0, below" in screen.mistake(seed=-1)
     assert "images is 0; choose 1 to" in screen.mistake(num=0)
 
     screen.fill(num=1, seed=5, steps=400)

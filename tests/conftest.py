@@ -1,11 +1,14 @@
 """One thread, and the same random numbers in every test."""
 
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from vca_engine import files
+from vca_engine.signals import SIGNALS
 from vca_engine.training.log import Log
 
 torch.set_num_threads(1)
@@ -24,7 +27,7 @@ def as_in_a_new_process(request, monkeypatch):
     """
     if "drawn" not in request.keywords:
         monkeypatch.setattr(Log, "plot", lambda self: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     yield
@@ -32,6 +35,23 @@ def as_in_a_new_process(request, monkeypatch):
     GradientState._reset_state()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def full_disk(monkeypatch, tmp_path):
+    """Let the system refuse to write files of some names, as a full disk does: they are written into its full device."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs the full device of Linux")
+    refused, temporary = [], files._temporary
+
+    def of(path):
+        found = temporary(path)
+        if path.name in refused:
+            found.symlink_to("/dev/full")
+        return found
+
+    monkeypatch.setattr(files, "_temporary", of)
+    return refused.extend
 
 
 @pytest.fixture(scope="session")

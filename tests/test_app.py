@@ -172,7 +172,7 @@ MISTAKES = [
     ({"num": 0}, "images is 0; choose 1 to 256; sample.py draws more."),
     ({"num": None}, "images is None; choose 1 to 256"),
     ({"num": 1000}, "images is 1000; choose 1 to 256"),
-    ({"seed": -1}, "sample.seed is -1; choose at least 0."),
+    ({"seed": -1}, "seed is -1; choose at least 0, below 18,446,744,073,709,551,616."),
     ({"steps": 0}, "sample.sampler.num_steps is 0;"),
     ({"low": 0.8, "high": 0.2}, "sample.guidance_interval is (0.8, 0.2); choose two noise levels between 0 and 1"),
 ]

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vca_engine.config.schema import TrainConfig
+from vca_engine.files import checksum_of
+from vca_engine.records import read_json
 from vca_engine.training.ema import Ema, constant
 from vca_engine.weights import checkpoint
 
@@ -72,6 +74,7 @@ def test_model_average_and_optimizer_come_back_bit_for_bit(tmp_path):
     assert all(equal(old["state"][i], new["state"][i]) for i in old["state"])
     read = checkpoint.read_record(folder)
     assert len(read.pop("id")) == 32
+    assert read.pop("files") == {f.name: checksum_of(f) for f in folder.glob("*.safetensors")}
     assert read == {"shape": {}, **{"format": 4, "step": 3, "config": {"a": [1, "x"]}}}
 
     x = torch.randn(5, 3)
@@ -152,13 +155,15 @@ def test_a_checkpoint_of_a_run_that_has_diverged_is_refused(tmp_path, name, valu
 def test_a_damaged_record_is_named(tmp_path, content):
     folder = save(tmp_path, 1)
     (folder / "checkpoint.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint\.json' is damaged or not a checkpoint's record"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.json' is damaged.* Remove its folder to use the checkpoint before it\.$"
+    ):
         checkpoint.read_record(folder)
 
 
 def test_a_checkpoint_of_the_format_before_is_read_and_one_of_a_later_is_not_called_damaged(tmp_path):
     folder = save(tmp_path, 1)
-    record = json.loads((folder / "checkpoint.json").read_text())
+    record = read_json(folder / "checkpoint.json")
     mhsa = {"attention": {"name": "mhsa"}}
     old = {**record, "format": 2, "config": {"sample": {"rows": 5}, "model": mhsa}}
     (folder / "checkpoint.json").write_text(json.dumps(old))
@@ -186,7 +191,7 @@ SEPARATE = {"contrast_grid": "half", "embed_std": 0.02, "softmax": "separate"}
 )
 def test_a_checkpoint_from_before_the_joint_softmax_means_two(tmp_path, version, written, meant):
     folder = save(tmp_path, 1)
-    record = json.loads((folder / "checkpoint.json").read_text())
+    record = read_json(folder / "checkpoint.json")
     record |= {"format": version, "config": {"model": {"attention": written} if written else {}}}
     (folder / "checkpoint.json").write_text(json.dumps(record))
     assert checkpoint.read_record(folder)["config"]["model"]["attention"] == meant
@@ -231,14 +236,58 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_the_earlier_checkpoint(tmp_
 def test_leftovers_of_a_killed_process_are_not_checkpoints(tmp_path):
     folder = save(tmp_path, 1)
     shutil.copytree(folder, folder.with_name(".step-00000009-0a1b2c3d"))
-    unfinished = folder.with_name("step-00000008")
-    shutil.copytree(folder, unfinished)
-    (unfinished / "checkpoint.json").unlink()
     shutil.copytree(folder, folder.with_name("step-00000007.bak"))
     assert checkpoint.steps(tmp_path) == [folder]
     assert checkpoint.find(tmp_path) == folder
-    with pytest.raises(ValueError, match="is not a checkpoint"):
-        checkpoint.find(unfinished)
+
+
+def test_a_checkpoint_without_its_record_is_not_passed_over(tmp_path):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "checkpoint.json").unlink()
+    with pytest.raises(ValueError, match=r"step-00000002' lacks checkpoint\.json\. Remove its folder to use the check"):
+        checkpoint.read_record(checkpoint.find(tmp_path))
+
+
+DAMAGE = {
+    "one bit": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "zeros": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    "all zeros": lambda data: bytes(len(data)),
+    "longer": lambda data: data + b"\0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+def test_a_damaged_file_is_not_believed(tmp_path, name, damage):
+    folder = save(tmp_path, 1)
+    file = folder / f"{name}.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name}\.safetensors' (is|holds) .* (before it|is taken)\.$"):
+        checkpoint.read(folder, name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "checkpoint.json"])
+def test_a_file_of_another_step_is_not_believed(tmp_path, name):
+    other, folder = save(tmp_path, 1), save(tmp_path, 2)
+    shutil.copy(other / name, folder)
+    with pytest.raises(ValueError, match=rf"{name}'.* (of another checkpoint|it is of step 1)"):
+        checkpoint.read(folder, "model" if name == "checkpoint.json" else name.removesuffix(".safetensors"))
+
+
+def test_files_of_a_checkpoint_from_before_checksums_are_read(tmp_path):
+    folder = save(tmp_path, 1)
+    record = read_json(folder / "checkpoint.json")
+    del record["files"]
+    (folder / "checkpoint.json").write_text(json.dumps(record))
+    assert equal(checkpoint.read(folder, "model"), load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("link", ["run", "run/checkpoints"])
+def test_a_link_to_a_disk_that_is_not_mounted_is_no_empty_folder(tmp_path, link):
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to("/nowhere")
+    with pytest.raises(OSError, match=rf"{link}' is a link to '/nowhere', which is not there; mount its disk, or remo"):
+        checkpoint.steps(tmp_path / "run")
 
 
 def test_a_step_saved_again_replaces_the_earlier_try(tmp_path):
@@ -303,7 +352,7 @@ def test_prune_keeps_the_newest_and_every_mth_and_the_spared(tmp_path, options, 
     for step in range(1, 7):
         save(tmp_path, step)
     checkpoint.prune(tmp_path, **options)
-    assert [json.loads((f / "checkpoint.json").read_text())["step"] for f in checkpoint.steps(tmp_path)] == left
+    assert [read_json(f / "checkpoint.json")["step"] for f in checkpoint.steps(tmp_path)] == left
     assert len(list((tmp_path / "checkpoints").iterdir())) == len(left)
 
 

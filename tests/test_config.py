@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import fractions
 import json
+import os
 import re
 from dataclasses import fields, is_dataclass
-from types import UnionType
-from typing import Literal, get_args, get_origin
+from typing import get_args, get_origin
 
 import pytest
 import yaml
@@ -22,9 +22,10 @@ from demo import classifier, score
 from dit_vca import Diffusion
 from sit_vca import Transport
 from vca import annotations_of, create
+from vca import members_of as members
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
-from vca_engine.config.reading import Word, as_type, from_dict
+from vca_engine.config.reading import Word, as_type, from_dict, is_path, range_of
 from vca_engine.config.reading import leaves as settings
 from vca_engine.config.schema import (
     CacheConfig,
@@ -331,6 +332,116 @@ def test_a_number_out_of_range_is_named_with_what_is_allowed(file, capsys, key, 
     assert re.match(rf"train\.py: {re.escape(key)} is .+; choose .+\.$", text.strip())
 
 
+# What no number can be, and what no text should be; the last three take a setting back, or are text where text is meant.
+NONSENSE = ("nan", "inf", "-inf", "1e400", "1e38", "-1e38", "-1", str(10**30), "9" * 5000, '""', "''", "null", "~")
+
+
+def numbers(value):
+    """The numbers in a value, which may be a list of them."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+
+
+@pytest.mark.parametrize("cls", [Config, sample.SampleArguments, app.AppArguments], ids=lambda cls: cls.__name__)
+def test_every_number_has_a_range_that_is_stated_and_kept(cls, tmp_path, capsys, monkeypatch):
+    """Whatever is given, in a file or typed: a value in the range of the setting's type, or one sentence."""
+    path, checked = tmp_path / "x.yaml", 0
+    for key, kind in settings(cls):
+        if is_dataclass(kind):
+            continue
+        bounds, is_number = range_of(kind), bool({int, float} & {*members(kind), *map(first, members(kind))})
+        assert bool(bounds) == is_number, f"{key} has no range"
+        many = {list, tuple} & {*map(get_origin, members(kind))}
+        for word in NONSENSE:
+            typed = (word, f"[{word},{word}]") if many else (word,)
+            path.write_text("".join(f"{'  ' * k}{name}:\n" for k, name in enumerate(key.split(".")[:-1])))
+            with path.open("a") as file:
+                file.write(f"{'  ' * key.count('.')}{key.rpartition('.')[2]}: {typed[-1]}\n")
+            for argv in (["--config", path], *([f"--{key}={each}"] for each in typed)):
+                try:
+                    found = at(given(cls, *ALSO.get(key, ()), *argv), key)
+                except SystemExit as stop:
+                    text = capsys.readouterr().err
+                    assert stop.code == 2
+                    assert text.startswith("train.py: ")
+                    assert text.count("\n") == 1
+                    checked += 1
+                    continue
+                assert found != "", (key, argv)
+                for number in numbers(found):
+                    assert within(number, bounds), (key, argv, bounds)
+    assert checked > 100 or cls is app.AppArguments
+
+
+def first(kind):
+    """The type of the items of a list or pair, without its range."""
+    return members(get_args(kind)[0])[0] if get_origin(kind) in (list, tuple) else None
+
+
+def within(number, bounds):
+    """Whether a number is in a range as the messages and --help write it."""
+    holds = {"at least": number.__ge__, "above": number.__gt__, "at most": number.__le__, "below": number.__lt__}
+    parts = [re.fullmatch(r"(at least|above|at most|below) (\S+)", part).groups() for part in bounds.split(", ")]
+    return len(parts) == 2 and all(holds[name](type(number)(end.replace(",", ""))) for name, end in parts)
+
+
+@pytest.mark.parametrize("make", [lambda v: TrainConfig(lr=v), lambda v: SampleConfig(cfg_scale=v)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e38, 10**30])
+def test_a_number_out_of_range_is_refused_whoever_makes_the_object(make, value):
+    with pytest.raises(
+        ValueError, match=r"^(lr|cfg_scale) is .*; (choose (above|at least)|it must be a finite number)"
+    ):
+        make(value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("sample.sampler.rtol", "nan", "sample.sampler.rtol is nan; choose at least -1,000,000, at most 1,000,000."),
+        ("sample.sampler.rtol", "1e400", "sample.sampler.rtol is inf; "),
+        ("sample.sampler.num_steps", 10**30, f"sample.sampler.num_steps is {10**30}; "),
+        ("process.path.beta_max", "1e38", "process.path.beta_max is 1e+38; "),
+        ("model.attention.contrast_grid", f"[{10**9},2]", f"model.attention.contrast_grid is [{10**9}, 2]; "),
+        ("process.path", "''", "process.path is ''"),
+        ("data.images", "", "data.images is "),
+    ],
+)
+def test_an_option_of_a_part_is_finite_and_no_option_is_huge(file, capsys, option, value, said):
+    if said.endswith("''"):
+        value, said = "", "process.path is empty, as of a variable that is not set"
+    if option == "data.images":
+        file.write_text(file.read_text() + "data.images: ''\n")
+        assert "data.images is empty, as of a variable" in sentence(capsys, "--config", file)
+    else:
+        assert said in sentence(capsys, "--config", file, f"--{option}={value}")
+
+
+@pytest.mark.parametrize("key", ["run_dir", "init", "latents", "fid.weights", "train.precision", "sample.classes"])
+def test_a_text_that_is_empty_in_a_file_is_a_variable_that_was_not_set(file, capsys, key):
+    last = key.rpartition(".")[2]
+    text = f"{last}: ''\n" if "." not in key else f"{key.partition('.')[0]}: {{{last}: ''}}\n"
+    file.write_text("".join(yaml.safe_dump({k: v}) for k, v in REQUIRED.items() if k != key) + text)
+    assert re.search(rf"{key}(\.0)? is empty, as of a variable that is not set", sentence(capsys, "--config", file))
+
+
+def test_the_home_folder_may_be_written_as_a_tilde_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    paths = [(cls, key) for cls, key, kind in TEXTS if is_path(kind)]
+    assert {"run_dir", "init", "latents", "resume", "checkpoint", "vae", "out", "guide", "fid.reference"} <= {
+        key for _, key in paths
+    }
+    for cls, key in paths:
+        assert at(given(cls, *ALSO.get(key, ()), f"--{key}=~/x/y"), key) == str(tmp_path / "home/x/y")
+    for part, option in (("data", "images"), ("codec", "path")):
+        name = "folder" if part == "data" else "vae"
+        found = given(Config, f"--{part}={{name: {name}, {option}: ~/x}}")
+        assert getattr(found, part)[option] == str(tmp_path / "home/x")
+    (tmp_path / "~").mkdir()  # of an earlier version, which took it as it was written
+    assert given(Config, "--run_dir=~").run_dir == "~"
+    assert given(Config, "--run_dir=~/x").run_dir == str(tmp_path / "home/x")
+
+
 def test_only_mistakes_of_the_user_become_sentences(capsys):
     @report_errors("program")
     def of_the_user(argv):
@@ -381,11 +492,8 @@ PROGRAMS = (
 )
 
 
-def members(kind):
-    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
-
-
 TEXTS = [(cls, key, kind) for cls in PROGRAMS for key, kind in settings(cls) if {str, list[str]} & {*members(kind)}]
+HOME = os.path.expanduser("~")
 
 
 ALSO = {
@@ -429,8 +537,9 @@ def test_text_on_the_command_line_stays_text(word):
         if cls in (Config, train.TrainArguments) and key == "sample.classes":
             assert at(given(cls, *ALSO.get(key, ()), f"--{key}={word}"), key) == [word]
         if not many:
-            assert at(given(cls, *ALSO.get(key, ()), f"--{key}={word}"), key) == word, (cls, key)
-            assert at(given(cls, *ALSO.get(key, ()), f"--{key}", word), key) == word, (cls, key)
+            meant = HOME if word == "~" and is_path(kind) else word
+            assert at(given(cls, *ALSO.get(key, ()), f"--{key}={word}"), key) == meant, (cls, key)
+            assert at(given(cls, *ALSO.get(key, ()), f"--{key}", word), key) == meant, (cls, key)
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -450,7 +559,8 @@ def test_text_in_a_file_stays_text(tmp_path, word):
             )
             found = at(given(cls, *ALSO.get(key, ()), "--config", path), key)
             optional = type(None) in get_args(kind) and not many and not quote and word in ("null", "~")
-            assert (found[0] if many else found) == (None if optional else word), (cls, key, value)
+            meant = HOME if word == "~" and is_path(kind) else word
+            assert (found[0] if many else found) == (None if optional else meant), (cls, key, value)
 
 
 @pytest.mark.parametrize(
@@ -500,8 +610,8 @@ def test_every_option_of_every_part_has_a_type_and_keeps_its_words(tmp_path):
             for option, kind in annotations_of(entry).items():
                 assert not isinstance(kind, str), f"{name}.{option} has its annotation as text"
                 for word in WORDS:
-                    expected = word
-                    if not {str, Literal} & {*members(kind), *map(get_origin, members(kind))}:
+                    expected = HOME if word == "~" and is_path(kind) else word
+                    if str not in members(kind):
                         expected = as_type(Plain(word), kind)
                     quote = "'" if isinstance(expected, str) else ""
                     for argv in (
@@ -707,6 +817,8 @@ def test_a_group_that_is_a_value_is_refused(tmp_path, capsys):
     for argv in ((), ("--train.lr", "1")):
         said = sentence(capsys, "--config", tmp_path / "x.yaml", *argv)
         assert "train is '3'; it is a group of settings, such as train.num_steps." in said
+    for argv in (["--fid", "null"], ["--fid=null"]):
+        assert "fid is 'null'; it is a group of settings, such as fid.reference." in sentence(capsys, *argv)
 
 
 def test_a_group_may_be_given_as_a_whole(file, tmp_path):

@@ -527,7 +527,7 @@ def test_a_folder_without_classes_or_with_an_empty_one(tmp_path):
         Folder(images=str(tmp_path))
 
 
-@pytest.mark.parametrize("size", [0, -3, "abc", 2.5])
+@pytest.mark.parametrize("size", [0, -3, "abc", 2.5, 100_000])
 def test_a_wrong_image_size(folder, size):
     with pytest.raises(ValueError, match=r"data\.image_size is .*; choose a whole number, at least 1"):
         Folder(images=str(folder), image_size=size)

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 
 import demo.__main__
+from vca_engine.signals import SIGNALS
 
 ROOT = Path(demo.__file__).parent.parent
 SMALL = (
@@ -25,7 +26,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """An empty folder to run in, where subprocess.run runs Python programs in this process, and keeps their names."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         commands, plain = [], subprocess.run

@@ -1,7 +1,6 @@
 """Averages of the weights against their closed forms, and averages rebuilt from snapshots against those that were kept."""
 
 import itertools
-import json
 import math
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from vca_engine.records import read_json
 from vca_engine.training import reconstruct as ema
 from vca_engine.training.ema import Ema, constant, gamma_of, power
 from vca_engine.training.reconstruct import LARGE_ERROR, reconstruct, solve
@@ -219,7 +219,7 @@ def test_any_width_is_rebuilt_as_if_it_had_been_kept(followed, tmp_path, step, s
         assert (found[name] - value).abs().max() < tolerance * spread / 0.1, name
     assert found["1.num_batches_tracked"] == 3
     assert found["1.num_batches_tracked"].dtype == torch.int64
-    record = json.loads((tmp_path / "out" / "checkpoint.json").read_text())
+    record = read_json(tmp_path / "out" / "checkpoint.json")
     assert (record["step"], record["ema"]["std"]) == (step or STEPS, std)
     assert record["ema"]["snapshots"] == 2 * (step or STEPS) // EVERY == made.num_snapshots
 
@@ -243,7 +243,7 @@ def test_a_width_that_the_snapshots_cannot_express_is_warned_of_and_recorded(fol
     said = capsys.readouterr().err
     assert f"cannot express width 0.288: what comes nearest has width {std:.3g}, and its shares" in said
     assert f"off by {error:.0%}. Choose a width nearer to the stored ones (0.05, 0.1), or train with a smaller" in said
-    record = json.loads((tmp_path / "wide" / "checkpoint.json").read_text())["ema"]
+    record = read_json(tmp_path / "wide" / "checkpoint.json")["ema"]
     assert record == {"std": 0.288, "snapshots": 40, "profile_error": error, "profile_std": std}
 
 

@@ -334,12 +334,15 @@ def test_what_cannot_be_exported_ends_in_a_sentence_and_leaves_nothing(tmp_path,
     assert "the autoencoder is an AutoencoderTiny, and DiTPipeline needs an AutoencoderKL" in refused(tiny)
 
     run = write_run(tmp_path / "run", dit)
+    assert "codec.path 'no/vae' is neither a folder saved by diffusers' AutoencoderKL nor a" in refused(
+        run, "--vae", "no/vae"
+    )
     assert "weights is 'last'; " in refused(run, "--weights", "last")
     assert "no checkpoint at" in refused(tmp_path / "nowhere")
     assert "is there already; choose another folder" in refused(run, out="vae")
     with monkeypatch.context() as patch:
         patch.setattr(DiTPipeline, "save_pretrained", lambda self, folder: (folder / "half" / "way").touch())
-        assert f"cannot write '{tmp_path / 'out'}': [Errno 2]" in refused(run)
+        assert f"cannot write '{tmp_path / 'out'}': No such file" in refused(run)
     file = tmp_path / "vae" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "shift_factor": 0.1}))
     assert "the autoencoder shifts its latents or scales each channel by itself" in refused(run)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -24,7 +25,7 @@ import sample
 import train
 from vca_engine import assemble
 from vca_engine.config.cli import parse
-from vca_engine.files import sha256_of
+from vca_engine.files import sha256_of, sha256_of_weights
 from vca_engine.images import encode
 from vca_engine.images.codecs import PixelCodec, VAECodec, sample_posterior
 from vca_engine.images.labels import DataInfo
@@ -165,6 +166,41 @@ def test_images_of_other_channels_are_named(tmp_path):
     autoencoder().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"the images have 1 channel\(s\), the autoencoder .* takes 3"):
         VAECodec(1, path=str(tmp_path))
+
+
+def test_an_autoencoder_is_on_the_hub_by_the_rule_of_weights(tmp_path, monkeypatch):
+    """owner/name where there is no folder of the owner's name, and asked once; .bin only where there is no other."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(allow_patterns)
+        if name == "owner/far":
+            raise LocalEntryNotFoundError("Cannot find the files.") from OSError("no route to host")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("vca_engine.hub.snapshot_download", download)
+    for path in ("configs/vae", "./x/y", "vae", "/nowhere/vae", "a/b/c", ""):
+        with pytest.raises(
+            FileNotFoundError, match=rf"codec\.path '{path}' is neither a folder .*: there is no such f"
+        ):
+            VAECodec(3, path=path)
+    assert asked == []
+    with pytest.raises(
+        FileNotFoundError, match=r"codec\.path 'owner/far' .* cannot be reached, .*: no route to host\. "
+    ):
+        VAECodec(3, path="owner/far")
+    assert asked == [["config.json", "diffusion_pytorch_model.safetensors"]]
+    for safe in (True, False):
+        asked.clear()
+        shutil.rmtree(tmp_path / "snapshot", ignore_errors=True)
+        vae = autoencoder()
+        vae.save_pretrained(tmp_path / "snapshot", safe_serialization=safe)
+        assert VAECodec(3, path="owner/vae").identity["weights"] == sha256_of_weights(vae)
+        assert [patterns[1] for patterns in asked] == [
+            f"diffusion_pytorch_model{ending}" for ending in (".safetensors", ".bin")[: 1 if safe else 2]
+        ]
 
 
 @pytest.mark.parametrize("what", ["nothing", "an empty folder", "no weights", "cut weights", "a damaged config"])

@@ -22,6 +22,7 @@ from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, ModelConfig, SampleConfig, to_dict
 from vca_engine.images.codecs import PixelCodec, VAECodec
 from vca_engine.images.labels import DataInfo
+from vca_engine.records import read_json
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.tables import trajectories
 from vca_engine.weights import checkpoint
@@ -177,7 +178,7 @@ def test_what_is_saved_draws_the_same_and_holds_all_it_needs(published, vae, tmp
     space = {}
     exec(code, space)
     assert len(space["images"]) == 1
-    record = json.loads((tmp_path / "moved" / "checkpoint.json").read_text())
+    record = read_json(tmp_path / "moved" / "checkpoint.json")
     assert str(tmp_path) not in json.dumps(record)  # no folder of this machine
 
 
@@ -538,7 +539,7 @@ def test_no_value_in_a_record_is_called_or_ends_without_a_sentence(tmp_path, cap
     pipe = small(tmp_path / "run", sampler={"name": "ode", "method": "euler", "num_steps": 2}, per_class=1)
     pipe.save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "checkpoint.json"
-    record = json.loads(file.read_text())
+    record = read_json(file)
     said = 0
     for number, path in enumerate(
         nodes({name: record[name] for name in ("format", "step", "id", "config", "shape", "codec")})

@@ -52,7 +52,7 @@ def imports(file):
 
 
 # Of vca_engine, what several rooms use and none owns.
-SMALL = ("files", "records", "seeds", "signals", "distributed", "precision")
+SMALL = ("files", "hub", "records", "terminal", "seeds", "signals", "distributed", "precision")
 NETWORKS = {"vca", "dit_vca", "sit_vca"}
 PEERS = {"vca_engine.config", "vca_engine.images", "vca_engine.weights"}
 MAY_IMPORT = {  # room -> rooms; all may import themselves and, but for the networks, the small files

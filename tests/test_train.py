@@ -33,6 +33,8 @@ from vca import VisualContrastAttention, defaults_of
 from vca_engine import assemble
 from vca_engine.config.schema import TrainConfig
 from vca_engine.images.loader import DeadWorkerError, load
+from vca_engine.records import read_json
+from vca_engine.sampling.guidance import Guidance
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.signals import SIGNALS, STOPPED
 from vca_engine.training import log as logs
@@ -383,15 +385,9 @@ def test_a_run_folder_that_is_a_file_or_cannot_be_made(tmp_path, capsys):
     assert "file/inside" in sentence(capsys, settings(tmp_path / "file" / "inside", 2))
 
 
-FULL = ["previews/.step-00000002.png.partial", ".loss.png.partial", "previews/.progress.gif.partial"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
 @pytest.mark.drawn
-def test_a_full_disk_stops_nothing_and_is_said(tmp_path, capsys, monkeypatch):
-    (tmp_path / "run" / "previews").mkdir(parents=True)
-    for file in FULL:
-        (tmp_path / "run" / file).symlink_to("/dev/full")
+def test_a_full_disk_stops_nothing_and_is_said(tmp_path, capsys, monkeypatch, full_disk):
+    full_disk(["step-00000002.png", "loss.png", "progress.gif"])
     write, saves = checkpoint.save_file, []
 
     def full(values, file):
@@ -409,6 +405,60 @@ def test_a_full_disk_stops_nothing_and_is_said(tmp_path, capsys, monkeypatch):
     assert [f.name for f in checkpoint.steps(folder)] == ["step-00000003", "step-00000004"]
     monkeypatch.setattr(checkpoint, "save_file", write)
     assert_same(tensors(folder), tensors(run(tmp_path / "whole", 4)))
+
+
+def test_what_the_disk_did_not_take_at_the_last_step_is_owed(tmp_path, capsys, monkeypatch):
+    """The run says so and ends with another code than 0; the same command makes up for it."""
+    options = f"{judged(tmp_path)} --train.snapshot_every 4"
+    whole, save = run(tmp_path / "whole", 4, options), checkpoint.save
+
+    def full(folder, *rest):
+        if folder.parent.name == "snapshots":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(folder, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    text = sentence(capsys, settings(tmp_path / "run", 4, options))
+    assert "all 4 steps are done, but not the snapshot of the last" in text
+    monkeypatch.setattr(checkpoint, "save", save)
+    folder = run(tmp_path / "run", 4, options)
+    assert {f.name for f in checkpoint.steps(folder, "snapshots")} == {"step-00000004"}
+    assert_same(tensors(folder), tensors(whole))
+    assert "done already" not in capsys.readouterr().out
+    run(folder, 4, options)
+    assert "done already" in capsys.readouterr().out
+
+
+def test_a_damaged_line_of_a_log_costs_that_line(tmp_path):
+    folder = run(tmp_path / "run", 4)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text(
+        "\n".join([lines[0], "null", lines[1][:40], "[1]", '{"loss": 3}', *lines[2:]])
+    )
+    assert [line[0] for line in metrics(run(folder, 5, "--train.schedule constant"))] == [1, 3, 4, 5]
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(tmp_path, capsys):
+    """As after a restart of the machine, whose other disk is not mounted yet."""
+    folder = run(tmp_path / "run", 3, "--train.checkpoint_every 2")
+    before = (folder / "metrics.jsonl").read_bytes()
+    (folder / "checkpoints").rename(tmp_path / "disk")
+    (folder / "checkpoints").symlink_to("/nowhere")
+    again = settings(folder, 3, "--train.checkpoint_every 2")
+    assert "is a link to '/nowhere', which is not there; mount its disk" in sentence(capsys, again)
+    (folder / "checkpoints").unlink()
+    assert "has come to step 3, but holds no checkpoint; put its folder 'checkpoints' back" in sentence(capsys, again)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    (folder / "checkpoints").symlink_to(tmp_path / "disk")
+    run(folder, 3, "--train.checkpoint_every 2")
+    assert "done already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"given": 1, "checkpoint": "x", "id": "y"}'])
+def test_a_damaged_record_of_where_a_run_goes_on_from_is_named(tmp_path, capsys, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resumed_from.json").write_text(content)
+    assert "resumed_from.json' is damaged" in sentence(capsys, settings(tmp_path / "run", 1))
 
 
 def test_a_line_that_the_disk_did_not_take_is_written_with_the_next(tmp_path, capsys, monkeypatch):
@@ -545,10 +595,13 @@ def test_the_distance_is_measured_as_training_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["euler", "dopri5"])
-def test_a_preview_and_a_distance_that_cannot_be_had_are_said_and_training_goes_on(tmp_path, capsys, method):
+def test_a_preview_and_a_distance_that_cannot_be_had_are_said_and_training_goes_on(
+    tmp_path, capsys, monkeypatch, method
+):
     """Guidance that overflows spoils what is drawn, and not what is learned."""
     options = f"{judged(tmp_path)} --train.sample_every 2 --train.checkpoint_every 2 --sample.sampler.method {method}"
-    folder = run(tmp_path / "run", 4, f"{options} --sample.cfg_scale 1e38")
+    monkeypatch.setattr("vca_engine.training.run.guidance_of", lambda sampling: Guidance(1e38))
+    folder = run(tmp_path / "run", 4, options)
     out = capsys.readouterr().out
     for step in (2, 4):
         for what in (f"step-{step:08d}.png", f"the FID of step {step}"):
@@ -615,7 +668,7 @@ def test_other_metrics_than_a_distance_are_measured_without_a_curve(tmp_path):
 def test_a_record_that_does_not_say_the_attention_is_named(tmp_path, capsys, model, said):
     folder = run(tmp_path / "run", 1)
     file = checkpoint.find(folder) / "checkpoint.json"
-    record = json.loads(file.read_text())
+    record = read_json(file)
     file.write_text(json.dumps({**record, "config": {**record["config"], "model": model}}))
     assert said in sentence(capsys, settings(folder, 2))
 
@@ -630,7 +683,7 @@ def test_an_attention_without_a_name_is_named_before_it_is_compared_with_the_run
 def test_other_data_or_another_autoencoder_is_refused(tmp_path, capsys):
     folder = run(tmp_path / "run", 1)
     file = checkpoint.find(folder) / "checkpoint.json"
-    record = json.loads(file.read_text())
+    record = read_json(file)
     cases = [
         ("num_images", 7, "num_images 7 (now 1297)"),
         ("codec", {"name": "vae"}, "codec.name 'vae' (now 'pixels')"),
@@ -898,7 +951,7 @@ SEPARATE = (
 def written_before_the_joint_softmax(folder):
     """The run with records as they were when there was no such option."""
     for file in folder.glob("*/*/checkpoint.json"):
-        record = json.loads(file.read_text())
+        record = read_json(file)
         record["format"], record["config"]["model"]["attention"] = 3, {"name": "vca"}
         file.write_text(json.dumps(record))
     return folder

@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
@@ -203,9 +203,11 @@ def test_what_the_hub_cannot_give_ends_in_a_sentence_and_what_it_gives_is_read(t
             raise RepositoryNotFoundError("404 Client Error", response=MagicMock())
         if name == "owner/far":
             raise OSError("Name or service\n\nnot known.")
+        if name == "owner/offline":
+            raise LocalEntryNotFoundError("Cannot find the files.") from OSError("no route\nto host")
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr("vca_engine.weights.files.snapshot_download", download)
+    monkeypatch.setattr("vca_engine.hub.snapshot_download", download)
     model = network()
     model.save_pretrained(tmp_path / "snapshot")
     tensors, kind, names, options = read_weights("facebook/DiT")
@@ -216,16 +218,17 @@ def test_what_the_hub_cannot_give_ends_in_a_sentence_and_what_it_gives_is_read(t
     for name, reason in (
         ("owner/none", "has no model of that name, or none that you may see; check the name"),
         ("owner/far", "cannot give it now; check the name, or the network: Name or service not known"),
+        ("owner/offline", "cannot be reached, so check the network, or the name: no route to host"),
     ):
         with pytest.raises(
             FileNotFoundError, match=f"'{name}': there is no such .*, and the Hugging Face hub {reason}.$"
         ):
             locate(name)
-    assert asked == ["facebook/DiT", "owner/none", "owner/far"]
+    assert asked == ["facebook/DiT", "owner/none", "owner/far", "owner/offline"]
     for path in ("snapshot/none", "/nowhere/else", "nowhere", "a/b/c", "./a", "facebook/DiT.pt/"):
         with pytest.raises(FileNotFoundError, match=r"no weights at '.*': there is no such file or folder.$"):
             locate(path)
-    assert len(asked) == 3
+    assert len(asked) == 4
 
 
 # ---- diffusers ----

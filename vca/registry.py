@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 TYPES = {  # type -> how it is called in an error and in --help
     int: "a whole number (int)",
@@ -113,8 +113,9 @@ def check_type(entry: Callable[..., Any], option: str, value: Any, where: str) -
 
 
 def members_of(kind: Any) -> tuple[Any, ...]:
-    """List the types of a union, or the one type."""
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    """List the types of a union, or the one type, without what is annotated of them."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(get_args(member)[0] if get_origin(member) is Annotated else member for member in members)
 
 
 def describe_type(kind: Any) -> str:
@@ -127,9 +128,9 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {list(items)}"
     if origin is tuple:
-        return f"{len(items)} values, written so: {'[2,3]' if int in items else '[0.1,0.9]'}"
+        return f"{len(items)} values, written so: {'[2,3]' if (int,) in map(members_of, items) else '[0.1,0.9]'}"
     if origin in (list, Sequence):
-        return f"a list of {LISTS.get(items[0], 'values')}, written so: [3,7]"
+        return f"a list of {LISTS.get(members_of(items[0])[0], 'values')}, written so: [3,7]"
     return "a name with options" if origin in (dict, Mapping) else TYPES.get(kind, "")
 
 

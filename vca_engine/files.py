@@ -1,34 +1,57 @@
 """Files and folders that are there whole or not at all."""
 
+import glob
 import hashlib
+import os
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import xxhash
+from filelock import FileLock, Timeout
+
 if TYPE_CHECKING:
     from torch import nn
+
+NAME = 50  # characters of a file's name that stand in its temporary one, which no file system then finds too long
+
+
+def expanded(path: str) -> str:
+    """Put the home folder in the place of ~ or ~USER at the start of a path, unless that is there under its very name.
+
+    This is done where a path is read, of a file of settings or a command line, and nowhere else.
+    """
+    return path if os.path.lexists(path) else os.path.expanduser(path)
+
+
+def typed_path(word: str) -> Path:
+    """Read a path on a command line, for argparse."""
+    return Path(expanded(word))
 
 
 @contextmanager
 def written_aside(file: str | Path) -> Iterator[Path]:
     """Give a temporary name beside `file`, which gets its own name when the block has written it; make the folders.
 
+    The temporary name is of this call alone: two programs that write one file do not meet in it.
+
     Raises:
         OSError: It could not be written, say because the disk is full; `file` is as it was, nothing else is left.
     """
     file = Path(file)
-    temporary = file.with_name(f".{file.name}.partial")
+    temporary = _temporary(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        set_usual_mode(temporary)
         temporary.replace(file)
     except OSError as error:
-        raise OSError(f"cannot write {str(file)!r}: {error}") from error
+        raise OSError(f"cannot write {str(file)!r}: {error.strerror or error}") from error
     finally:
-        if temporary.is_file():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -57,16 +80,81 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
     """
     require_free(folder)
     folder = folder.absolute()
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary = _temporary(folder)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # what a program that was killed has left
         temporary.mkdir(parents=True)
         yield temporary
+        set_usual_mode(*temporary.rglob("*.safetensors"))
         temporary.replace(folder)
     except OSError as error:
-        raise OSError(f"cannot write {str(folder)!r}: {error}") from error
+        raise OSError(f"cannot write {str(folder)!r}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_temporary(folder: Path, of: Path | None = None) -> None:
+    """Remove what programs that were killed have left of files written aside; for who alone is at work there.
+
+    Args:
+        folder: Where they are.
+        of: The file that was to be written; None for all.
+    """
+    name = "*" if of is None else glob.escape(of.name[:NAME])
+    for left in (*folder.glob(f".{name}.????????.tmp"), *folder.glob(f".{name}.partial")):  # .partial: earlier versions
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def set_usual_mode(*files: Path) -> None:
+    """Let those read files whom the user's umask lets; safetensors are written for their owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in files:
+        with suppress(OSError):  # a file system without modes, or a file that was not written
+            file.chmod(0o666 & ~umask)
+
+
+def hold(file: Path, busy: str) -> FileLock | None:
+    """Lock a file, which other programs then cannot; the lock goes with the program.
+
+    Args:
+        file: It is made if it is not there, and its folder, too.
+        busy: The sentence if another program holds it.
+
+    Returns:
+        The lock, taken; None on a file system without locks.
+
+    Raises:
+        ValueError: Another program holds it.
+        OSError: Its folder cannot be made.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(busy) from None
+    except (OSError, NotImplementedError):
+        return None
+    return lock
+
+
+def checksum_of(content: str | Path | bytes) -> str:
+    """Compute the checksum by which damage is found: XXH3 of bytes, or of what a file holds; of no use against intent.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest = xxhash.xxh3_64()
+    if isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with Path(content).open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return f"xxh3:{digest.hexdigest()}"
 
 
 def sha256_of(file: str | Path) -> str:
@@ -88,3 +176,8 @@ def sha256_of_weights(module: "nn.Module") -> str:
             digest.update(key.encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _temporary(path: Path) -> Path:
+    """Name a file or folder beside `path` that no other program writes; see `remove_temporary`."""
+    return path.with_name(f".{path.name[:NAME]}.{uuid.uuid4().hex[:8]}.tmp")

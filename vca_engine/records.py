@@ -1,24 +1,62 @@
 """Records of what was made, and how: read from JSON, compared, and the differences as a sentence."""
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from vca_engine.files import checksum_of, write_text
+
+
+def write_json(file: str | Path, record: Mapping[str, Any]) -> None:
+    """Write an object as JSON, aside, with a checksum of itself, by which `read_json` finds damage.
+
+    Raises:
+        OSError: It could not be written.
+    """
+    write_text(Path(file), with_checksum(record))
+
+
+def with_checksum(record: Mapping[str, Any]) -> str:
+    """Write an object as the text of a JSON file, with a checksum of itself."""
+    return json.dumps({**record, "checksum": _checksum(record)}, indent=2) + "\n"
+
 
 def read_json(file: str | Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that holds an object; if it has a checksum of ours, check it, and leave it out.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It holds something else, or is cut short; names it.
+        OSError: It cannot be read.
+        ValueError: It holds something else, is cut short, or does not have its checksum; names it.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(Path(file).read_bytes().decode())
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} in the place of an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}.") from None
+    if str(content.get("checksum")).startswith("xxh3:") and content.pop("checksum") != _checksum(content):
+        raise ValueError(
+            f"{str(file)!r} is damaged, or was changed by hand: it does not have its checksum. If you changed it, "
+            'remove its line "checksum".'
+        )
     return content
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read a file of JSON objects, one a line, but for lines that are damaged; [] if there is no file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    found = []
+    for text in file.read_bytes().split(b"\n") if file.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            found += [line] if isinstance(line, dict) else []
+    return found
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -47,3 +85,8 @@ def listed(found: dict[str, tuple[Any, Any]], second: str = "now", most: int | N
 def _short(value: Any, most: int | None) -> str:
     text = repr(value)
     return text if most is None or len(text) <= most else f"{text[:16]}...{text[-8:]}"
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    content = json.loads(json.dumps(record))  # tuples are lists and keys are text, as they will be when they are read
+    return checksum_of(json.dumps(content, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""A clean stop on Ctrl-C, SIGTERM and SIGUSR1."""
+"""A clean stop on Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP."""
 
 import os
 import signal
@@ -13,12 +13,13 @@ from accelerate import Accelerator
 from torch import distributed
 
 STOPPED = 75  # exit code after a signal, where the same command goes on; EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # the last of a terminal that is closed
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that end a program which does not ask for them
 SAME = 5.0  # seconds within which a second Ctrl-C is the first one, passed on by a launcher
 
 
 class StopSignal:
-    """A stop after the current step, on Ctrl-C, SIGTERM or SIGUSR1, agreed on by all processes.
+    """A stop after the current step, on one of `SIGNALS`, agreed on by all processes.
 
     Before `begin` there is nothing to save, and the program ends at once. Ctrl-C once more, after some seconds, kills.
 
@@ -32,7 +33,8 @@ class StopSignal:
         self.group: Any = None
         self.num_processes = 0
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._receive)
 
     def begin(self, accelerator: Accelerator, minutes: int) -> None:
         """Let a signal end the run only after a step; processes wait for each other so many minutes. All call this."""
@@ -73,11 +75,9 @@ def leave_process_group(worker: int) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait for the end of the block, so that what it writes is whole. For the main thread."""
+    """Let signals wait for the end of the block, so that what it writes is whole. For the main thread."""
     received = []
-    before = {
-        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in ENDING}
     try:
         yield
     finally:
@@ -87,10 +87,12 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM end the program as an exception does, so that what it has is saved on the way out."""
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end the program as an exception does, so that what it has is saved on the way out."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
+    for number in ENDING[1:]:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, end)

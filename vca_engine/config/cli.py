@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import os
 import re
 import sys
 import traceback
@@ -21,12 +22,14 @@ from vca_engine.config.reading import (
     Word,
     is_spec,
     leaves,
+    range_of,
     refused,
     typed,
     unknown,
     validate,
 )
 from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml, read_yaml, write_yaml
+from vca_engine.terminal import steady_output
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,6 +65,8 @@ def parse(
     try:
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
+        if empty := _empty(values):
+            raise ValueError(f"{empty} is empty, as of a variable that is not set; give it a value, or leave it out.")
         try:
             found = validate(cls, values)
         except MissingSettingError:
@@ -113,12 +118,21 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if key == "config":
             _merge(found, read_yaml(value), cls)
         elif dataclasses.is_dataclass(kinds.get(key)):
+            if value in NULLS:
+                raise ValueError(refused(name, Plain(value), kinds[key], {"type": "dataclass_type"}))
             group = _braces(name, value) if value.startswith("{") else read_yaml(value)
             _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
         else:
             spec = value.startswith("{") and is_spec(kinds.get(key))
             _put(found, key, _braces(name, value) if spec else Word(value), cls)
     return found, printed
+
+
+def _empty(values: Any, key: str = "") -> str | None:
+    """Find a setting, an option or an item of a list that is a text without a letter."""
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    inner = (_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
+    return key if values == "" else next(filter(None, inner), None)
 
 
 def _braces(name: str, value: str) -> dict[str, Any]:
@@ -157,7 +171,7 @@ def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
         elif isinstance(value, dict):
             _merge(found.setdefault(name, {}), value, fields[name])
         elif not (isinstance(value, Plain) and value in NULLS):
-            raise ValueError(refused(name, value, fields[name], "dataclass_type"))
+            raise ValueError(refused(name, value, fields[name], {"type": "dataclass_type"}))
 
 
 def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
@@ -229,6 +243,7 @@ def _help(cls: type, prog: str, description: str, epilog: str) -> str:
                 "{" + ",".join(choices) + "}" if choices else "[{true,false}]" if f.type is bool else f.name.upper()
             )
             kind = "" if choices or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
+            kind += f"{bounds}; " if (bounds := range_of(f.type)) else ""
             known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
             group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)
@@ -255,23 +270,26 @@ def _descriptions(cls: type) -> dict[str, str]:
 def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a program's main: a user's mistake ends it with its sentence and exit code 2, Ctrl-C with 130.
 
-    A mistake is a ValueError or OSError that this project's own code raised; any other keeps its traceback.
+    A mistake is an OSError, or a ValueError that this project's own code raised; any other keeps its traceback.
+    What is printed ends nothing; see `terminal.steady_output`.
     """
 
     def decorate(main: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(main)
         def wrapped(argv: Sequence[str] | None = None) -> None:
-            try:
-                main(argv)
-            except (ValueError, OSError) as error:
-                raised_in, sentence = _origin(error)
-                if ROOT not in raised_in.parents or "site-packages" in raised_in.parts:
-                    raise
-                print(f"{prog}: {sentence}", file=sys.stderr)
-                raise SystemExit(2) from None
-            except KeyboardInterrupt:
-                print(f"{prog}: interrupted; the same command goes on.", file=sys.stderr)
-                raise SystemExit(130) from None
+            with steady_output():
+                try:
+                    main(argv)
+                except (ValueError, OSError) as error:
+                    raised_in, sentence = _origin(error)
+                    ours = ROOT in raised_in.parents and "site-packages" not in raised_in.parts
+                    if not (ours or isinstance(error, OSError)):
+                        raise
+                    print(f"{prog}: {sentence}", file=sys.stderr)
+                    raise SystemExit(2) from None
+                except KeyboardInterrupt:
+                    print(f"{prog}: interrupted; the same command goes on.", file=sys.stderr)
+                    raise SystemExit(130) from None
 
         return wrapped
 
@@ -281,6 +299,9 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
 def _origin(error: Exception) -> tuple[Path, str]:
     """Find the file that raised an error, and its sentence; torch passes those of its data workers on as text."""
     file, sentence = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        sentence = f"{str(name)!r}: {error.strerror}."
     if sentence.startswith("Caught ") and "DataLoader worker" in sentence:
         file = re.findall(r'File "([^"]+)"', sentence)[-1]
         sentence = re.split(r"\n[\w.]+: ", sentence)[-1].strip()

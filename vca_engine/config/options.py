@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vca_engine.config.reading import Spec, Strict
+from vca_engine.config.reading import FilePath, Spec, Strict
 from vca_engine.config.schema import SampleConfig
 
 # The fields of SampleConfig, none of which has to be given: what is None stays as it is in the run's config.
@@ -44,10 +44,10 @@ class ModelOptions(Strict):
         device: cuda or cpu; auto is the GPU if there is one.
     """
 
-    checkpoint: str
+    checkpoint: FilePath
     weights: str = "ema"
     process: Spec | None = None
-    vae: str | None = None
+    vae: FilePath | None = None
     precision: Literal["no", "bf16"] = "no"
     tf32: bool = True
     compile: bool = False

@@ -14,14 +14,38 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from vca import annotations_of, describe_type, members_of, nearest
 from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml
+from vca_engine.files import expanded
 
-Spec = dict[str, Any]
+LARGEST = 1_000_000  # of the numbers among the options of a part
+
+
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Give back the options of a part, if each of their numbers is finite and at most `LARGEST`.
+
+    Raises:
+        ValueError: One of them is not; names it by its place in the part.
+    """
+    for option, value in options.items():
+        if isinstance(value, dict):
+            try:
+                check_options(value)
+            except ValueError as error:
+                raise ValueError(f"{option}.{error}") from None
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, int | float) and not abs(each) <= LARGEST:  # NaN, too
+                raise ValueError(f"{option} is {value!r}; choose at least {-LARGEST:,}, at most {LARGEST:,}.")
+    return options
+
+
+Spec = Annotated[dict[str, Any], AfterValidator(check_options)]
+FILE = "a file, a folder, or where one is to be"  # what marks the type of a path
+FilePath = Annotated[str, FILE]  # ~ at its start is the home folder
 Registries = Mapping[str, Mapping[str, Any]]  # name of a field or option that is a name with options -> its registry
 Settings = TypeVar("Settings")  # a dataclass
 ITEM = re.compile(r"""\s*(?:'((?:[^']|'')*)'|"([^"]*)"|([^,]*?))\s*(?:,|$)""")  # of a list on a command line
@@ -32,9 +56,21 @@ class MissingSettingError(ValueError):
 
 
 class Strict:
-    """Base of the dataclasses that are read: no other fields than theirs, and finite numbers."""
+    """Base of the dataclasses that are read: no other fields than theirs, and finite numbers in their ranges.
+
+    The range of a number is said by the type of its field; it is checked whoever makes the object.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a value is out of the range of its field."""
+        for name, (kind, adapter) in _field_adapters(type(self)).items():
+            try:
+                adapter.validate_python(getattr(self, name))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                raise ValueError(refused(name, getattr(self, name), kind, first)) from None
 
 
 class Word(str):
@@ -92,6 +128,9 @@ def typed(cls: type, values: Mapping[str, Any], parts: Registries) -> dict[str, 
 
 def as_type(value: Any, kind: Any) -> Any:
     """Turn a word, or a list or dict of words, into JSON of the type `kind`, if it can be that."""
+    if is_path(kind):
+        found = as_type(value, str | None if NoneType in members_of(kind) else str)
+        return expanded(found) if isinstance(found, str) else found
     kinds = members_of(kind)
     if isinstance(value, Word):
         value = _unpacked(value, kinds)
@@ -123,6 +162,27 @@ def is_spec(kind: Any) -> bool:
     return any(get_origin(member) in (dict, collections.abc.Mapping) for member in members_of(kind))
 
 
+def is_path(kind: Any) -> bool:
+    """Say whether a field or option of this type is a path."""
+    return any(FILE in getattr(member, "__metadata__", ()) for member in (kind, *get_args(kind)))
+
+
+def range_of(kind: Any) -> str:
+    """Say which numbers a type allows, e.g. "at least 1, below 1,000"; of a list or pair, which each of them may be."""
+    for member in (kind, *get_args(kind)):
+        bounds = {}
+        for data in getattr(member, "__metadata__", ()):
+            for bound in getattr(data, "metadata", ()):  # of a pydantic Field
+                bounds |= dataclasses.asdict(bound)
+        if bounds:
+            say = {name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in bounds.items()}
+            words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+            return ", ".join(f"{words[name]} {say[name]}" for name in words if name in say)
+        if member is not kind and (inner := range_of(member)):
+            return inner
+    return ""
+
+
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted name and type of each setting; of groups of them, too, whose type is a dataclass."""
     for f in dataclasses.fields(cls):
@@ -138,6 +198,14 @@ def unknown(key: str, known: Sequence[str]) -> str:
     last = [name for name in known if name.rpartition(".")[2] == key]  # --lr for --train.lr
     hint = f" did you mean {last[0]!r}?" if last else nearest(key, known)
     return f"{key!r} is not a setting;{hint} see --help for all."
+
+
+@functools.cache
+def _field_adapters(cls: type) -> dict[str, tuple[Any, TypeAdapter]]:
+    """Make what checks each field of a dataclass, with its type; one that is a dataclass checks itself."""
+    kinds = {f.name: f.type for f in dataclasses.fields(cls) if not dataclasses.is_dataclass(f.type)}
+    config = ConfigDict(allow_inf_nan=False)
+    return {name: (kind, TypeAdapter(kind, config=config)) for name, kind in kinds.items()}
 
 
 @functools.cache
@@ -239,24 +307,29 @@ def _mistake(cls: type, values: Mapping[str, Any], error: ValidationError) -> Va
         else:
             more = f"Type --{missing[0]} VALUE."
         return MissingSettingError(f"the following arguments are required: {', '.join(missing)}. {more}")
-    if wrong["type"] == "value_error":  # of the dataclass itself
-        return wrong["ctx"]["error"]
     key, value = "", values
     for part in wrong["loc"]:
         if f"{key}.{part}".lstrip(".") not in kinds:
             break
         key, value = f"{key}.{part}".lstrip("."), value[part]
-    return ValueError(refused(key, value, kinds.get(key), wrong["type"]))
+    if wrong["type"] == "value_error" and not is_spec(kinds.get(key)):  # of the dataclass itself
+        return wrong["ctx"]["error"]
+    return ValueError(refused(key, value, kinds.get(key), wrong))
 
 
-def refused(key: str, value: Any, kind: Any, what: str) -> str:
-    """Write the sentence for a value that a setting cannot have."""
+def refused(key: str, value: Any, kind: Any, error: Mapping[str, Any]) -> str:
+    """Write the sentence for a value that a setting cannot have: what pydantic says of it has a type and a context."""
+    what = error["type"]
+    if what == "value_error":  # of an option of a part
+        return f"{key}.{error['ctx']['error']}"
     given = "null" if value is None else repr(value)
     choices = [word for member in members_of(kind) if get_origin(member) is Literal for word in get_args(member)]
     if what == "json_invalid":
         return "a value is not text in UTF-8."
     if what == "finite_number":
         return f"{key} is {given}; it must be a finite number."
+    if what in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        return f"{key} is {given}; choose {range_of(kind)}."
     if dataclasses.is_dataclass(kind):
         return f"{key} is {given}; it is a group of settings, such as {key}.{dataclasses.fields(kind)[0].name}."
     if choices:

@@ -1,5 +1,7 @@
 """A run as data: frozen dataclasses that say, field by field, what a YAML file and the command line may set.
 
+Each number has a range, which is part of its type; the type of a path says that it is one.
+
 `data`, `codec`, `process`, `model.attention` and `sample.sampler` are specs, `{name: ..., option: value}`; the classes
 that they name check their options when they are built, before the first step.
 """
@@ -9,12 +11,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from vca import lookup
-from vca_engine.config.reading import Spec, Strict
+from vca_engine.config.reading import FilePath, Spec, Strict
 from vca_engine.config.yamlfile import write_yaml
 from vca_engine.files import write_text
+
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Size = Annotated[int, Field(ge=1, le=2**20)]  # of a network
+Count = Annotated[int, Field(ge=1, le=10_000)]  # of images to look at
+Batch = Annotated[int, Field(ge=1, le=65_536)]  # of images that are in memory together
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+Images = Annotated[int, Field(ge=2, le=10**7)]  # of a distance
+Share = Annotated[float, Field(ge=0, lt=1)]
+Level = Annotated[float, Field(ge=0, le=1)]  # of noise
+Scale = Annotated[float, Field(ge=-1000, le=1000)]  # of guidance
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -39,20 +53,13 @@ class ModelConfig(Strict):
     """
 
     size: str = "S/2"
-    patch_size: int | None = None
-    hidden_size: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float = 4.0
-    class_dropout_prob: float = 0.1
+    patch_size: Size | None = None
+    hidden_size: Size | None = None
+    depth: Size | None = None
+    num_heads: Size | None = None
+    mlp_ratio: Annotated[float, Field(gt=0, le=1000)] = 4.0
+    class_dropout_prob: Share = 0.1
     attention: Spec = field(default_factory=lambda: {"name": "vca"})
-
-    def __post_init__(self) -> None:
-        for key in ("patch_size", "hidden_size", "depth", "num_heads"):
-            value = getattr(self, key)
-            require(value is None or 0 < value <= 2**20, f"model.{key}", value, "choose 1 to a million")
-        require(0 < self.mlp_ratio <= 1000, "model.mlp_ratio", self.mlp_ratio, "choose a positive number up to 1000")
-        require(0 <= self.class_dropout_prob < 1, "model.class_dropout_prob", self.class_dropout_prob, "choose [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -94,20 +101,20 @@ class TrainConfig(Strict):
         keep_every: Checkpoints of steps that are multiples of this are kept for ever.
     """
 
-    num_steps: int = 400_000
-    batch_size: int = 256
-    accumulate: int = 1
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
+    num_steps: Steps = 400_000
+    batch_size: Annotated[int, Field(ge=1, le=10**6)] = 256
+    accumulate: Annotated[int, Field(ge=1, le=10**6)] = 1
+    lr: Annotated[float, Field(gt=0, le=100)] = 1e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     schedule: Literal["constant", "cosine"] = "constant"
-    max_grad_norm: float | None = None
-    max_skipped: int = 10
-    ema_decay: float = 0.9999
+    max_grad_norm: Annotated[float, Field(gt=0, le=10**6)] | None = None
+    max_skipped: Steps = 10
+    ema_decay: Share = 0.9999
     ema_warmup: bool = True
-    ema_stds: list[float] = field(default_factory=lambda: [0.05, 0.1])
-    snapshot_every: int = 20_000
+    ema_stds: list[Annotated[float, Field(gt=0, le=12**-0.5)]] = field(default_factory=lambda: [0.05, 0.1])
+    snapshot_every: Steps = 20_000
     precision: Literal["auto", "no", "bf16"] = "auto"
     tf32: bool = True
     compile: bool = False
@@ -115,38 +122,23 @@ class TrainConfig(Strict):
     grad_checkpointing: bool = False
     channels_last: bool = True
     preload: bool = False
-    num_workers: int | None = None
-    timeout: int = 30
-    log_every: int = 100
+    num_workers: Annotated[int, Field(ge=0, le=1024)] | None = None
+    timeout: Annotated[int, Field(ge=1, le=10**6)] = 30
+    log_every: Steps = 100
     tracker: Literal["tensorboard", "wandb", "trackio", "none"] = "tensorboard"
-    sample_every: int = 10_000
-    checkpoint_every: int = 10_000
-    keep_checkpoints: int | None = None
-    keep_every: int | None = None
+    sample_every: Steps = 10_000
+    checkpoint_every: Steps = 10_000
+    keep_checkpoints: Steps | None = None
+    keep_every: Steps | None = None
 
     def __post_init__(self) -> None:
-        periods = ("log_every", "sample_every", "checkpoint_every", "snapshot_every")
-        for key in ("num_steps", "batch_size", "accumulate", "max_skipped", "timeout", *periods):
-            require(getattr(self, key) > 0, f"train.{key}", getattr(self, key), "choose at least 1")
-        require(self.lr > 0, "train.lr", self.lr, "choose a positive number")
-        require(all(0 <= b < 1 for b in self.betas), "train.betas", list(self.betas), "choose two numbers in [0, 1)")
-        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "choose at least 0")
-        require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "choose at least 0")
-        require((self.num_workers or 0) >= 0, "train.num_workers", self.num_workers, "choose at least 0")
-        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "choose [0, 1)")
-        widths = all(0 < std <= 12**-0.5 for std in self.ema_stds) and len(
-            {f"{std:g}" for std in self.ema_stds}
-        ) == len(self.ema_stds)
-        require(widths, "train.ema_stds", self.ema_stds, "choose different numbers above 0 and at most 0.288")
-        for key in ("keep_checkpoints", "keep_every"):
-            value = getattr(self, key)
-            require(value is None or value > 0, f"train.{key}", value, "choose at least 1")
-        keep, norm = self.keep_checkpoints, self.max_grad_norm
-        if self.keep_every and not keep:
+        super().__post_init__()
+        different = len({f"{std:g}" for std in self.ema_stds}) == len(self.ema_stds)
+        require(different, "train.ema_stds", self.ema_stds, "choose different numbers")
+        if self.keep_every and not self.keep_checkpoints:
             raise ValueError(
                 "train.keep_every is given, but all checkpoints are kept; give train.keep_checkpoints, too."
             )
-        require(norm is None or norm > 0, "train.max_grad_norm", norm, "choose a positive number")
 
     def workers(self, cached: bool = False) -> int:
         """Give the number of processes that load data: cached latents, or images."""
@@ -185,25 +177,20 @@ class SampleConfig(Strict):
     """
 
     sampler: Spec | None = None
-    cfg_scale: float = 1.0
-    guided_channels: int | None = None
-    guidance_interval: tuple[float, float] | None = None
+    cfg_scale: Scale = 1.0
+    guided_channels: Size | None = None
+    guidance_interval: tuple[Level, Level] | None = None
     classes: list[str] | None = None
-    per_class: int = 8
-    seed: int = 0
-    group_size: int = 16
+    per_class: Count = 8
+    seed: Seed = 0
+    group_size: Batch = 16
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "sample.seed", self.seed, "choose at least 0")
+        super().__post_init__()
         require(self.classes != [], "sample.classes", self.classes, "name at least one class, or leave it out")
-        for key in ("per_class", "group_size"):
-            require(getattr(self, key) > 0, f"sample.{key}", getattr(self, key), "choose at least 1")
-        channels, interval = self.guided_channels, self.guidance_interval
-        require(channels is None or channels > 0, "sample.guided_channels", channels, "choose at least 1")
-        within = interval is None or 0 <= interval[0] <= interval[1] <= 1
-        require(
-            within, "sample.guidance_interval", interval, "choose two noise levels between 0 and 1, the lower first"
-        )
+        low, high = self.guidance_interval or (0, 1)
+        allowed = "choose two noise levels between 0 and 1, the lower first"
+        require(low <= high, "sample.guidance_interval", self.guidance_interval, allowed)
 
     def changed(self, **given: Any) -> "SampleConfig":
         """Change what is given and not None; a sampler without a name gives options to the one that is there."""
@@ -230,17 +217,16 @@ class FidConfig(Strict):
         num: Images of an evaluation in training; the literature's FID is of 50000.
     """
 
-    reference: str | None = None
+    reference: FilePath | None = None
     extractor: str = "inception"  # `check_names` looks these words up
     preset: str = "adm"
-    weights: str | None = None
+    weights: FilePath | None = None
     metrics: list[str] | None = None
-    every: int | None = None
-    num: int = 10_000
+    every: Steps | None = None
+    num: Images = 10_000
 
     def __post_init__(self) -> None:
-        require(self.every is None or self.every > 0, "fid.every", self.every, "choose at least 1")
-        require(self.num > 1, "fid.num", self.num, "choose at least 2")
+        super().__post_init__()
         if self.every is not None and self.reference is None:
             raise ValueError(
                 "fid.every is given, but no fid.reference; name the file or folder to compare with: "
@@ -283,13 +269,9 @@ class CacheConfig(Strict):
 
     moments: bool = True
     precision: Literal["no", "bf16"] = "no"
-    batch_size: int = 32
-    shard_size: int = 1024
+    batch_size: Batch = 32
+    shard_size: Annotated[int, Field(ge=1, le=10**6)] = 1024
     on_error: Literal["stop", "skip"] = "stop"
-
-    def __post_init__(self) -> None:
-        for key in ("batch_size", "shard_size"):
-            require(getattr(self, key) > 0, f"cache.{key}", getattr(self, key), "choose at least 1")
 
 
 @dataclass(frozen=True)
@@ -313,21 +295,21 @@ class Config(Strict):
         fid: How they are measured.
     """
 
-    run_dir: str
+    run_dir: FilePath
     process: Spec
     data: Spec
     codec: Spec
-    init: str | None = None
-    latents: str | None = None
+    init: FilePath | None = None
+    latents: FilePath | None = None
     cache: CacheConfig = field(default_factory=CacheConfig)
-    seed: int = 0
+    seed: Seed = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     fid: FidConfig = field(default_factory=FidConfig)
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "choose at least 0")
+        super().__post_init__()
         for key in ("process", "data", "codec"):
             spec = getattr(self, key)
             require("name" in spec, key, spec, f"it needs a name, so give {key}.name")

@@ -10,6 +10,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
+from vca_engine.files import expanded
+
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML 1.2
 PLAIN_TAGS = {
@@ -31,7 +33,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         ValueError: It cannot be read, or is no mapping of settings; says where.
     """
     try:
-        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_yaml(Path(expanded(path)).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not text in UTF-8 ({error.reason})"
         raise ValueError(f"{path} cannot be read: {reason}.") from None

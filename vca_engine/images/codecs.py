@@ -5,13 +5,18 @@ draws; where `codec.posterior` is false there is nothing to draw, and it gives t
 `codec.decode(latents)` -> images.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vca_engine import hub
+from vca_engine.config.reading import FilePath
 from vca_engine.files import sha256_of_weights
 from vca_engine.seeds import normal
+
+VAE_FILE = "diffusion_pytorch_model"
 
 
 class PixelCodec(nn.Module):
@@ -51,16 +56,16 @@ class VAECodec(nn.Module):
         ValueError: The autoencoder takes other images, or is of another kind.
     """
 
-    def __init__(self, channels: int | None = None, *, path: str) -> None:
+    def __init__(self, channels: int | None = None, *, path: FilePath) -> None:
         super().__init__()
         try:
-            kind, vae, shift, scale = _load_vae(path)
+            kind, vae, shift, scale = _load_vae(_locate_vae(path))
         except Exception as error:  # of a config that is no autoencoder's diffusers raises almost anything
             reason = (str(error).strip() or type(error).__name__).split("\n")[0]
             raise FileNotFoundError(
                 f"codec.path {path!r} is neither a folder saved by diffusers' AutoencoderKL nor a model that the hub "
-                f"can give now: {reason.rstrip('.')}. Download it where there is a network, and name its folder: "
-                "--codec.path FOLDER."
+                f"can give now: {reason.rstrip('.')}. Name another folder, or download it where there is a network: "
+                "--codec.path FOLDER"
             ) from None
         self.vae = vae.eval().requires_grad_(False)
         self.posterior = kind == "AutoencoderKL"
@@ -94,15 +99,25 @@ class VAECodec(nn.Module):
         return self.vae.decode(latents / self.scale + self.shift).sample
 
 
-def _load_vae(path: str) -> tuple[str, nn.Module, Tensor, Tensor]:
+def _locate_vae(path: str) -> Path:
+    """Find the folder of an autoencoder, downloading it where `path` is a name on the hub: .bin if it has no other."""
+    folder = hub.locate(path, ["config.json", f"{VAE_FILE}.safetensors"])
+    return (
+        folder
+        if (folder / f"{VAE_FILE}.safetensors").exists()
+        else hub.locate(path, ["config.json", f"{VAE_FILE}.bin"])
+    )
+
+
+def _load_vae(folder: Path) -> tuple[str, nn.Module, Tensor, Tensor]:
     """Load an autoencoder: its class, itself, and the shift and scale of its latents, (C,) or ()."""
     from diffusers import AutoencoderKL, AutoencoderTiny  # slow to import: see docs/architecture.md, start-up
 
     kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    kind = dict(AutoencoderKL.load_config(path)).get("_class_name", "AutoencoderKL")
+    kind = dict(AutoencoderKL.load_config(folder, local_files_only=True)).get("_class_name", "AutoencoderKL")
     if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
-    vae = kinds[kind].from_pretrained(path)
+    vae = kinds[kind].from_pretrained(folder, local_files_only=True)
     if any(p.is_meta for p in vae.parameters()):
         raise ValueError("its config.json asks for weights that its file has not")
     shift = torch.tensor(vae.config.get("latents_mean") or vae.config.get("shift_factor") or 0.0)

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vca_engine.config.reading import FilePath
 from vca_engine.images import ImageFiles, UnreadableImageError, from_uint8
 from vca_engine.images.labels import check_label_range, classes_of
+
+LARGEST_SIDE = 16_384
 
 
 class ImageDataset(Dataset):
@@ -145,9 +148,11 @@ class Folder(ImageDataset):
         ValueError: It holds no images, or not all of them have a class.
     """
 
-    def __init__(self, *, images: str, image_size: int = 256, flip: bool = True) -> None:
-        if type(image_size) is not int or image_size < 1:
-            raise ValueError(f"data.image_size is {image_size!r}; choose a whole number, at least 1.")
+    def __init__(self, *, images: FilePath, image_size: int = 256, flip: bool = True) -> None:
+        if type(image_size) is not int or not 1 <= image_size <= LARGEST_SIDE:
+            raise ValueError(
+                f"data.image_size is {image_size!r}; choose a whole number, at least 1, at most {LARGEST_SIDE}."
+            )
         try:
             self.files = ImageFiles(images)
         except (FileNotFoundError, ValueError) as error:

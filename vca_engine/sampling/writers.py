@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from vca_engine.files import write_text, written_aside
+from vca_engine.files import remove_temporary, write_text, written_aside
 from vca_engine.sampling.sample_record import (
     SAMPLES_RECORD,
     add_to_record,
@@ -157,6 +157,10 @@ class FolderWriter(Writer):
     """000000.png, 000001.png, ..., and their classes in labels.json, which readers of datasets know."""
 
     is_folder = True
+
+    def allocate(self) -> None:
+        """Remove what a killed process has left."""
+        remove_temporary(self.file)
 
     def missing(self) -> list[int]:
         """Give the numbers of the images without a whole file."""

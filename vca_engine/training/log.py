@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from vca_engine.files import write_text, written_aside
 from vca_engine.images import NonFiniteError
 from vca_engine.images.pictures import save_film
+from vca_engine.records import read_lines
 
 PROJECT = "vca-diffusion"  # of W&B and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT says otherwise
 
@@ -113,12 +115,14 @@ class Log:
         self.attempt("loss.png", write)
         plt.close(figure)
 
-    def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> None:
-        """Call `write(*args)`. If the disk does not take it, or images are not finite, warn that training goes on."""
+    def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> Exception | None:
+        """Call `write(*args)`. If the disk does not take it, or images are not finite, warn; return that error."""
         try:
             write(*args)
         except (OSError, NonFiniteError) as error:
             self.warn(what, error)
+            return error
+        return None
 
     def warn(self, what: str, error: Exception | str) -> None:
         """Say that something could not be written, and that training goes on."""
@@ -130,13 +134,13 @@ class Log:
             self._track(tracker, tracker.finish)
 
     def _track(self, tracker: GeneralTracker, show: Callable[..., Any], *args: Any, **options: Any) -> None:
-        """Call `show`, whatever a tracker may raise; TensorBoard's is of no use after an error, and gets a new file."""
+        """Call `show`; after an error, whatever a tracker may raise, it is left out until the run is started again."""
         try:
             show(*args, **options)
         except Exception as error:
-            self.warn(f"what {tracker.name} shows", error)
-            if tracker.name == "tensorboard":
-                self.attempt("tensorboard's file", tracker.start)
+            first = str(error).partition("\n")[0] or type(error).__name__
+            self.trackers = [other for other in self.trackers if other is not tracker]
+            tqdm.write(f"warning: {tracker.name} shows no more of this run, whose metrics.jsonl has all of it: {first}")
 
     def _append(self) -> None:
         self.whole = False
@@ -156,7 +160,11 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int, config: dict[str, Any]) -> None:
-    """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it."""
+    """Begin, or go on with, the run in one of accelerate's trackers. All processes call this; the main one does it.
+
+    Raises:
+        OSError: The tracker cannot write.
+    """
     name, file = run_dir.resolve().name, run_dir / ".tracker-id"
     if accelerator.is_main_process and not file.is_file():
         write_text(file, uuid.uuid4().hex[:8])
@@ -166,8 +174,23 @@ def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int,
         "wandb": {"name": name, "id": key, "resume": "allow", "dir": str(run_dir), "config": config},
         "trackio": {"name": key, "resume": "allow", "config": config},
     }
+    threading.excepthook = _say_in_a_line
     project = "tensorboard" if kind == "tensorboard" else os.environ.get(f"{kind.upper()}_PROJECT", PROJECT)
-    accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+    try:
+        accelerator.init_trackers(project, init_kwargs={kind: options[kind]})
+    except OSError as error:
+        raise OSError(
+            f"train.tracker {kind!r} cannot write to {str(run_dir)!r}: {error.strerror or error}; make room, or choose "
+            "--train.tracker none."
+        ) from error
+
+
+def _say_in_a_line(args: threading.ExceptHookArgs) -> None:
+    """Say why a thread ended, as TensorBoard's do on a full disk; without a traceback if the system is why."""
+    if isinstance(args.exc_value, OSError):
+        tqdm.write(f"warning: {args.exc_value}")
+    else:
+        threading.__excepthook__(args)
 
 
 def show_image(tracker: GeneralTracker, image: np.ndarray, step: int) -> None:
@@ -188,12 +211,5 @@ def check_tracker(name: str) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a metrics.jsonl; drop a last one that was cut off; [] if there is no file."""
-    lines = []
-    if file.is_file():
-        for text in file.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-    return lines
+    """Read the lines of a metrics.jsonl or fid.jsonl that are whole and name their step; [] if there is no file."""
+    return [line for line in read_lines(file) if type(line.get("step")) is int]

@@ -5,23 +5,22 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm import tqdm
 
 from vca_engine import assemble
 from vca_engine.config.schema import Config, save_yaml, to_dict
 from vca_engine.distributed import gather
-from vca_engine.files import write_text
+from vca_engine.files import hold, remove_temporary, write_text
 from vca_engine.images import NonFiniteError
-from vca_engine.images.pictures import grid, save_picture
-from vca_engine.records import read_json
+from vca_engine.images.pictures import grid, save_film, save_picture
 from vca_engine.sampling.classes import evenly_spaced_classes, find_class, random_label
 from vca_engine.signals import StopSignal
 from vca_engine.training.log import Log, read_metrics, start_tracker
@@ -63,6 +62,8 @@ class Outputs:
         if evaluator:
             evaluator.prepare()
         self.log: Log | None = None  # there within the block
+        self.results: list[dict[str, Any]] = []  # the lines of fid.jsonl
+        self.not_finite: set[str] = set()  # which of what was due could not be made of the weights
         self.lock: FileLock | None = None
 
     def __enter__(self) -> Self:
@@ -71,7 +72,8 @@ class Outputs:
         if self.main:
             self.lock = lock_folder(self.folder)
             save_yaml(self.config, self.folder / CONFIG_FILE)
-            checkpoint.recover(self.folder)
+            mend(self.folder, self.plot_distance)
+            self.results = read_metrics(self.folder / "fid.jsonl")
             if run.continues_another and self.resume != "auto":  # else it is noted already
                 write_resumed_from(self.folder, self.resume, run.start)
         if self.cfg.tracker != "none":
@@ -145,17 +147,33 @@ class Outputs:
             self.log.attempt("the snapshot", checkpoint.save, folder, self.run.step, averages, record)
 
     def finish(self, due: list[str], stop: StopSignal) -> bool:
-        """Draw and measure what is due at this step and not there yet. Return False if a signal stopped it."""
+        """Write, draw and measure what is due at this step and not there yet. Return False if a signal stopped it."""
         missing = unfinished(self.config, self.run.step, due, self.run.accelerator)
+        if "snapshot" in missing:
+            self.snapshot()
         if "preview" in missing:
             self.preview()
         return self.measure(stop) if "fid" in missing else True
+
+    def check_finished(self, due: list[str]) -> None:
+        """Check that all that was due at the last step is there, if its images were finite. All processes call this.
+
+        Raises:
+            OSError: It is not, as a warning has said.
+        """
+        missing = unfinished(self.config, self.run.step, due, self.run.accelerator, self.not_finite)
+        if missing:
+            raise OSError(
+                f"all {self.run.step:,} steps are done, but not the {' and the '.join(missing)} of the last; the "
+                "warning says why. The same command makes up for it."
+            )
 
     def preview(self) -> None:
         """Draw a grid with the averaged weights, a row a class."""
         with self.run.averaged_weights():
             if self.main:
-                self.log.attempt(preview_file(self.folder, self.run.step).name, self._draw_preview)
+                error = self.log.attempt(preview_file(self.folder, self.run.step).name, self._draw_preview)
+                self.not_finite |= {"preview"} if isinstance(error, NonFiniteError) else set()
         self.run.accelerator.wait_for_everyone()
 
     def measure(self, stop: StopSignal) -> bool:
@@ -187,6 +205,7 @@ class Outputs:
         if failures := [text for text in gather_object([failed]) if text]:
             if self.main:
                 self.log.warn(f"the FID of step {run.step}", failures[0])
+                self.not_finite.add("fid")
             return True
         sample = {
             "weights": {"part": "ema", "step": run.step},
@@ -197,7 +216,7 @@ class Outputs:
         }
         result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=run.step, sample=sample)
         if self.main:
-            self.log.attempt("fid.jsonl", self._write_result, result)
+            self._add_result(result)
             self.log.attempt("what the removal of old checkpoints changes", self._prune)  # of what was the best
             tqdm.write(f"step {run.step}, {num} images: {result}")
         run.accelerator.wait_for_everyone()
@@ -215,22 +234,80 @@ class Outputs:
     def _prune(self) -> None:
         """Remove old checkpoints, but for those of the best distances."""
         if self.cfg.keep_checkpoints:
-            spare = {entry["step"] for entry in read_best(self.folder).values()}
+            spare = {entry["step"] for entry in best_of(self.results).values()}
             checkpoint.prune(self.folder, self.cfg.keep_checkpoints, self.cfg.keep_every, spare)
 
-    def _write_result(self, result: Any) -> None:
-        """Add a `fid.Result` to fid.jsonl, fid.png, the tracker and best.json."""
-        file, step, num = self.folder / "fid.jsonl", self.run.step, self.config.fid.num
-        records = [r for r in read_metrics(file) if r["step"] < step] + [result.to_dict()]
-        write_text(file, "".join(json.dumps(record) + "\n" for record in records))
-        same = ("extractor", "protocol", "num_samples", "reference")
-        shown = [r for r in records if all(r[k] == records[-1][k] for k in same)]
-        self.log.add_scalars(step, {f"{name}-{num}": value for name, value in result.values.items()})
-        if name := next((n for n in ("fid", "fd") if n in result.values), None):
-            self.plot_distance(shown, self.folder / "fid.png", f"{self.folder.name}, {result.record['protocol']}")
-            least = min(shown, key=lambda r: r[name])
-            best = {**read_best(self.folder), f"{name}-{num}": {"value": least[name], "step": least["step"]}}
-            write_text(self.folder / BEST_FILE, json.dumps(best, indent=2) + "\n")
+    def _add_result(self, result: Any) -> None:
+        """Add a `fid.Result` to fid.jsonl, with those that a full disk did not take before; and to what shows them."""
+        file, num = self.folder / "fid.jsonl", self.config.fid.num
+        self.results = [r for r in self.results if r["step"] < self.run.step] + [result.to_dict()]
+        text = "".join(json.dumps(record) + "\n" for record in self.results)
+        self.log.attempt("fid.jsonl", write_text, file, text)
+        self.log.add_scalars(self.run.step, {f"{name}-{num}": value for name, value in result.values.items()})
+        self.log.attempt("best.json or fid.png", show_distances, self.folder, self.results, self.plot_distance)
+
+
+def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None:
+    """Finish what a process that was killed had begun to write or to delete, as far as that takes no network.
+
+    Args:
+        folder: Of the run; nobody else is at work there.
+        plot_distance: See `Outputs`.
+    """
+    checkpoint.recover(folder)
+    previews, distances = folder / "previews", folder / "fid.jsonl"
+    for place in (folder, previews):
+        remove_temporary(place)
+    try:
+        if _is_older(previews / "progress.gif", *previews.glob("step-*.png")):
+            save_film(previews)
+        if _is_older(folder / "fid.png", distances) or _is_older(folder / BEST_FILE, distances):
+            show_distances(folder, read_metrics(distances), plot_distance)
+    except OSError as error:
+        tqdm.write(f"warning: {error}")
+
+
+def show_distances(
+    folder: Path, results: list[dict[str, Any]], plot_distance: Callable[..., None] | None = None
+) -> None:
+    """Write best.json and fid.png of a run.
+
+    Args:
+        folder: Of the run.
+        results: The lines of fid.jsonl.
+        plot_distance: See `Outputs`.
+    """
+    if best := best_of(results):
+        write_text(folder / BEST_FILE, json.dumps(best, indent=2) + "\n")
+    if results and plot_distance and distance_of(results[-1]):
+        shown = [r for r in results if _kind(r) == _kind(results[-1])]
+        plot_distance(shown, folder / "fid.png", f"{folder.resolve().name}, {results[-1]['protocol']}")
+
+
+def best_of(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Find the least distance of each name and number of images, of those by the protocol of the last: value, step."""
+    best = {}
+    for last in results:
+        if name := distance_of(last):
+            least = min((r for r in results if _kind(r) == _kind(last)), key=lambda r: r[name])
+            best[f"{name}-{last['num_samples']}"] = {"value": least[name], "step": least["step"]}
+    return best
+
+
+def distance_of(result: dict[str, Any]) -> str | None:
+    """Name the distance that a line of fid.jsonl has: fid, or fd of another network than Inception."""
+    return next((name for name in ("fid", "fd") if isinstance(result.get(name), int | float)), None)
+
+
+def _kind(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Collect the parts of a result that have to be equal for its distance to be compared with another's."""
+    return distance_of(result), *(result.get(k) for k in ("extractor", "protocol", "num_samples", "reference"))
+
+
+def _is_older(file: Path, *sources: Path) -> bool:
+    """Say whether a file is not there, or was not written after what it is made of; no if there is nothing of that."""
+    times = [source.stat().st_mtime_ns for source in sources if source.is_file()]
+    return bool(times) and not (file.is_file() and file.stat().st_mtime_ns > max(times))
 
 
 def lock_folder(folder: Path) -> FileLock | None:
@@ -248,14 +325,7 @@ def lock_folder(folder: Path) -> FileLock | None:
         raise OSError(
             f"cannot make the folder run_dir {str(folder)!r}: {error.strerror or error}; choose another --run_dir."
         ) from error
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another train.py is at work in run_dir {str(folder)!r}; wait for it, or stop it.") from None
-    except (OSError, NotImplementedError):
-        return None
-    return lock
+    return hold(folder / ".lock", f"another train.py is at work in run_dir {str(folder)!r}; wait for it, or stop it.")
 
 
 def _too_many_skipped(num: int, step: int, max_skipped: int, checkpoints: list[Path]) -> str:
@@ -271,30 +341,35 @@ def _too_many_skipped(num: int, step: int, max_skipped: int, checkpoints: list[P
     )
 
 
-def unfinished(config: Config, step: int, due: list[str], accelerator: Accelerator) -> list[str]:
-    """List what of `due`, `preview` or `fid` of `step`, the main process does not find. All processes call this."""
+def unfinished(
+    config: Config, step: int, due: list[str], accelerator: Accelerator, but: Collection[str] = ()
+) -> list[str]:
+    """List what of `due` at `step` the main process does not find. All processes call this.
+
+    Args:
+        config: Of the run.
+        step: Optimizer steps done.
+        due: Of `snapshot`, `preview` and `fid`.
+        accelerator: The processes.
+        but: Those of `due` not to look for, in the main process.
+    """
     if not due:
         return []
     if accelerator.is_main_process:
         folder = Path(config.run_dir)
         lines = read_metrics(folder / "fid.jsonl")
         done = {
+            "snapshot": (folder_of(folder, step, SNAPSHOTS) / checkpoint.RECORD).is_file(),
             "preview": preview_file(folder, step).exists(),
-            "fid": any((line["step"], line["num_samples"]) == (step, config.fid.num) for line in lines),
+            "fid": any((line["step"], line.get("num_samples")) == (step, config.fid.num) for line in lines),
         }
-        due = [name for name in due if not done[name]]
+        due = [name for name in due if not (done[name] or name in but)]
     return broadcast_object_list([due])[0]
 
 
 def preview_file(folder: Path, step: int) -> Path:
     """Name the preview of a step."""
     return folder / "previews" / f"step-{step:08d}.png"
-
-
-def read_best(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read best.json of a run: name of a distance -> its best value and the step of that."""
-    file = folder / BEST_FILE
-    return read_json(file) if file.is_file() else {}
 
 
 def peak_memory(device: torch.device) -> int:

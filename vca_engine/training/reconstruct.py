@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vca_engine.config.cli import report_errors
+from vca_engine.files import typed_path
 from vca_engine.training.ema import gamma_of, name_of
 from vca_engine.weights import checkpoint
 
@@ -175,11 +176,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m vca_engine.training.reconstruct", description=__doc__, formatter_class=form
     )
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=typed_path, help="the run's folder")
     width = "relative width, e.g. 0.07: the share of the training that the average spans"
     parser.add_argument("--std", type=float, required=True, help=width)
     parser.add_argument("--step", type=int, help="the snapshot to end at; the last if not given")
-    parser.add_argument("--out", type=Path, help="folder to write; RUN/reconstructed/step-STEP-std-STD if not given")
+    parser.add_argument(
+        "--out", type=typed_path, help="folder to write; RUN/reconstructed/step-STEP-std-STD if not given"
+    )
     args = parser.parse_args(argv)
     made = reconstruct(args.run, args.std, args.step, args.out)
     print(

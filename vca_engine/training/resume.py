@@ -1,14 +1,13 @@
 """Resuming: the checkpoint that a run goes on from, and a check that it is the same run."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, to_dict
-from vca_engine.files import write_text
-from vca_engine.records import differences, listed, read_json
+from vca_engine.records import differences, listed, read_json, write_json
+from vca_engine.training.log import read_metrics
 from vca_engine.weights import checkpoint
 
 CONFIG_FILE = "config.yaml"
@@ -45,6 +44,8 @@ def starting_point(config: Config, resume: str) -> Path | None:
     own, other = checkpoint.steps(run_dir), read_resumed_from(run_dir)
     newest = own[-1] if own else None
     if resume == "auto":
+        if not (newest or other):
+            _check_no_checkpoint_is_lost(config)
         return newest or (_checkpoint_of(other, run_dir) if other else None)
     if resume == "none":
         if newest or other:
@@ -53,6 +54,7 @@ def starting_point(config: Config, resume: str) -> Path | None:
                 f"--resume is none, but run_dir {config.run_dir!r} holds {what}; choose another --run_dir, or leave "
                 "--resume out to go on."
             )
+        _check_no_checkpoint_is_lost(config)
         return None
     if newest is None:
         return checkpoint.find(resume)
@@ -67,16 +69,25 @@ def starting_point(config: Config, resume: str) -> Path | None:
 
 
 def read_resumed_from(run_dir: Path) -> dict[str, Any] | None:
-    """Read what `write_resumed_from` wrote, if it did."""
+    """Read what `write_resumed_from` wrote, if it did.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     file = run_dir / RESUMED_FROM_FILE
-    return read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    record = read_json(file)
+    if not all(isinstance(record.get(key), str) for key in ("given", "checkpoint", "id")):
+        raise ValueError(f"{str(file)!r} is damaged: it does not say where the run goes on from. Remove it.")
+    return record
 
 
 def write_resumed_from(run_dir: Path, resume: str, start: Path) -> None:
     """Write down that a run goes on from the checkpoint `start` of another, as --resume `resume` asked."""
     record = {"given": str(Path(resume).resolve()), "checkpoint": str(start.resolve())}
     record["id"] = checkpoint.read_record(start)["id"]
-    write_text(run_dir / RESUMED_FROM_FILE, json.dumps(record, indent=2) + "\n")
+    write_json(run_dir / RESUMED_FROM_FILE, record)
 
 
 def check_same_run(config: Config, start: Path, say: Callable[[str], None]) -> None:
@@ -104,6 +115,22 @@ def check_same_run(config: Config, start: Path, say: Callable[[str], None]) -> N
         raise ValueError(
             f"{str(start)!r} holds another run, with {listed(changed, 'you gave')}; give its settings to go on with "
             f"it, or --init {start} and another --run_dir to start anew from its weights.{why}"
+        )
+
+
+def _check_no_checkpoint_is_lost(config: Config) -> None:
+    """Check that a run without a checkpoint has not come so far that it had one, which then is elsewhere.
+
+    Raises:
+        ValueError: It has; to begin anew would overwrite its log.
+    """
+    file = Path(config.run_dir) / "metrics.jsonl"
+    step = max((line["step"] for line in read_metrics(file)), default=0)
+    if step > config.train.checkpoint_every:  # at that step itself it may have been killed before the checkpoint
+        raise ValueError(
+            f"run_dir {config.run_dir!r} has come to step {step:,}, but holds no checkpoint; put its folder "
+            f"{checkpoint.CHECKPOINTS!r} back, say by mounting its disk. To begin anew, remove {str(file)!r} or choose "
+            "another --run_dir."
         )
 
 

@@ -5,7 +5,6 @@ RUN/snapshots/step-00002000/{ema-0.05,ema-0.1}.safetensors, checkpoint.json
 """
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -25,10 +24,13 @@ from torch.optim import Optimizer
 
 from vca import before_joint
 from vca_engine.distributed import shard_like
+from vca_engine.files import checksum_of, set_usual_mode
+from vca_engine.records import read_json, with_checksum
 
 RECORD = "checkpoint.json"
 FORMAT = 4  # 2: sample.rows; 3: attention without `softmax`
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
+INSTEAD = "Remove its folder to use the checkpoint before it."
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -54,10 +56,13 @@ def save(final: Path, step: int, parts: Parts, record: Mapping[str, Any]) -> Non
     )
     try:
         temporary.mkdir(parents=True)
+        files = {name: temporary / f"{name}.safetensors" for name in parts}
         for name, tensors in parts.items():
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / f"{name}.safetensors")
-        record = {"format": FORMAT, "step": step, "id": uuid.uuid4().hex, **record}
-        (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            save_file({k: v.contiguous() for k, v in tensors.items()}, files[name])
+        set_usual_mode(*files.values())
+        sums = {file.name: checksum_of(file) for file in files.values()}
+        record = {"format": FORMAT, "step": step, "id": uuid.uuid4().hex, **record, "files": sums}
+        (temporary / RECORD).write_text(with_checksum(record), encoding="utf-8")
         for written in temporary.iterdir():
             _flush(written)  # the bytes are on the disk before the name is
         if final.exists():  # an earlier try at this step; `recover` brings it back if we die between the two lines
@@ -79,9 +84,20 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def steps(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
-    """List the checkpoints, or snapshots, of a run, oldest first."""
-    found = (run_dir / kind).glob("step-*")
-    return sorted(f for f in found if re.fullmatch(r"step-\d{8,}", f.name) and (f / RECORD).is_file())
+    """List the checkpoints, or snapshots, of a run, oldest first, those that are damaged, too.
+
+    Raises:
+        OSError: Their folder is there, and cannot be read.
+    """
+    folder = run_dir / kind
+    for path in (run_dir, folder):
+        if path.is_symlink() and not path.exists():
+            to = os.readlink(path)
+            raise OSError(f"{str(path)!r} is a link to {to!r}, which is not there; mount its disk, or remove the link.")
+    try:
+        return sorted(f for f in folder.iterdir() if re.fullmatch(r"step-\d{8,}", f.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def recover(run_dir: Path) -> None:
@@ -148,20 +164,18 @@ def read_record(folder: Path) -> dict[str, Any]:
         ValueError: It is damaged, or of another format.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        version, missing = record["format"], {"step", "id", "config", "shape"} - record.keys()
-        if version <= FORMAT and missing:
-            raise ValueError(f"it lacks {sorted(missing)}")
-        if version <= FORMAT and type(record["step"]) is not int:
-            raise ValueError(f"its step is {record['step']!r}")
-        for name in ("config", "shape"):
-            if version <= FORMAT and not isinstance(record[name], dict):
-                raise ValueError(f"its {name} is {record[name]!r}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {error}. Remove its folder to use the "
-            "checkpoint before it."
-        ) from None
+        record = read_json(folder / RECORD)
+    except FileNotFoundError:
+        raise ValueError(f"{str(folder)!r} lacks {RECORD}. {INSTEAD}") from None
+    except ValueError as error:
+        raise ValueError(f"{error} {INSTEAD}") from None
+    version, wrong = record.get("format"), ""
+    if type(version) is not int:
+        wrong = f"its format is {version!r}"
+    elif version <= FORMAT:
+        wrong = _wrong(record, folder)
+    if wrong:
+        raise ValueError(f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {wrong}. {INSTEAD}")
     if version not in (2, 3, FORMAT):
         raise ValueError(
             f"{str(folder)!r} is of format {version}, and this program reads 2 to {FORMAT}; use the version of the "
@@ -180,22 +194,24 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: There is no such part; says which there are.
-        ValueError: The file is truncated, not safetensors, or of a run that has diverged; see `check_finite`.
+        ValueError: The file is damaged, of another checkpoint, or of a run that has diverged; see `check_finite`.
     """
     file = folder / f"{name}.safetensors"
     if not file.is_file():
         there = sorted(f.stem for f in folder.glob("*.safetensors"))
-        raise FileNotFoundError(
-            f"the checkpoint lacks {str(file)!r}; it has {there}. Remove its folder to use the checkpoint before it."
-        )
+        raise FileNotFoundError(f"the checkpoint lacks {str(file)!r}; it has {there}. {INSTEAD}")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}. {INSTEAD}") from None
+    if name != "meter":  # which has the norms of skipped steps, too
+        check_finite(tensors, file)
+    known = read_record(folder).get("files", {}).get(file.name)  # not there in checkpoints of versions before
+    if known is not None and known != checksum_of(file):
         raise ValueError(
-            f"{str(file)!r} is truncated or not a safetensors file: {error}. Remove its folder to use the checkpoint "
-            "before it."
-        ) from None
-    return tensors if name == "meter" else check_finite(tensors, file)  # the meter has the norms of skipped steps, too
+            f"{str(file)!r} is damaged, or of another checkpoint: it does not have its checksum. {INSTEAD}"
+        )
+    return tensors
 
 
 def check_finite(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -274,6 +290,18 @@ def versions() -> dict[str, Any]:
     except (OSError, subprocess.TimeoutExpired):
         revision = None
     return {"versions": found, "revision": revision}
+
+
+def _wrong(record: dict[str, Any], folder: Path) -> str:
+    """Say what is wrong with a record of the present format or one before it; nothing if nothing is."""
+    if missing := {"step", "id", "config", "shape"} - record.keys():
+        return f"it lacks {sorted(missing)}"
+    step, named = record["step"], re.fullmatch(r"step-(\d+)", folder.name)
+    if type(step) is not int:
+        return f"its step is {step!r}"
+    if named and int(named[1]) != step:
+        return f"it is of step {step:,}"
+    return next((f"its {k} is {record[k]!r}" for k in ("config", "shape") if not isinstance(record[k], dict)), "")
 
 
 def _flush(path: Path) -> None:

@@ -6,27 +6,41 @@ What a path holds is told by its content, not its name, and reading it never run
 import argparse
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vca import before_joint
+from vca_engine import hub
 from vca_engine.records import read_json
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import from_diffusers
+from vca_engine.weights.wrappings import MARKS, describe_keys, find_networks, has_nameless_average
 
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older versions of diffusers
 DIFFUSERS_FILE = "diffusion_pytorch_model"
 HUB_FILE = "model.safetensors"  # beside config.json, as `DiT.save_pretrained` writes them
 NEEDED = ["model_index.json", "transformer/*", "vae/*", "*.json", "*.safetensors", "README.md"]  # of a model on the hub
-WRAPPERS = ("ema", "model", "state_dict")  # the averaged weights first: published results are theirs
+# Types that stand beside weights in files of torch.save. Nothing here needs their values, and nothing of theirs is run.
+HARMLESS = [f"numpy.{name}" for name in ("dtype", "ndarray")]
+HARMLESS += [
+    f"numpy.{core}.{name}"
+    for core in ("core", "_core")
+    for name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
+]
+HARMLESS += [
+    f"{module}.{flavour}Path"
+    for module in ("pathlib", "pathlib._local")
+    for flavour in ("", "Pure", "Posix", "PurePosix", "Windows", "PureWindows")
+]
+HARMLESS += [f"builtins.{name}" for name in ("bool", "dict", "float", "frozenset", "int", "list", "str", "tuple")]
+HARMLESS += [f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")]
 
 
 class Weights(NamedTuple):
@@ -48,27 +62,15 @@ class Weights(NamedTuple):
 
 
 def locate(path: str | Path) -> Path:
-    """Find `path` on this machine: a local path as it is; a model of the hub, owner/name, is downloaded first.
-
-    It is on the hub if there is neither such a path nor a folder of the owner's name, so that a mistyped local path is
-    not looked for there. A model that has been downloaded is found again without a network.
+    """Find weights on this machine, or on the hub, from where they are downloaded; see `vca_engine.hub.locate`.
 
     Raises:
         FileNotFoundError: There is no such path, and the hub has no such model or cannot be reached.
     """
-    local = Path(path)
-    if local.exists():
-        return local
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) or local.parent.exists():
-        raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder.")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=NEEDED))
-    except RepositoryNotFoundError:
-        reason = "the Hugging Face hub has no model of that name, or none that you may see; check the name"
-    except (OSError, ValueError) as error:
-        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        reason = f"the Hugging Face hub cannot give it now; check the name, or the network: {why}"
-    raise FileNotFoundError(f"no weights at {str(path)!r}: there is no such file or folder, and {reason}.")
+        return hub.locate(path, NEEDED)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no weights at {str(path)!r}: {error}.") from None
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -76,7 +78,7 @@ def read_weights(path: str | Path) -> Weights:
 
     Args:
         path: A run's folder or one of its checkpoints; a safetensors file; a file of `torch.save` that holds a state
-            dict, or one under `ema`, `model` or `state_dict`; a folder saved by a diffusers DiT or its pipeline, or by
+            dict, itself or under any name, see `wrappings`; a folder saved by a diffusers DiT or its pipeline, or by
             `DiT.save_pretrained`; or the name of such a model on the hub, e.g. facebook/DiT-XL-2-256.
 
     Raises:
@@ -85,12 +87,15 @@ def read_weights(path: str | Path) -> Weights:
             else than weights.
     """
     path = locate(path)
-    found = _read_folder(path) if path.is_dir() else _read_file(path)
-    tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", key): tensor for key, tensor in found.tensors.items()}
+    if folder := checkpoint.newest(path):
+        class_names = checkpoint.read_record(folder)["shape"].get("class_names")
+        return Weights(checkpoint.read(folder, "ema"), "ours", class_names)
+    content, kind, options = _read_folder(path) if path.is_dir() else _read_file(path)
+    tensors = checkpoint.check_finite(_network_in(content, path), path)
     if not any(key.startswith("transformer_blocks.") for key in tensors):
-        return found._replace(tensors=tensors)
+        return Weights(tensors, kind, options=options)
     try:
-        return found._replace(tensors=from_diffusers(tensors), kind="diffusers")
+        return Weights(from_diffusers(tensors), "diffusers", options=options)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {error}") from None
 
@@ -114,10 +119,15 @@ def attention_of(path: str | Path) -> dict[str, Any] | None:
     return None if "_class_name" in config else before_joint(config.get("attention", "vca"))
 
 
-def _read_folder(path: Path) -> Weights:
-    if folder := checkpoint.newest(path):
-        class_names = checkpoint.read_record(folder)["shape"].get("class_names")
-        return Weights(checkpoint.read(folder, "ema"), "ours", class_names)
+class _Content(NamedTuple):
+    """All that a file or folder holds: nested values, what kind it is, and what it says of its making."""
+
+    values: Any
+    kind: str
+    options: dict[str, Any] | None = None
+
+
+def _read_folder(path: Path) -> _Content:
     folder = path / "transformer" if (path / "model_index.json").is_file() else path
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -130,21 +140,21 @@ def _read_folder(path: Path) -> Weights:
     name = config.get("_class_name")
     if name not in DIFFUSERS_CLASSES:
         raise ValueError(f"{str(folder)!r} holds a {name}; of diffusers, only a {DIFFUSERS_CLASSES[0]} can be read.")
-    return Weights(_read_shards(folder), "diffusers")
+    return _Content(_read_shards(folder), "diffusers")
 
 
-def _read_shards(folder: Path) -> dict[str, Tensor]:
+def _read_shards(folder: Path) -> dict[str, Any]:
     for file in (folder / f"{DIFFUSERS_FILE}{ending}" for ending in (".safetensors", ".bin")):
         index = file.with_name(f"{file.name}.index.json")
         if index.is_file():
             shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            return {key: tensor for shard in shards for key, tensor in _read_file(folder / shard).tensors.items()}
+            return {key: tensor for shard in shards for key, tensor in _read_file(folder / shard).values.items()}
         if file.is_file():
-            return _read_file(file).tensors
+            return _read_file(file).values
     raise FileNotFoundError(f"{str(folder)!r} lacks its weights, {DIFFUSERS_FILE}.safetensors or .bin.")
 
 
-def _read_file(file: Path) -> Weights:
+def _read_file(file: Path) -> _Content:
     """Read one file: safetensors start with a length and a brace, torch files as a zip or a pickle."""
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r} is missing.")
@@ -152,23 +162,37 @@ def _read_file(file: Path) -> Weights:
         head = f.read(9)
     if head[8:] == b"{":
         try:
-            found = Weights(load_file(file), "safetensors")
+            return _Content(load_file(file), "safetensors")
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}.") from None
-    elif head.startswith((b"PK\x03\x04", b"\x80")):
-        found = _unwrap(_load_torch(file, memory_mapped=head.startswith(b"PK")), file)
-    else:
-        raise ValueError(
-            f"{str(file)!r} is empty, or neither a safetensors nor a torch file; name a run's folder, or a .pt."
-        )
-    checkpoint.check_finite(found.tensors, file)
-    return found
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        content = _load_torch(file, memory_mapped=head.startswith(b"PK"))
+        return _Content(content, "torch", _options_in(content))
+    raise ValueError(
+        f"{str(file)!r} is empty, or neither a safetensors nor a torch file; name a run's folder, or a .pt."
+    )
+
+
+class _Unread:
+    """A value of a harmless type in a torch file, of which nothing is kept."""
+
+    def __new__(cls, *args: Any) -> Self:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _plain_dict(*factory: Any) -> dict[Any, Any]:
+    """Make what a defaultdict in a torch file is read as."""
+    return {}
 
 
 def _load_torch(file: Path, memory_mapped: bool) -> Any:
-    """Load what `torch.save` wrote, tensors and plain values only; published files also hold a Namespace of options."""
+    """Load what `torch.save` wrote: tensors, plain values, and no others than those of harmless types."""
+    allowed = [argparse.Namespace, (_plain_dict, "collections.defaultdict"), *((_Unread, name) for name in HARMLESS)]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=memory_mapped)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
@@ -183,20 +207,45 @@ def _load_torch(file: Path, memory_mapped: bool) -> Any:
         raise ValueError(f"{str(file)!r} is truncated or not a file of weights: {reason}") from None
 
 
-def _unwrap(content: Any, file: Path) -> Weights:
-    """Find the state dict in what a file holds, and the plain values of its `args`, if it has any."""
-    content = content if isinstance(content, Mapping) else {}
-    args = content.get("args")
+def _network_in(content: Any, file: Path) -> dict[str, Tensor]:
+    """Find the weights of the network in what a file holds: of several the largest, of equal ones the averaged.
+
+    Raises:
+        ValueError: There is no tensor in it, or none of a DiT or SiT.
+    """
+    networks = find_networks(content)
+    if not networks:
+        raise ValueError(
+            f"{str(file)!r} holds no state dict, itself or under one of ema, model, state_dict or any other name, of a "
+            f"DiT or SiT: no key ends in {' or '.join(MARKS)}. It holds {describe_keys(content) or 'no names'}. "
+            "Give another file, or the folder of a run."
+        )
+    chosen, *others = networks
+    if equal := [other for other in others if other.rank == chosen.rank and not _same(other.tensors, chosen.tensors)]:
+        warnings.warn(
+            f"{str(file)!r} holds several networks of one size; {chosen} is taken, not {', '.join(map(str, equal))}.",
+            stacklevel=3,
+        )
+    elif not chosen.rank[1] and has_nameless_average(content):
+        warnings.warn(
+            f"{str(file)!r} holds averaged weights as a list without names, which cannot be read; {chosen} is taken, "
+            "which is not averaged.",
+            stacklevel=3,
+        )
+    return chosen.tensors
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _options_in(content: Any) -> dict[str, Any] | None:
+    """Give the plain values of the `args` of a training script, if the file has any."""
+    args = content.get("args") if isinstance(content, Mapping) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    options = None
-    if isinstance(args, Mapping):
-        options = {key: value for key, value in args.items() if isinstance(key, str) and _is_plain(value)}
-    for candidate in (*map(content.get, WRAPPERS), content):
-        if isinstance(candidate, Mapping):
-            tensors = {k: v for k, v in candidate.items() if isinstance(k, str) and isinstance(v, Tensor)}
-            if tensors:
-                return Weights(tensors, "torch", options=options)
-    raise ValueError(f"{str(file)!r} holds no state dict, neither itself nor under one of {', '.join(WRAPPERS)}.")
+    if not isinstance(args, Mapping):
+        return None
+    return {key: value for key, value in args.items() if isinstance(key, str) and _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:

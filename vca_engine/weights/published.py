@@ -36,6 +36,11 @@ def read_published(path: Path, process: str | Spec | None = None) -> tuple[dict[
         ValueError: Something else than a DiT or SiT, or what was given contradicts what they say.
     """
     found = read_weights(path)
+    if found.kind == "diffusers" and not path.is_dir():
+        raise ValueError(
+            f"{str(path)!r} holds a DiT under diffusers' keys, which do not say the size of its input; give the whole "
+            "folder that diffusers' save_pretrained wrote."
+        )
     known = _read_diffusers_config(path) if found.kind == "diffusers" else {}
     names = known.pop("class_names", None)
     spec = _process_spec(process, known.pop("process", None), found)
