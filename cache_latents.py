@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
@@ -48,7 +49,8 @@ class CacheArguments(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode the images of the command line, or check what is there."""
     texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": assemble.options_help()}
-    args = parse(CacheArguments, argv, **texts, parts=assemble.parts())
+    choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
+    args = parse(CacheArguments, argv, **texts, parts=assemble.parts(), choices=choices)
     if args.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
     if args.check:

@@ -47,6 +47,7 @@ from vca_engine.sampling.likelihood import likelihood_settings, measure_likeliho
 from vca_engine.sampling.pictures import draw_picture
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.sample_record import add_to_record, partial_of, read_sample_record
+from vca_engine.sampling.sweep import swept
 from vca_engine.sampling.writers import Writer, open_writer
 from vca_engine.signals import end_on_signals, uninterrupted
 
@@ -83,11 +84,10 @@ class SampleArguments(SampleOptions, ModelOptions):
         likelihood: Of real images under a flow, in bits per dimension, of as many as num says, else of 1000.
         data: Those images, if not the ones of training, e.g. --data.images DIR, --data.split test.
         fid: With num, measure the images against this reference: a file of statistics, or images.
-        fid_extractor: Network of the features, e.g. inception or dinov2, as python -m fid eval --help lists
-            them; not given means as in the run's config.
-        fid_preset: Protocol of Inception, e.g. adm or clean, likewise.
-        fid_weights: Its file of weights; not given means as in the run's config.
-        fid_metrics: Names of metrics, e.g. [fid,is]; not given means as in the run's config.
+        fid_extractor: Network of the features. Not given means as in the run's config, here and in what follows.
+        fid_preset: Protocol of Inception.
+        fid_weights: The network's file of weights.
+        fid_metrics: Names of metrics, which python -m fid eval --help explains.
     """
 
     num: Annotated[int, Field(ge=1, le=10**7)] | None = None
@@ -111,7 +111,10 @@ class SampleArguments(SampleOptions, ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        with_options(SampleConfig(), self)
+        sampling = with_options(SampleConfig(), self)
+        assemble.check_sampler(self.sampler, "sampler")
+        if self.sweep:
+            swept(self.sweep, sampling, self.sampler)
         require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num N")
         require(self.fid is None or self.num > 1, "num", self.num, "a distance needs at least 2 images")
         chosen = [name for name in ("trajectory", "interpolate", "sweep", "likelihood", "fid") if getattr(self, name)]
@@ -155,8 +158,8 @@ class SampleArguments(SampleOptions, ModelOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw what the command line asks for."""
     texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
-    args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts())
-    FidConfig(**args.of_fid).check_names(fid.CHOICES, "fid_")
+    choices = {f"fid_{name}": names for name, names in fid.CHOICES.items()}
+    args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts(), choices=choices)
     on_cpu = chosen_device(args.device) == "cpu"
     state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
     drawing = make_drawing(args, state)

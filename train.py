@@ -58,10 +58,10 @@ class TrainArguments(Config):
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, as the command line says."""
     texts = {"prog": "train.py", "description": __doc__, "epilog": assemble.options_help()}
-    args = parse(TrainArguments, argv, **texts, parts=assemble.parts())
+    choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
+    args = parse(TrainArguments, argv, **texts, parts=assemble.parts(), choices=choices)
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
     check_tracker(config.train.tracker)
-    config.fid.check_names(fid.CHOICES)
     stop = StopSignal()
     accelerator = make_accelerator(config)
     start = starting_point(config, args.resume)

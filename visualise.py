@@ -84,6 +84,7 @@ class VisualiseArguments(Strict):
         super().__post_init__()
         if not self.maps:
             raise ValueError("nothing to draw is named; type --maps.")
+        assemble.check_sampler(self.sampler, "sampler")
         for name in ("classes", "blocks", "heads", "times"):
             require(getattr(self, name) != [], name, [], "name at least one, or leave it out")
         for level in self.times:

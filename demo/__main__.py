@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
@@ -29,7 +30,9 @@ ORIGIN = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run every step of the demo that is not done yet."""
     settings = list(sys.argv[1:] if argv is None else argv)
-    config = parse(Config, settings, prog="python -m demo", description=__doc__, parts=assemble.parts())
+    texts = {"prog": "python -m demo", "description": __doc__}
+    choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
+    config = parse(Config, settings, **texts, parts=assemble.parts(), choices=choices)
     name = config.data["name"]
     if name not in ORIGIN:
         raise ValueError(f"data.name is {name!r}; the demo knows {sorted(ORIGIN)}. For your own images use train.py.")

@@ -344,7 +344,7 @@ def _warn(warnings: Sequence[str]) -> None:
 
 def _fail(error: Exception | str, code: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node; the process group is gone by now
-        print(error, file=sys.stderr)
+        print(f"python -m fid: {error}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from vca_engine import files
 from vca_engine.signals import SIGNALS
-from vca_engine.training.log import Log
+from vca_engine.training import log, outputs
 
 torch.set_num_threads(1)
 
@@ -26,7 +26,8 @@ def as_in_a_new_process(request, monkeypatch):
     The loss is drawn only for tests marked `drawn`: it takes as long as the rest of a small run.
     """
     if "drawn" not in request.keywords:
-        monkeypatch.setattr(Log, "plot", lambda self: None)
+        for module in (log, outputs):
+            monkeypatch.setattr(module, "plot_losses", lambda lines, file: None)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     AcceleratorState._reset_state(True)
     GradientState._reset_state()

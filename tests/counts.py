@@ -44,7 +44,7 @@ from typing import Any
 
 NOT_COUNTED = ("tests", "benchmarks", "docs", "configs", "build", "dist")
 LOADING = {  # names of files and folders that have to do with making a model out of a file
-    *("checkpoint", "weights", "pipeline", "published", "build", "assemble"),
+    *("checkpoint", "weights", "pipeline", "trained_model", "published", "build", "assemble"),
     *("infer", "architecture", "adapt", "interop", "diffusers"),
 }
 NETWORKS = ("vca", "dit_vca", "sit_vca")

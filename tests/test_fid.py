@@ -974,27 +974,50 @@ def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, code, files, mo
     monkeypatch.chdir(files)
     with pytest.raises(SystemExit) as ended:
         main([arguments[0], *arguments[1:2], *judge(files), *arguments[2:]])
-    assert sentence in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert printed.startswith(("python -m fid: ", "usage: python -m fid "))
     assert ended.value.code == code
     assert not (files / "x.npz").exists()
 
 
-@pytest.mark.parametrize("program", ["train", "sample"])
+PREFIXES = {"train": "fid.", "cache_latents": "fid.", "demo.__main__": "fid.", "sample": "fid_"}  # of settings
+
+
+@pytest.mark.parametrize("program", PREFIXES)
+@pytest.mark.parametrize("more", [[], ["--print_config"]])
 @pytest.mark.parametrize(
-    ("key", "word", "meant"), [("extractor", "clasifier", "classifier"), ("preset", "cleann", "clean")]
+    ("key", "given", "word", "meant"),
+    [
+        ("extractor", "clasifier", "clasifier", "classifier"),
+        ("preset", "cleann", "cleann", "clean"),
+        ("metrics", "[fid,midn]", "midn", "mind"),
+    ],
 )
-def test_the_programs_know_networks_and_protocols_by_the_same_lists(program, key, word, meant, tmp_path, capsys):
-    option = f"--fid.{key}" if program == "train" else f"--fid_{key}"
+def test_the_programs_know_networks_protocols_and_metrics_by_the_same_lists(
+    program, more, key, given, word, meant, tmp_path, capsys
+):
+    setting = PREFIXES[program] + key
     config = Path(__file__).resolve().parents[1] / "configs" / "digits_sit.yaml"
-    given = (
-        ["--config", str(config), "--run_dir", str(tmp_path)]
-        if program == "train"
-        else [str(tmp_path), "--fid", "x", "--num", "2"]
-    )
+    run = [tmp_path, "--fid", "x", "--num", 2]
+    needed = run if program == "sample" else ["--config", config, "--run_dir", tmp_path]
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(program).main([*given, option, word])
-    assert ended.value.code == 2
-    assert f"{key} is {word!r}; did you mean {meant!r}? choose one of" in capsys.readouterr().err
+        importlib.import_module(program).main([*map(str, needed), f"--{setting}", given, *more])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert f": {setting} is {word!r}; did you mean {meant!r}? choose one of" in printed.err
+
+
+@pytest.mark.parametrize("program", PREFIXES)
+def test_help_lists_networks_protocols_and_metrics(program, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(fid.METRICS, "mine", None)
+    with pytest.raises(SystemExit):
+        importlib.import_module(program).main(["--help"])
+    printed = capsys.readouterr().out
+    for name, form in {"extractor": "{%s}", "preset": "{%s}", "metrics": "[{%s},...]"}.items():
+        assert f"--{PREFIXES[program]}{name} {form % ','.join(fid.CHOICES[name])}" in printed
+    assert "kid,mind,mine}" in printed
 
 
 @pytest.mark.parametrize("name", fid.METRICS)

@@ -20,7 +20,7 @@ OPTIONS = (
     "--train.tracker none --train.checkpoint_every 1 --train.keep_checkpoints 1 --train.snapshot_every 2 "
     "--train.sample_every 2"
 )
-AT = 12  # places of a kill, evenly over the run; with KILLS=all in the environment, all of them
+AT = 5  # places of a kill, evenly over the run; with KILLS=all in the environment, all of them
 
 
 def trained(folder, argv, kill_at=None):

@@ -452,6 +452,33 @@ def test_a_sweep_has_a_row_a_value(saved, tmp_path):
     ("wrong", "said"),
     [
         (["--sweep", "cfg"], "--sweep is 'cfg'; write a setting and its values"),
+        (["--sweep", "cfg=a"], "--sweep: cfg_scale is 'a'; it must be a number"),
+        (["--sweep", "sampler.methd=euler"], "--sweep: sampler takes no 'methd'; did you mean 'method'?"),
+        (["--sweep", "sampler=ode,odee"], "--sweep: sampler.name is 'odee'; did you mean 'ode'?"),
+        (["--sweep", "sampler=ode,sde", "--sampler.rtol", "1"], "--sweep: sampler 'sde' takes no 'rtol'; it takes"),
+        (["--sampler.methd", "euler"], "sampler takes no 'methd'; did you mean 'method'?"),
+    ],
+)
+def test_a_wrong_sampler_or_sweep_is_refused_before_the_weights_are_looked_for(capsys, wrong, said):
+    with pytest.raises(SystemExit) as stop:
+        sample.main(["no/such run", *wrong])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["sampler.method=heun,eular", "sampler=ode,ddpm", "sampler.order=2"])
+def test_a_row_of_a_sweep_that_the_model_cannot_have_is_refused_before_the_first_is_drawn(saved, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sample.main([str(saved[0]), "--sweep", text])
+    printed = capsys.readouterr().err
+    assert (stop.value.code, len(printed.splitlines())) == (2, 1)  # no progress bar
+    assert printed.startswith("sample.py: ")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--sweep", "cfg"], "--sweep is 'cfg'; write a setting and its values"),
         (["--sweep", "classes=1,2"], "write a setting and its values"),
         (["--sweep", "cfg=a"], "cfg_scale is 'a'; it must be a number"),
         (["--sweep", "sampler.method=eular"], "did you mean 'euler'?"),

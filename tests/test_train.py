@@ -273,6 +273,13 @@ def test_the_number_of_steps_may_grow_under_a_constant_schedule_only(tmp_path, c
     assert "train.num_steps 1 (you gave 2)" in text
 
 
+def test_a_batch_that_is_more_than_the_images_is_noted(tmp_path, capsys):
+    run(tmp_path / "all", 1, "--train.batch_size 1297")
+    assert "epochs" not in capsys.readouterr().out
+    run(tmp_path / "more", 1, "--train.batch_size 1946")
+    assert "note: train.batch_size 1946 is more than the 1,297 images; a step is 1.50 epochs" in capsys.readouterr().out
+
+
 def exploding(monkeypatch, bad, value=math.nan):
     """Make the losses of the calls in `bad` not finite."""
     plain, calls = Transport.loss, []

@@ -9,7 +9,7 @@ import dit_vca
 import sit_vca
 from dit_vca import Diffusion, DiT
 from sit_vca import PATHS, TIMES, SiT, Transport
-from vca import ATTENTIONS, Sampler, Transformer, create, defaults_of, lookup, options_of, parse_size
+from vca import ATTENTIONS, Sampler, Transformer, create, defaults_of, lookup, nearest, options_of, parse_size
 from vca_engine.config.schema import Config
 from vca_engine.images.codecs import CODECS
 from vca_engine.images.datasets import DATASETS, ImageDataset
@@ -61,7 +61,7 @@ def process_kind(config: Config) -> ProcessKind:
 
 def process(config: Config) -> Process:
     """Make the process, `diffusion` or `flow`, with its options."""
-    return create(parts()["process"], config.process, "process")
+    return create({name: kind.process for name, kind in PROCESSES.items()}, config.process, "process")
 
 
 def sampler(config: Config, process: Process) -> Sampler:
@@ -73,6 +73,23 @@ def sampler(config: Config, process: Process) -> Sampler:
     kind = process_kind(config)
     spec = {"name": kind.published_sampler, **(config.sample.sampler or {})}
     return create(kind.samplers, spec, "sample.sampler", process)
+
+
+def check_sampler(spec: Mapping[str, Any] | None, where: str) -> None:
+    """Raise ValueError for a sampler, or an option of one, that no process has: before it is known which process it is.
+
+    Args:
+        spec: With or without a name.
+        where: What it is called on the command line.
+    """
+    samplers, options = parts()["sampler"], dict(spec or {})
+    name = options.pop("name", None)
+    possible = samplers.values() if name is None else [lookup(samplers, name, f"{where}.name")]
+    allowed = sorted({option for sampler in possible for option in options_of(sampler)})
+    for option in options:
+        if option not in allowed:
+            what = where if name is None else f"{where} {name!r}"
+            raise ValueError(f"{what} takes no {option!r};{nearest(option, allowed)} it takes {allowed}.")
 
 
 def codec(config: Config, channels: int | None) -> Any:

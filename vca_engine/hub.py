@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 
-def locate(path: str | Path, needed: Sequence[str]) -> Path:
+def find_or_download(path: str | Path, needed: Sequence[str]) -> Path:
     """Find `path` on this machine: a local path as it is; a model of the hub, owner/name, is downloaded first.
 
     It is on the hub if there is neither such a path nor a folder of the owner's name, so that a mistyped local path is

@@ -14,15 +14,15 @@ from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser import parse_from_object
 
-from vca import describe_type
+from vca import describe_type, lookup, members_of
 from vca_engine.config.reading import (
     MissingSettingError,
     Registries,
     Settings,
     Word,
+    bounds_of,
     is_spec,
     leaves,
-    range_of,
     refused,
     typed,
     unknown,
@@ -43,6 +43,7 @@ def parse(
     epilog: str = "",
     first: str | None = None,
     parts: Registries | None = None,
+    choices: Registries | None = None,
 ) -> Settings:
     """Make an instance of a dataclass from the command line, which may name YAML files; what is later overrides.
 
@@ -54,24 +55,26 @@ def parse(
         epilog: What stands below them.
         first: The field that a word without an option is the value of.
         parts: Registries whose entries say of what type the options of specs are.
+        choices: Setting, such as fid.metrics -> registry in which its word, or each of its words, is a name.
 
     Raises:
         SystemExit: After --help or --print_config; with code 2 after a user's mistake, which one sentence names.
     """
     words = list(sys.argv[1:] if argv is None else map(str, argv))
     if {"-h", "--help"} & {*words}:
-        print(_help(cls, prog, description, epilog))
+        print(_help(cls, prog, description, epilog, choices or {}))
         raise SystemExit(0)
     try:
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
-        if empty := _empty(values):
+        if empty := _first_empty(values):
             raise ValueError(f"{empty} is empty, as of a variable that is not set; give it a value, or leave it out.")
         try:
             found = validate(cls, values)
         except MissingSettingError:
             if not printed:
                 raise
+        _check_choices(values, choices or {})
         if not printed:
             return found
         print(write_yaml(_with_defaults(cls, values)), end="")
@@ -128,10 +131,10 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
     return found, printed
 
 
-def _empty(values: Any, key: str = "") -> str | None:
+def _first_empty(values: Any, key: str = "") -> str | None:
     """Find a setting, an option or an item of a list that is a text without a letter."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    inner = (_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
+    inner = (_first_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
     return key if values == "" else next(filter(None, inner), None)
 
 
@@ -197,6 +200,14 @@ def _as_dict(spec: Any) -> dict[str, Any]:
     return {"name": spec} if isinstance(spec, str) and spec not in NULLS else {}
 
 
+def _check_choices(values: dict[str, Any], choices: Registries) -> None:
+    """Raise ValueError if a word of nested settings is not a name in the registry of its setting."""
+    for setting, registry in choices.items():
+        words = functools.reduce(lambda group, name: (group or {}).get(name), setting.split("."), values)
+        for word in [words] if isinstance(words, str) else words or []:
+            lookup(registry, word, setting)
+
+
 def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """Complete the settings; what has to be given and was not, is null."""
     found = {}
@@ -214,7 +225,7 @@ def _default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _help(cls: type, prog: str, description: str, epilog: str) -> str:
+def _help(cls: type, prog: str, description: str, epilog: str, choices: Registries) -> str:
     """List every setting with its description, type and default, in the groups of the dataclass."""
     usage = f"{prog} [--config FILE ...] [--SETTING VALUE ...]"
     parser = argparse.ArgumentParser(
@@ -238,12 +249,13 @@ def _help(cls: type, prog: str, description: str, epilog: str) -> str:
                 add(f.type, f"{prefix}{f.name}.", f"{prefix}{f.name}", texts[f.name])
                 continue
             default = _default_of(f)
-            choices = [word for k in (f.type, *get_args(f.type)) if get_origin(k) is Literal for word in get_args(k)]
-            metavar = (
-                "{" + ",".join(choices) + "}" if choices else "[{true,false}]" if f.type is bool else f.name.upper()
-            )
-            kind = "" if choices or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
-            kind += f"{bounds}; " if (bounds := range_of(f.type)) else ""
+            words = [word for k in members_of(f.type) if get_origin(k) is Literal for word in get_args(k)]
+            words = words or [*choices.get(f"{prefix}{f.name}", ())]
+            metavar = "{" + ",".join(words) + "}" if words else "[{true,false}]" if f.type is bool else f.name.upper()
+            if words and any(get_origin(k) is list for k in members_of(f.type)):
+                metavar = f"[{metavar},...]"
+            kind = "" if words or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
+            kind += f"{bounds}; " if (bounds := bounds_of(f.type)) else ""
             known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
             text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
             group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)

@@ -167,7 +167,7 @@ def is_path(kind: Any) -> bool:
     return any(FILE in getattr(member, "__metadata__", ()) for member in (kind, *get_args(kind)))
 
 
-def range_of(kind: Any) -> str:
+def bounds_of(kind: Any) -> str:
     """Say which numbers a type allows, e.g. "at least 1, below 1,000"; of a list or pair, which each of them may be."""
     for member in (kind, *get_args(kind)):
         bounds = {}
@@ -178,7 +178,7 @@ def range_of(kind: Any) -> str:
             say = {name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in bounds.items()}
             words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
             return ", ".join(f"{words[name]} {say[name]}" for name in words if name in say)
-        if member is not kind and (inner := range_of(member)):
+        if member is not kind and (inner := bounds_of(member)):
             return inner
     return ""
 
@@ -329,7 +329,7 @@ def refused(key: str, value: Any, kind: Any, error: Mapping[str, Any]) -> str:
     if what == "finite_number":
         return f"{key} is {given}; it must be a finite number."
     if what in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        return f"{key} is {given}; choose {range_of(kind)}."
+        return f"{key} is {given}; choose {bounds_of(kind)}."
     if dataclasses.is_dataclass(kind):
         return f"{key} is {given}; it is a group of settings, such as {key}.{dataclasses.fields(kind)[0].name}."
     if choices:

@@ -8,14 +8,12 @@ that they name check their options when they are built, before the first step.
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from vca import lookup
 from vca_engine.config.reading import FilePath, Spec, Strict
 from vca_engine.config.yamlfile import write_yaml
 from vca_engine.files import write_text
@@ -25,7 +23,7 @@ Size = Annotated[int, Field(ge=1, le=2**20)]  # of a network
 Count = Annotated[int, Field(ge=1, le=10_000)]  # of images to look at
 Batch = Annotated[int, Field(ge=1, le=65_536)]  # of images that are in memory together
 Steps = Annotated[int, Field(ge=1, le=10**9)]
-Images = Annotated[int, Field(ge=2, le=10**7)]  # of a distance
+ImagesMeasured = Annotated[int, Field(ge=2, le=10**7)]  # of a distance
 Share = Annotated[float, Field(ge=0, lt=1)]
 Level = Annotated[float, Field(ge=0, le=1)]  # of noise
 Scale = Annotated[float, Field(ge=-1000, le=1000)]  # of guidance
@@ -209,21 +207,21 @@ class FidConfig(Strict):
 
     Args:
         reference: What they are compared with: a file of statistics, or images (a folder, .zip, .npz, .npy).
-        extractor: Network of the features, e.g. inception or dinov2; python -m fid eval --help lists them.
-        preset: Protocol of Inception, e.g. adm or clean; python -m fid eval --help lists them.
+        extractor: Network of the features.
+        preset: Protocol of Inception.
         weights: Its file of weights; not given means where python -m fid looks for them.
-        metrics: Names of metrics, as python -m fid eval --help lists them; not given means those of the preset.
+        metrics: Names of metrics, which python -m fid eval --help explains; not given means those of the preset.
         every: Training steps between two evaluations of the averaged weights; not given means never.
         num: Images of an evaluation in training; the literature's FID is of 50000.
     """
 
     reference: FilePath | None = None
-    extractor: str = "inception"  # `check_names` looks these words up
+    extractor: str = "inception"  # a name in `fid`, which the programs hand to the reader of settings
     preset: str = "adm"
     weights: FilePath | None = None
     metrics: list[str] | None = None
     every: Steps | None = None
-    num: Images = 10_000
+    num: ImagesMeasured = 10_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,21 +230,6 @@ class FidConfig(Strict):
                 "fid.every is given, but no fid.reference; name the file or folder to compare with: "
                 "--fid.reference PATH."
             )
-
-    def check_names(self, registries: Mapping[str, Mapping[str, Any]], prefix: str = "fid.") -> None:
-        """Look up the words that name something in `fid`, which the programs know and this room does not.
-
-        Args:
-            registries: Those of `extractor`, `preset` and `metrics`, by these names.
-            prefix: Of the fields in messages.
-
-        Raises:
-            ValueError: A word that is not there.
-        """
-        for name, registry in registries.items():
-            words = getattr(self, name)
-            for word in [words] if isinstance(words, str) else words or []:
-                lookup(registry, word, prefix + name)
 
     def evaluator_options(self) -> dict[str, Any]:
         """Give the fields that say what measures against what: keywords of `fid.open_evaluator`."""

@@ -101,11 +101,11 @@ class VAECodec(nn.Module):
 
 def _locate_vae(path: str) -> Path:
     """Find the folder of an autoencoder, downloading it where `path` is a name on the hub: .bin if it has no other."""
-    folder = hub.locate(path, ["config.json", f"{VAE_FILE}.safetensors"])
+    folder = hub.find_or_download(path, ["config.json", f"{VAE_FILE}.safetensors"])
     return (
         folder
         if (folder / f"{VAE_FILE}.safetensors").exists()
-        else hub.locate(path, ["config.json", f"{VAE_FILE}.bin"])
+        else hub.find_or_download(path, ["config.json", f"{VAE_FILE}.bin"])
     )
 
 

@@ -51,7 +51,9 @@ def swept(text: str, sampling: SampleConfig, sampler: Spec | None) -> list[tuple
         else:
             fields[name] = value
         label = f"{key.strip().rpartition('.')[2]} {word.strip()}"
-        found.append((label, from_dict(SampleConfig, fields, "--sweep", assemble.parts())))
+        row = from_dict(SampleConfig, fields, "--sweep", assemble.parts())
+        assemble.check_sampler(row.sampler, "--sweep: sampler")
+        found.append((label, row))
     return found
 
 
@@ -64,8 +66,9 @@ def sweep(
         The table, and how each row was drawn.
     """
     images, rows, pipe, counted = [], [], drawing.pipe, drawing.image_sampler
-    for label, sampling in tqdm(values, desc="sweep", unit="value"):
-        image_sampler = drawing.image_sampler_of(sampling)
+    samplers = [drawing.image_sampler_of(sampling) for _, sampling in values]  # all, before the first image is drawn
+    bar = tqdm(zip(values, samplers, strict=True), desc="sweep", unit="value", total=len(values))
+    for (label, sampling), image_sampler in bar:
         images.append(image_sampler.all(labels, sampling.group_size))  # (C, H, W, 3)
         config = dataclasses.replace(pipe.config, sample=sampling)
         rows.append({"row": label, **assemble.describe_sampling(config), "nfe": image_sampler.nfe})

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -23,13 +24,12 @@ from vca_engine.images import NonFiniteError
 from vca_engine.images.pictures import grid, save_film, save_picture
 from vca_engine.sampling.classes import evenly_spaced_classes, find_class, random_label
 from vca_engine.signals import StopSignal
-from vca_engine.training.log import Log, read_metrics, start_tracker
+from vca_engine.training.distances import BEST_FILE, DISTANCES_FILE, best_of, show_distances
+from vca_engine.training.log import Log, plot_losses, read_metrics, start_tracker
 from vca_engine.training.resume import CONFIG_FILE, write_resumed_from
 from vca_engine.training.run import Run
 from vca_engine.weights import checkpoint
 from vca_engine.weights.checkpoint import SNAPSHOTS, folder_of
-
-BEST_FILE = "best.json"
 
 
 class Outputs:
@@ -73,7 +73,7 @@ class Outputs:
             self.lock = lock_folder(self.folder)
             save_yaml(self.config, self.folder / CONFIG_FILE)
             mend(self.folder, self.plot_distance)
-            self.results = read_metrics(self.folder / "fid.jsonl")
+            self.results = read_metrics(self.folder / DISTANCES_FILE)
             if run.continues_another and self.resume != "auto":  # else it is noted already
                 write_resumed_from(self.folder, self.resume, run.start)
         if self.cfg.tracker != "none":
@@ -184,24 +184,11 @@ class Outputs:
         Returns:
             False if a signal stopped it.
         """
-        run, s, num = self.run, self.config.sample, self.config.fid.num
-        rank, world, failed = run.accelerator.process_index, run.accelerator.num_processes, None
-        label = functools.partial(random_label, s.seed, num_classes=run.num_classes)
-        self.evaluator.reset()
-        run.image_sampler.evaluations = run.image_sampler.drawn = 0
+        run, num = self.run, self.config.fid.num
         with run.averaged_weights():
-            for first in range(0, num, world * s.group_size):
-                if stop.share():
-                    return False
-                group = first // s.group_size + rank
-                index = range(group * s.group_size, min((group + 1) * s.group_size, num))
-                if index and not failed:
-                    try:
-                        images = run.image_sampler.group(group, s.group_size, label, range(len(index)))
-                    except NonFiniteError as error:  # the other processes do not know of it, and go on
-                        failed = str(error)
-                        continue
-                    self.evaluator.update(torch.from_numpy(images), index, [label(i) for i in index])
+            stopped, failed = draw_into(self.evaluator, run, num, stop)
+        if stopped:
+            return False
         if failures := [text for text in gather_object([failed]) if text]:
             if self.main:
                 self.log.warn(f"the FID of step {run.step}", failures[0])
@@ -223,12 +210,8 @@ class Outputs:
         return True
 
     def _draw_preview(self) -> None:
-        s, file = self.config.sample, preview_file(self.folder, self.run.step)
-        images = self.run.image_sampler.all([k for k in self.classes for _ in range(s.per_class)], s.group_size)
-        images = images.reshape(len(self.classes), s.per_class, *images.shape[1:])  # (rows, columns, H, W, 3)
-        names = [self.run.info.class_names[k] for k in self.classes]
-        picture = grid(images, names, title=f"step {self.run.step}, cfg {s.cfg_scale:g}")
-        save_picture([picture], file)
+        picture = draw_preview(self.run, self.classes)
+        save_picture([picture], preview_file(self.folder, self.run.step))
         self.log.add_preview(self.run.step, picture)
 
     def _prune(self) -> None:
@@ -239,7 +222,7 @@ class Outputs:
 
     def _add_result(self, result: Any) -> None:
         """Add a `fid.Result` to fid.jsonl, with those that a full disk did not take before; and to what shows them."""
-        file, num = self.folder / "fid.jsonl", self.config.fid.num
+        file, num = self.folder / DISTANCES_FILE, self.config.fid.num
         self.results = [r for r in self.results if r["step"] < self.run.step] + [result.to_dict()]
         text = "".join(json.dumps(record) + "\n" for record in self.results)
         self.log.attempt("fid.jsonl", write_text, file, text)
@@ -255,10 +238,12 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
         plot_distance: See `Outputs`.
     """
     checkpoint.recover(folder)
-    previews, distances = folder / "previews", folder / "fid.jsonl"
+    previews, distances = folder / "previews", folder / DISTANCES_FILE
     for place in (folder, previews):
         remove_temporary(place)
     try:
+        if _is_older(folder / "loss.png", folder / "metrics.jsonl"):
+            plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
         if _is_older(previews / "progress.gif", *previews.glob("step-*.png")):
             save_film(previews)
         if _is_older(folder / "fid.png", distances) or _is_older(folder / BEST_FILE, distances):
@@ -267,41 +252,45 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
         tqdm.write(f"warning: {error}")
 
 
-def show_distances(
-    folder: Path, results: list[dict[str, Any]], plot_distance: Callable[..., None] | None = None
-) -> None:
-    """Write best.json and fid.png of a run.
+def draw_preview(run: Run, classes: list[int]) -> np.ndarray:
+    """Draw a grid of images, a row a class, with the weights that the sampler has now, as a picture (H, W, 3) uint8."""
+    s = run.config.sample
+    images = run.image_sampler.all([k for k in classes for _ in range(s.per_class)], s.group_size)
+    images = images.reshape(len(classes), s.per_class, *images.shape[1:])  # (rows, columns, H, W, 3)
+    names = [run.info.class_names[k] for k in classes]
+    return grid(images, names, title=f"step {run.step}, cfg {s.cfg_scale:g}")
+
+
+def draw_into(evaluator: Any, run: Run, num: int, stop: StopSignal) -> tuple[bool, str | None]:
+    """Draw the images that sample.py would, with the weights that the sampler has now, into an evaluator.
 
     Args:
-        folder: Of the run.
-        results: The lines of fid.jsonl.
-        plot_distance: See `Outputs`.
+        evaluator: A `fid.Evaluator`; it begins anew, and gets this process's share.
+        run: The run.
+        num: Images of all processes.
+        stop: A signal ends it early.
+
+    Returns:
+        Whether a signal stopped it; and why this process's images are not finite, if they are not.
     """
-    if best := best_of(results):
-        write_text(folder / BEST_FILE, json.dumps(best, indent=2) + "\n")
-    if results and plot_distance and distance_of(results[-1]):
-        shown = [r for r in results if _kind(r) == _kind(results[-1])]
-        plot_distance(shown, folder / "fid.png", f"{folder.resolve().name}, {results[-1]['protocol']}")
-
-
-def best_of(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Find the least distance of each name and number of images, of those by the protocol of the last: value, step."""
-    best = {}
-    for last in results:
-        if name := distance_of(last):
-            least = min((r for r in results if _kind(r) == _kind(last)), key=lambda r: r[name])
-            best[f"{name}-{last['num_samples']}"] = {"value": least[name], "step": least["step"]}
-    return best
-
-
-def distance_of(result: dict[str, Any]) -> str | None:
-    """Name the distance that a line of fid.jsonl has: fid, or fd of another network than Inception."""
-    return next((name for name in ("fid", "fd") if isinstance(result.get(name), int | float)), None)
-
-
-def _kind(result: dict[str, Any]) -> tuple[Any, ...]:
-    """Collect the parts of a result that have to be equal for its distance to be compared with another's."""
-    return distance_of(result), *(result.get(k) for k in ("extractor", "protocol", "num_samples", "reference"))
+    s, rank, world = run.config.sample, run.accelerator.process_index, run.accelerator.num_processes
+    label = functools.partial(random_label, s.seed, num_classes=run.num_classes)
+    evaluator.reset()
+    run.image_sampler.evaluations = run.image_sampler.drawn = 0
+    failed = None
+    for first in range(0, num, world * s.group_size):
+        if stop.share():
+            return True, failed
+        group = first // s.group_size + rank
+        index = range(group * s.group_size, min((group + 1) * s.group_size, num))
+        if index and not failed:
+            try:
+                images = run.image_sampler.group(group, s.group_size, label, range(len(index)))
+            except NonFiniteError as error:  # the other processes do not know of it, and go on
+                failed = str(error)
+                continue
+            evaluator.update(torch.from_numpy(images), index, [label(i) for i in index])
+    return False, failed
 
 
 def _is_older(file: Path, *sources: Path) -> bool:
@@ -357,7 +346,7 @@ def unfinished(
         return []
     if accelerator.is_main_process:
         folder = Path(config.run_dir)
-        lines = read_metrics(folder / "fid.jsonl")
+        lines = read_metrics(folder / DISTANCES_FILE)
         done = {
             "snapshot": (folder_of(folder, step, SNAPSHOTS) / checkpoint.RECORD).is_file(),
             "preview": preview_file(folder, step).exists(),

@@ -114,6 +114,10 @@ class Run:
             checkpoint.load_optimizer(start, self.network, self.optimizer)
             self.meter.load(checkpoint.read(start, "meter")["rows"], record["skipped"])
         self.order = self._make_order()
+        if self.cfg.batch_size > len(self.data):
+            given, num = self.cfg.batch_size, len(self.data)
+            text = f"note: train.batch_size {given} is more than the {num:,} images; a step is {given / num:.2f} epochs"
+            self.messages.append(text)
         if self.cfg.preload:
             self._preload()
 

@@ -30,7 +30,7 @@ from vca_engine.records import read_json, with_checksum
 RECORD = "checkpoint.json"
 FORMAT = 4  # 2: sample.rows; 3: attention without `softmax`
 CHECKPOINTS, SNAPSHOTS = "checkpoints", "snapshots"
-INSTEAD = "Remove its folder to use the checkpoint before it."
+GO_BACK = "Remove its folder to use the checkpoint before it."
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -166,16 +166,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = read_json(folder / RECORD)
     except FileNotFoundError:
-        raise ValueError(f"{str(folder)!r} lacks {RECORD}. {INSTEAD}") from None
+        raise ValueError(f"{str(folder)!r} lacks {RECORD}. {GO_BACK}") from None
     except ValueError as error:
-        raise ValueError(f"{error} {INSTEAD}") from None
+        raise ValueError(f"{error} {GO_BACK}") from None
     version, wrong = record.get("format"), ""
     if type(version) is not int:
         wrong = f"its format is {version!r}"
     elif version <= FORMAT:
         wrong = _wrong(record, folder)
     if wrong:
-        raise ValueError(f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {wrong}. {INSTEAD}")
+        raise ValueError(f"{str(folder / RECORD)!r} is damaged or not a checkpoint's record: {wrong}. {GO_BACK}")
     if version not in (2, 3, FORMAT):
         raise ValueError(
             f"{str(folder)!r} is of format {version}, and this program reads 2 to {FORMAT}; use the version of the "
@@ -199,17 +199,17 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
     file = folder / f"{name}.safetensors"
     if not file.is_file():
         there = sorted(f.stem for f in folder.glob("*.safetensors"))
-        raise FileNotFoundError(f"the checkpoint lacks {str(file)!r}; it has {there}. {INSTEAD}")
+        raise FileNotFoundError(f"the checkpoint lacks {str(file)!r}; it has {there}. {GO_BACK}")
     try:
         tensors = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}. {INSTEAD}") from None
+        raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}. {GO_BACK}") from None
     if name != "meter":  # which has the norms of skipped steps, too
         check_finite(tensors, file)
     known = read_record(folder).get("files", {}).get(file.name)  # not there in checkpoints of versions before
     if known is not None and known != checksum_of(file):
         raise ValueError(
-            f"{str(file)!r} is damaged, or of another checkpoint: it does not have its checksum. {INSTEAD}"
+            f"{str(file)!r} is damaged, or of another checkpoint: it does not have its checksum. {GO_BACK}"
         )
     return tensors
 

@@ -62,13 +62,13 @@ class Weights(NamedTuple):
 
 
 def locate(path: str | Path) -> Path:
-    """Find weights on this machine, or on the hub, from where they are downloaded; see `vca_engine.hub.locate`.
+    """Find weights on this machine or on the hub, which are downloaded then; see `hub.find_or_download`.
 
     Raises:
         FileNotFoundError: There is no such path, and the hub has no such model or cannot be reached.
     """
     try:
-        return hub.locate(path, NEEDED)
+        return hub.find_or_download(path, NEEDED)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no weights at {str(path)!r}: {error}.") from None
 

@@ -15,7 +15,7 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 # A key that each DiT and SiT has and nothing else: the published one, and that of diffusers.
 MARKS = ("blocks.0.adaLN_modulation.1.weight", "transformer_blocks.0.norm1.linear.weight")
 # Beside the network, for training only: the counter of torch's AveragedModel, the heads of representation alignment.
-OF_TRAINING = re.compile(r"n_averaged$|projectors\.")
+NOT_OF_THE_NETWORK = re.compile(r"n_averaged$|projectors\.")
 AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?|avg|swa|shadow)(?![a-z])")
 MOST_NAMES = 5  # in a message
 
@@ -65,11 +65,11 @@ def has_nameless_average(content: Any) -> bool:
     """Say whether averaged weights are there as a list of tensors, which do not say what they are of."""
     return any(
         isinstance(value, list | tuple) and len(value) > 1 and isinstance(value[0], Tensor) and AVERAGED.search(place)
-        for place, value in _walk(content)
+        for place, value in _nested(content)
     )
 
 
-def _walk(content: Any) -> Iterator[tuple[str, Any]]:
+def _nested(content: Any) -> Iterator[tuple[str, Any]]:
     """Yield mappings and lists in the order of the file, each once, with the names that lead to them."""
     waiting, seen = [("", content)], set()
     while waiting:
@@ -86,7 +86,7 @@ def _walk(content: Any) -> Iterator[tuple[str, Any]]:
 
 def _state_dicts(content: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield the tensors of each mapping that has some, without wrappers in their keys."""
-    for place, value in _walk(content):
+    for place, value in _nested(content):
         if isinstance(value, Mapping):
             tensors = {key: t for key, t in value.items() if isinstance(key, str) and isinstance(t, Tensor)}
             if tensors:
@@ -103,7 +103,7 @@ def _candidates(place: str, state: Mapping[str, Tensor]) -> Iterator[Candidate]:
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     for key, tensor in state.items():
         prefix = next((p for p in prefixes if key.startswith(p)), None)
-        if prefix is not None and not OF_TRAINING.match(key, len(prefix)):
+        if prefix is not None and not NOT_OF_THE_NETWORK.match(key, len(prefix)):
             parts[prefix][key.removeprefix(prefix)] = tensor
     yield from (Candidate(place + prefix, tensors) for prefix, tensors in parts.items())
 
