@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from classify.block import check_images, drop_paths, initialise, to_image, to_tokens
+from classify.block import DropPath, check_images, drop_paths, initialise, to_image, to_tokens
 
 HEADS = 2, 4, 8, 16
 STRIPES = 1, 2, 7, math.inf  # width of a stripe in each stage; the last looks at the whole map
@@ -61,10 +61,10 @@ class StripeBlock(nn.Module):
         num_heads: Heads; half of them attend in upright stripes of the whole height, half in level ones.
         side: Side of the square map of tokens.
         stripe: Width of a stripe; from `side` on, all heads look at the whole map.
-        drop_path: Drops what is added, in training, for some of the images.
+        drop_path: Rate of the `DropPath` of both.
     """
 
-    def __init__(self, dim: int, num_heads: int, side: int, stripe: float, drop_path: nn.Module) -> None:
+    def __init__(self, dim: int, num_heads: int, side: int, stripe: float, drop_path: float) -> None:
         super().__init__()
         windows = [(side, side)] if stripe >= side else [(side, stripe), (stripe, side)]
         share = len(windows)
@@ -73,14 +73,14 @@ class StripeBlock(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.attns = nn.ModuleList(StripeAttention(dim // share, num_heads // share, side, w) for w in windows)
         self.proj = nn.Linear(dim, dim)
-        self.drop_path = drop_path
+        self.drop_path1, self.drop_path2 = DropPath(drop_path), DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block: (B, N, C) -> (B, N, C)."""
-        x = x + self.drop_path(self.proj(self._attend(self.qkv(self.norm1(x)))))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path1(self.proj(self._attend(self.qkv(self.norm1(x)))))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Attend with each half of the channels in its stripes: (B, N, 3C) -> (B, N, C)."""

@@ -10,18 +10,20 @@ prints. The others have theirs by analogy.
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import timm
 from torch import nn
 
+from classify.block import DropPath
 from classify.cswin import STRIPES, CSwin
 from classify.pvt import PVT
 from classify.swap import find_blocks, put_attention
 from vca import ATTENTIONS, lookup, options_of
 from vca import create as create_entry
+from vca.transformer import resolved_attention
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,26 @@ class Recogniser:
     contrast: tuple[int | None, ...]
     windows: tuple[float, ...] = ()
     swapped: Mapping[str, Any] = field(default_factory=dict)
+
+    def changed(self, name: str, *, patch_size: int | None = None, depth: int | None = None, **widths: int) -> Self:
+        """Change the sizes of a DeiT.
+
+        Raises:
+            ValueError: It is no DeiT, or a size does not fit; says what would.
+        """
+        given = {"patch_size": patch_size, "depth": depth, **widths}
+        given = {option: value for option, value in given.items() if value is not None}
+        if not given:
+            return self
+        if len(self.windows) or self.swapped:
+            raise ValueError(f"{name} takes no {next(iter(given))}; only a deit_tiny, deit_small or deit_base does.")
+        first = self.depths[:-1]
+        if depth is not None and depth <= sum(first):
+            raise ValueError(f"depth is {depth}; {name} has at least {sum(first) + 1} blocks.")
+        names = {"hidden_size": "embed_dim"}  # of timm
+        network = partial(self.network, **{names.get(option, option): value for option, value in given.items()})
+        depths = self.depths if depth is None else (*first, depth - sum(first))
+        return replace(self, network=network, stride=patch_size or self.stride, depths=depths)
 
     def fits(self, image_size: int, own: bool) -> bool:
         """Say whether the patches divide an image, and the windows or stripes that are left their map of tokens."""
@@ -109,6 +131,7 @@ def create(
     image_size: int = 224,
     in_channels: int = 3,
     drop_path_rate: float = 0.0,
+    **changes: int,
 ) -> nn.Module:
     """Make a recogniser with random weights: `model(x)`, (B, in_channels, image_size, image_size) -> (B, num_classes).
 
@@ -120,11 +143,15 @@ def create(
         image_size: Side of the images in pixels.
         in_channels: Channels of the images.
         drop_path_rate: Probability, in training, that the last block is left out for an image; less in those before.
+        changes: For small images or networks, `patch_size`, `hidden_size`, `depth` and `num_heads` of a DeiT.
+
+    Returns:
+        The network; its attribute `attention` is the spec with all options but the contrast grids of `MODELS`.
 
     Raises:
         ValueError: An unknown name or option, or sizes that do not fit; says what would.
     """
-    recogniser = lookup(MODELS, name, "model")
+    recogniser = lookup(MODELS, name, "model").changed(name, **changes)
     spec = dict(attention) if isinstance(attention, Mapping) else {"name": attention}
     own = lookup(CHOICES, spec.get("name"), "attention") is keep_own
     for option, value in {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}.items():
@@ -143,7 +170,16 @@ def create(
         create_entry(CHOICES, spec, "attention")  # it takes no options
     sizes = {"image_size": image_size, "num_classes": num_classes, "in_channels": in_channels}
     network = recogniser.network(**sizes, drop_path_rate=drop_path_rate, **({} if own else recogniser.swapped))
-    return network if own else put_attention(network, _specs(network, recogniser, spec))
+    network.attention = spec
+    if not own:
+        found = {"contrast_grid", "qkv_bias"} - {*spec}  # which differ from block to block
+        network.attention = {k: v for k, v in resolved_attention(spec).items() if k not in found}
+        put_attention(network, _specs(network, recogniser, spec))
+    for module in list(network.modules()):
+        for child, path in module.named_children():
+            if isinstance(path, timm.layers.DropPath):  # which draws from the global generator
+                setattr(module, child, DropPath(path.drop_prob))
+    return network
 
 
 def _specs(network: nn.Module, recogniser: Recogniser, spec: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from classify.block import Block, check_images, drop_paths, initialise, to_image, to_tokens
+from classify.block import Block, DropPath, check_images, drop_paths, initialise, to_image, to_tokens
 
 DIMS = 64, 128, 320, 512  # channels of the four stages
 HEADS = 1, 2, 5, 8
@@ -129,8 +129,8 @@ class PVT(nn.Module):
         return self.head(x.mean(dim=1) if self.cls_token is None else self.norm(x[:, 0]))
 
     @staticmethod
-    def _block(stage: int, side: int, drop_path: nn.Module) -> Block:
+    def _block(stage: int, side: int, drop_path: float) -> Block:
         dim = DIMS[stage]
         attention = SpatialReductionAttention(dim, HEADS[stage], side, REDUCTIONS[stage])
         norms = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
-        return Block(attention, *norms, Mlp(dim, MLP_RATIOS[stage] * dim), drop_path)
+        return Block(attention, *norms, Mlp(dim, MLP_RATIOS[stage] * dim), DropPath(drop_path), DropPath(drop_path))

@@ -78,8 +78,7 @@ def put_attention(model: nn.Module, specs: Mapping[int, Spec]) -> nn.Module:
         blocks, i = places[index].blocks, places[index].index
         block = blocks[i]
         if isinstance(block, SwinTransformerBlock | StripeBlock):  # windows and stripes are the work of these
-            drop_path = block.drop_path if isinstance(block, StripeBlock) else block.drop_path1
-            blocks[i] = Block(layer, block.norm1, block.norm2, block.mlp, drop_path)
+            blocks[i] = Block(layer, block.norm1, block.norm2, block.mlp, block.drop_path1, block.drop_path2)
         else:
             block.attn = layer
     return model

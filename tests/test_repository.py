@@ -63,11 +63,11 @@ MAY_IMPORT = {  # room -> rooms; all may import themselves and, but for the netw
     "vca_engine.config": {"vca"},
     "vca_engine.images": {"vca_engine.config"},
     "vca_engine.weights": {"vca_engine.config", "vca_engine.images", *NETWORKS},
-    "vca_engine.assemble": PEERS | NETWORKS,
+    "classify": {"vca"},
+    "vca_engine.assemble": PEERS | NETWORKS | {"classify"},
     "vca_engine.sampling": PEERS | NETWORKS | {"vca_engine.assemble"},
     "vca_engine.training": PEERS | NETWORKS | {"vca_engine.assemble", "vca_engine.sampling"},
     "fid": {"vca_engine.images"},
-    "classify": PEERS | {"vca", "vca_engine.assemble"},
 }
 PROGRAMS_MAY = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["benchmarks"] = PROGRAMS_MAY | {*SCRIPTS}
@@ -186,6 +186,12 @@ def test_every_config_builds_its_model_process_and_sampler(file):
         codec = SimpleNamespace(downsample=8 if name == "folder" else 4, channels=4)
     shape = DataInfo(size, channels, [str(k) for k in range(classes)])
     process = assemble.process(config)
+    assemble.check_settings(config)
+    if not assemble.is_generator(config):
+        with torch.device("meta"):
+            model = assemble.network(config, shape, codec)
+            assert model(torch.empty(2, channels, size, size)).shape == (2, classes)
+        return
     assemble.sampler(config, process)
     with torch.device("meta"):
         model = assemble.network(config, shape, codec)
