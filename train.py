@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
     args = parse(TrainArguments, argv, **texts, parts=assemble.parts(), choices=choices)
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
+    assemble.check_settings(config)
     check_tracker(config.train.tracker)
     stop = StopSignal()
     accelerator = make_accelerator(config)

@@ -72,13 +72,11 @@ def _generator(cls: type[Transformer], config: Config, info: DataInfo, codec: An
 
 
 def _recogniser(config: Config, info: DataInfo, codec: Any) -> nn.Module:
-    """Make a recogniser for images as `info` says; `codec` has to be that of pixels."""
+    """Make a recogniser for images as `info` says."""
     if find_spec("timm") is None:
         raise ValueError("process classify needs the package timm; run: pip install timm")
     from classify import MODELS, create  # slow to import: see docs/architecture.md, start-up
 
-    if codec.downsample > 1:
-        raise ValueError(f"codec.name is {config.codec['name']!r}; a recogniser looks at pixels, so choose pixels.")
     if config.model.name is None:
         raise ValueError(f"model.name is not given; name a recogniser, one of {sorted(MODELS)}.")
     return create(
@@ -129,13 +127,15 @@ def is_generator(config: Config) -> bool:
 
 
 def check_settings(config: Config) -> None:
-    """Raise ValueError if a setting is given that the process has no use for."""
+    """Raise ValueError if a setting is given that the process has no use for, or a codec that it cannot use."""
     unused = process_kind(config).unused
     default = Config(config.run_dir, config.process, config.data, config.codec)
     for key, (_, given) in differences(to_dict(default), to_dict(config)).items():
         if any(f"{key}.".startswith(f"{name}.") for name in unused):
             name = config.process["name"]
             raise ValueError(f"{key} is {given!r}, for which process {name} has no use; leave it out.")
+    if not is_generator(config) and config.codec["name"] != "pixels":
+        raise ValueError(f"codec.name is {config.codec['name']!r}; a recogniser looks at pixels, so choose pixels.")
 
 
 def process(config: Config) -> Process:
@@ -192,7 +192,8 @@ def images_to_evaluate(config: Config, info: DataInfo) -> ImageDataset | None:
         return None
     if spec.get("name", config.data["name"]) == config.data["name"]:
         spec = {**config.data, **spec}
-    if spec == config.data:
+    defaults = defaults_of(lookup(DATASETS, spec["name"], "eval.data.name"))
+    if {**defaults, **spec} == {**defaults, **config.data}:
         raise ValueError("eval.data is data itself, which tells nothing; name others, e.g. --eval.data.images DIR.")
     found = create(DATASETS, spec, "eval.data")
     for name, number in {"image_size": info.image_size, "channels": info.channels}.items():

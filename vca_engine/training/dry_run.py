@@ -91,7 +91,9 @@ def _two_steps(config: Config, run_dir: str, num_processes: int) -> Config:
     periods = {"num_steps": 2, "log_every": 1, "checkpoint_every": 2, "snapshot_every": 2, "sample_every": 2}
     periods["cooldown_steps"] = 0
     train = dataclasses.replace(config.train, **periods, tracker="none")
-    measured = dataclasses.replace(config.fid, num=min(config.fid.num, FEW_IMAGES * num_processes))
+    measured = config.fid
+    if measured.every:
+        measured = dataclasses.replace(measured, num=min(measured.num, FEW_IMAGES * num_processes))
     return dataclasses.replace(config, run_dir=run_dir, train=train, fid=measured)
 
 

@@ -31,6 +31,7 @@ from vca_engine.weights import checkpoint
 from vca_engine.weights.adapt import initialise
 from vca_engine.weights.checkpoint import CHECKPOINTS
 from vca_engine.weights.files import attention_of
+from vca_engine.weights.recogniser import initialise_recogniser
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -79,7 +80,6 @@ class Run:
 
     def __init__(self, config: Config, accelerator: Accelerator, start: Path | None = None) -> None:
         self.config, self.cfg, self.folder = config, config.train, Path(config.run_dir)
-        assemble.check_settings(config)
         self.is_generator = assemble.is_generator(config)
         self.accelerator, self.device, self.start = accelerator, accelerator.device, start
         set_tf32(self.cfg.tf32)
@@ -108,7 +108,8 @@ class Run:
             if self.continues_another:
                 self.messages.append(f"resumes {start}")
         elif config.init:
-            adapted = initialise(network, config.init, self.info.class_names)
+            start_from = initialise if self.is_generator else initialise_recogniser
+            adapted = start_from(network, config.init, self.info.class_names)
             self.messages.append(f"starts from {config.init}: {adapted}")
         self.averaged_network = copy.deepcopy(network).eval().requires_grad_(False).to(self.device)
         self.image_sampler = self._make_image_sampler(sampler) if sampler else None
