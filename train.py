@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stopped:
         accelerator.print(f"stopped at step {run.step}, with a checkpoint; run the same command to go on.")
         raise SystemExit(STOPPED)
-    use = "Sample with: python sample.py --checkpoint" if run.is_generator else "Evaluate with: python -m classify eval"
-    accelerator.print(f"done: {run.step:,} steps. {use} {run.folder}")
+    use = assemble.command_to_use(config.process["name"], run.folder)
+    accelerator.print(f"done: {run.step:,} steps. {use}")
 
 
 def prepare(

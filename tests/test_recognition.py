@@ -11,17 +11,21 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 
+import export
+import sample
 import train
 from classify import Classification, create
 from classify.block import DropPath, draw_paths
 from vca_engine.config.schema import TrainConfig
 from vca_engine.images.datasets import Digits
+from vca_engine.training import reconstruct
 from vca_engine.training.step import learning_rate
 from vca_engine.weights import checkpoint
+from vca_engine.weights.recogniser import initialise_recogniser
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 SMALL = (
@@ -262,8 +266,11 @@ def test_the_schedule_of_pvt():
 
 def test_a_recogniser_learns_the_digits(tmp_path):
     plain = "--process.mixup 0 --process.cutmix 0 --process.augment none --process.colour_jitter 0 --process.erasing 0 "
-    plain += "--model.hidden_size 32 --model.drop_path 0 --train.batch_size 64 --train.lr 5e-3 --train.log_every 20"
-    folder = run(tmp_path / "run", 60, plain)
+    plain += "--model.hidden_size 64 --model.num_heads 4 --model.drop_path 0 --process.min_area 1 "
+    plain += (
+        "--train.batch_size 64 --train.lr 5e-3 --train.warmup_steps 10 --train.schedule cosine --train.log_every 20"
+    )
+    folder = run(tmp_path / "run", 80, plain)
     assert json.loads((folder / "eval.jsonl").read_text())["top1"] > 50  # by chance it is 10
 
 
@@ -321,3 +328,125 @@ def test_a_generator_refuses_what_is_of_recognisers(tmp_path, capsys):
 def test_evaluation_every_so_often_needs_images(tmp_path, capsys):
     argv = [word for word in settings(tmp_path / "run", 2) if word not in ("--eval.data.split", "test")]
     assert "eval.every is given, but no eval.data" in sentence(capsys, [*argv, "--eval.every", "2"])
+
+
+TABLES = ("positive_embed", "negative_embed", "relative_position_bias_table")
+
+
+class TestInit:
+    """Weights of another image size, attention, or other classes."""
+
+    @pytest.fixture
+    def save(self, tmp_path):
+        def save(model, name="weights.safetensors"):
+            save_file(model.state_dict(), tmp_path / name)
+            return str(tmp_path / name)
+
+        return save
+
+    @pytest.mark.parametrize("name", ["deit_tiny", "pvt_tiny", "swin_tiny", "cswin_tiny"])
+    @pytest.mark.parametrize("attention", ["own", "vca"])
+    def test_another_image_size_gives_nearly_the_same_features(self, save, name, attention):
+        """And the tables that depend on the size are interpolated: that of a constant is that constant."""
+        small, large = (64, 96) if name in ("deit_tiny", "pvt_tiny") else (32, 64)
+        if attention == "own" and name == "swin_tiny":
+            small, large = 224, 448
+        old, new = (create(name, attention, num_classes=3, image_size=size) for size in (small, large))
+        for key, tensor in old.state_dict().items():
+            if key.endswith(TABLES) or "pos_embed" in key:
+                tensor.fill_(0.25)
+        result = initialise_recogniser(new, save(old), ["a", "b", "c"])
+        assert result.missing == result.unused == []
+        for key, tensor in new.state_dict().items():
+            if key.endswith(TABLES) or "pos_embed" in key:
+                assert tensor.allclose(torch.tensor(0.25)), key
+            else:
+                assert torch.equal(tensor, old.state_dict()[key]), key
+
+    def test_positions_go_where_they_were(self, save):
+        """A linear table stays linear inside, and the class token's row stays."""
+        old, new = (create("deit_tiny", "own", num_classes=3, image_size=size) for size in (64, 128))
+        ramp = torch.arange(4.0).repeat(4)[:, None].expand(16, 192)
+        old.pos_embed.data = torch.cat([torch.full((1, 192), 7.0), ramp])[None]
+        initialise_recogniser(new, save(old), ["a", "b", "c"])
+        assert torch.equal(new.pos_embed[0, 0], torch.full((192,), 7.0))
+        row = new.pos_embed[0, 1:].unflatten(0, (8, 8))[3, :, 0]
+        assert row[2:6].tolist() == pytest.approx([0.75, 1.25, 1.75, 2.25], abs=0.05)
+
+    def test_timms_weights_start_a_deit_with_vca(self, save):
+        theirs = timm.create_model("deit_tiny_patch16_224", num_classes=1000)
+        new = create("deit_tiny", num_classes=7)
+        head = new.head.weight.clone()
+        result = initialise_recogniser(new, save(theirs), [str(k) for k in range(7)])
+        assert torch.equal(new.blocks[3].attn.qkv.weight, theirs.blocks[3].attn.qkv.weight)
+        assert torch.equal(new.head.weight, head)
+        said = str(result)
+        assert "head.weight (0 of 1000 classes; 7 keep their initial values)" in said
+        assert "blocks.*.attn.positive_embed" in said
+        same = create("deit_tiny", "own")
+        initialise_recogniser(same, save(theirs), [str(k) for k in range(1000)])
+        x = torch.randn(1, 3, 224, 224)
+        assert torch.equal(same.eval()(x), theirs.eval()(x))
+
+    def test_rows_of_the_head_go_by_the_names_of_the_classes(self, tmp_path):
+        folder = run(tmp_path / "run", 1)
+        new = create(
+            "deit_tiny", num_classes=2, image_size=8, in_channels=1, patch_size=2, hidden_size=12, depth=2, num_heads=2
+        )
+        initial = new.head.weight.clone()
+        result = initialise_recogniser(new, str(folder), ["7", "cat"])
+        old = load_file(checkpoint.find(folder) / "ema.safetensors")["head.weight"]
+        assert torch.equal(new.head.weight[0], old[7])
+        assert torch.equal(new.head.weight[1], initial[1])
+        assert result.changed["head.weight"] == "1 of 10 classes; 1 keep their initial values"
+
+    def test_a_run_says_what_it_starts_from(self, tmp_path, capsys):
+        folder = run(tmp_path / "run", 1)
+        capsys.readouterr()
+        run(tmp_path / "next", 1, f"--init {folder} --model.attention.name own")
+        assert (
+            "not in the model, so unused: blocks.*.attn.dwc.bias, blocks.*.attn.dwc.weight" in capsys.readouterr().out
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"depth": 3}, "blocks.2.mlp.fc1.weight is in the model only; weights of another depth cannot be fitted."),
+            ({"hidden_size": 24}, "only another image size or number of classes can be fitted."),
+            ({"patch_size": 4}, "only another image size or number of classes can be fitted."),
+        ],
+    )
+    def test_weights_of_another_network_are_refused(self, save, options, said):
+        sizes = {"patch_size": 2, "hidden_size": 12, "depth": 2, "num_heads": 2}
+        old = create("deit_tiny", num_classes=3, image_size=8, **sizes)
+        new = create("deit_tiny", num_classes=3, image_size=8, **sizes | options)
+        with pytest.raises(ValueError, match=re.escape(said)):
+            initialise_recogniser(new, save(old), ["a", "b", "c"])
+
+    def test_other_files_are_refused(self, tmp_path, capsys, save):
+        other = save(torch.nn.Linear(2, 2))
+        assert "holds no state dict" in sentence(capsys, settings(tmp_path / "run", 2, f"--init {other}"))
+        pvt = save(create("pvt_tiny", num_classes=10, image_size=32))
+        said = sentence(capsys, settings(tmp_path / "run", 2, f"--init {pvt}"))
+        assert "it holds another network, without blocks.0.mlp.fc1.weight." in said
+
+
+class TestOtherPrograms:
+    def test_who_draws_images_refuses_a_recogniser(self, tmp_path, capsys):
+        folder = run(tmp_path / "run", 1)
+        for main, words in ((sample.main, [str(folder)]), (export.main, [str(folder), str(tmp_path / "out")])):
+            with pytest.raises(SystemExit) as stop:
+                main(words)
+            assert stop.value.code == 2
+            said = capsys.readouterr().err
+            assert (
+                "holds a recogniser, deit_tiny, which draws no images; evaluate it with: python -m classify eval"
+                in said
+            )
+        assert not (tmp_path / "out").exists()
+
+    def test_another_width_of_the_average_can_be_made(self, tmp_path, capsys):
+        folder = run(tmp_path / "run", 4, "--train.snapshot_every 1")
+        reconstruct.main([str(folder), "--std", "0.08"])
+        (made,) = (folder / "reconstructed").iterdir()
+        assert f"Evaluate with: python -m classify eval {made}" in capsys.readouterr().out

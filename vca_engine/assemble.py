@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -119,6 +120,13 @@ def parts() -> dict[str, Mapping[str, Any]]:
 def process_kind(config: Config) -> ProcessKind:
     """Look up what belongs to the process of a config."""
     return lookup(PROCESSES, config.process["name"], "process.name")
+
+
+def command_to_use(process: str, folder: Path) -> str:
+    """Say what to type to use the weights in a folder, as its process is."""
+    generates = bool(lookup(PROCESSES, process, "process.name").samplers)
+    use = "Sample with: python sample.py --checkpoint" if generates else "Evaluate with: python -m classify eval"
+    return f"{use} {folder}"
 
 
 def is_generator(config: Config) -> bool:

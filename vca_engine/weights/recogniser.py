@@ -14,7 +14,7 @@ from vca_engine.weights.files import read_weights
 # A key that each has: DeiT and Swin, PVT, CSwin.
 MARKS = ("patch_embed.proj.weight", "patch_embed1.proj.weight", "stage1_conv_embed.0.weight")
 HEAD = re.compile(r"head\.(fc\.)?(weight|bias)")
-POSITIONS = re.compile(r"pos_embed\d?")
+POSITIONS = re.compile(r"pos_embed\d?|.*\.relative_position_bias_table")  # maps of positions, as rows
 OF_A_BLOCK = ".mlp.fc1.weight"  # of every block of all of them
 
 
@@ -49,12 +49,13 @@ def initialise_recogniser(network: nn.Module, path: str, class_names: Sequence[s
             tensor, what = found.tensors[key].to(initial), ""
             if HEAD.fullmatch(key) and tensor.shape[1:] == initial.shape[1:]:
                 tensor, what = _class_rows(tensor, initial, found.class_names, class_names)
-            elif tensor.shape != initial.shape and tensor.shape[::2] == initial.shape[::2]:
-                if POSITIONS.fullmatch(key):
-                    tensor, what = _interpolate_positions(key, tensor, len(initial[0]))
-                elif key.endswith((".positive_embed", ".negative_embed")):
-                    grid = network.get_submodule(key.rpartition(".")[0]).contrast_grid
-                    tensor, what = interpolate_embeddings(key, tensor, grid)
+            elif tensor.shape == initial.shape or tensor.shape[-1] != initial.shape[-1]:
+                pass
+            elif POSITIONS.fullmatch(key):
+                tensor, what = _interpolate_positions(key, tensor, initial.shape[-2])
+            elif key.endswith((".positive_embed", ".negative_embed")):
+                grid = network.get_submodule(key.rpartition(".")[0]).contrast_grid
+                tensor, what = interpolate_embeddings(key, tensor, grid)
             if tensor.shape != initial.shape:
                 raise ValueError(
                     f"{key} is {tuple(tensor.shape)} in the file and {tuple(initial.shape)} in the model; only another "
@@ -102,13 +103,14 @@ def _class_rows(
 
 
 def _interpolate_positions(key: str, table: Tensor, num_tokens: int) -> tuple[Tensor, str]:
-    """Interpolate (1, P+N, C) of a square map to (1, num_tokens, C), bicubic; P rows before it stay."""
+    """Interpolate (..., P+N, C) of a square map to (..., num_tokens, C), bicubic; P rows before it stay."""
     side = math.isqrt(num_tokens)
     prefix = num_tokens - side**2
-    old = math.isqrt(table.shape[1] - prefix)
-    if old**2 != table.shape[1] - prefix:
-        raise ValueError(f"{key} has {table.shape[1]} rows, which are no square map, so it cannot be fitted.")
-    image = table[:, prefix:].transpose(1, 2).unflatten(2, (old, old))  # (1, C, old, old)
+    num_old = table.shape[-2] - prefix
+    old = math.isqrt(num_old)
+    if old**2 != num_old:
+        raise ValueError(f"{key} has {num_old + prefix} rows, which are no square map, so it cannot be fitted.")
+    image = table[..., prefix:, :].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, C, old, old)
     image = F.interpolate(image, (side, side), mode="bicubic", align_corners=False, antialias=True)
-    rows = image.flatten(2).transpose(1, 2)  # (1, N, C)
-    return torch.cat([table[:, :prefix], rows], dim=1), f"interpolated from {old}x{old} to {side}x{side}"
+    rows = image.flatten(2).transpose(1, 2).reshape(*table.shape[:-2], side**2, -1)  # (..., N, C)
+    return torch.cat([table[..., :prefix, :], rows], dim=-2), f"interpolated from {old}x{old} to {side}x{side}"
