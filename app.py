@@ -5,16 +5,21 @@
 
 The checkpoint is what sample.py takes. The page shows the command of sample.py that draws the same images, bit for bit
 on one kind of device. It needs gradio, `pip install -e .[app]`, and sends nothing to anybody; who reaches --host can
-draw.
+draw, one after the other, but pages of other sites cannot. Drawing stops when the page that asked for it is closed.
 """
 
 import dataclasses
+import html
+import ipaddress
 import json
+import math
 import os
 import shlex
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 try:
@@ -23,7 +28,12 @@ except ModuleNotFoundError as error:
     raise SystemExit("app.py: the page needs gradio; run `pip install -e .[app]`.") from error
 
 import numpy as np
+from gradio.context import LocalContext
 from pydantic import Field
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from sit_vca.sampler import ODE, ODE_METHODS
@@ -37,6 +47,8 @@ from vca_engine.sampling.classes import evenly_spaced_classes
 from vca_engine.sampling.pipeline import Pipeline
 
 MOST = 256  # images of one click
+MOST_STEPS, MOST_CFG = 1000, 100.0
+MOST_BYTES = 2**20  # of a request: the fields of the page are some hundred bytes, and a number for each class
 GALLERY_STYLE = """#gallery .grid-container {grid-template-columns: repeat(auto-fill, minmax(%dpx, 1fr))}
 #gallery img {image-rendering: %s}"""
 
@@ -48,10 +60,12 @@ class AppArguments(ModelOptions):
     Args:
         host: Address of the page; 0.0.0.0 lets other machines in.
         port: Its port.
+        names: Names that the page is reached by, beside addresses and this machine's own names; say of a proxy.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65_535)] = 7860
+    names: list[str] | None = None
 
 
 class Fields(NamedTuple):
@@ -89,11 +103,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     loading = {**args.loading(), "device": args.device}
     given = {name: value for name, value in loading.items() if value != defaults[name]}
     page = build_page(pipe, given)
+    host = f"[{args.host}]" if ":" in args.host and not args.host.startswith("[") else args.host  # IPv6, as in a URL
     try:
         page.launch(
-            server_name=args.host,
+            server_name=host,
             server_port=args.port,
             share=False,
+            show_error=True,  # of what gradio says of a field; else the page says null
+            app_kwargs={"middleware": [Middleware(OwnPagesOnly, names=[args.host, *(args.names or [])])]},
             ssr_mode=False,
             prevent_thread_lock=True,
             quiet=True,
@@ -104,8 +121,63 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise OSError(
             f"no page can be opened at {args.host}, port {args.port}; choose another --port or --host."
         ) from None
-    print(f"{pipe}\nopen http://{args.host}:{args.port}", flush=True)
+    print(f"{pipe}\nopen http://{host}:{args.port}", flush=True)
     page.block_thread()
+
+
+class OwnPagesOnly:
+    """Refuses requests that are large, for a name that is not this machine's, or sent by a page of another site.
+
+    A browser lets any site send requests to this page; and a site can give its own name this machine's address. An
+    address cannot be made to lead elsewhere, so each is allowed.
+
+    Args:
+        app: What answers all other requests.
+        names: Names that the page is reached by, beside this machine's own.
+    """
+
+    def __init__(self, app: ASGIApp, names: Sequence[str]) -> None:
+        self.app = app
+        self.names = {name.lower() for name in ("localhost", socket.gethostname(), socket.getfqdn(), *names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        refusal = self.refusal(scope["method"], Headers(scope=scope)) if scope["type"] == "http" else None
+        await (PlainTextResponse(refusal[1], refusal[0]) if refusal else self.app)(scope, receive, send)
+
+    def refusal(self, method: str, headers: Mapping[str, str]) -> tuple[int, str] | None:
+        """Give the HTTP status and the sentence of a request that is refused; None for all others."""
+        host = _name_in(f"//{headers.get('host', '')}")
+        if not (_is_address(host) or host in self.names):
+            return 400, f"This page is not reached by the name {host!r}; app.py --names [NAME] allows one."
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers["host"] and _name_in(origin) not in self.names:
+            return 403, "Only pages of this server may send requests to it."
+        length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "")
+        if method not in ("GET", "HEAD") and not (length.isdecimal() and int(length) <= MOST_BYTES):
+            return 413, f"A request has at most {MOST_BYTES} bytes, and says how many."
+        return None
+
+
+def _name_in(url: str) -> str:
+    """Give the name or address of the host in a URL; empty if there is none."""
+    try:
+        return (urlsplit(url).hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _is_address(host: str) -> bool:
+    """Tell whether a host is named by its IP address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+class ClientLeftError(Exception):
+    """Nobody waits any longer for what is being drawn."""
 
 
 def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> gr.Blocks:
@@ -127,9 +199,12 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
         try:
             fields = Fields(*values)
             sampling = settings(pipe, fields)
-            images, record = draw(pipe, sampling, fields.classes, fields.num, progress)
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: of torch, such as a GPU without memory
-            raise gr.Error(str(error), print_exception=isinstance(error, RuntimeError)) from error
+            images, record = draw(pipe, sampling, fields.classes, fields.num, while_somebody_waits(page, progress))
+        except ClientLeftError:
+            return None, "", ""
+        except Exception as error:  # also of torch, such as a GPU without memory: the page has to say something
+            sentence = html.escape(str(error) or type(error).__name__, quote=False)
+            raise gr.Error(sentence, print_exception=not isinstance(error, ValueError | OSError)) from error
         captions = [names[k].split(",")[0] for k in record["labels"]]
         again = command(pipe.source["path"], loaded_with or {}, sampling, fields.classes, fields.num)
         return list(zip(images, captions, strict=True)), again, json.dumps(record, indent=2)
@@ -138,20 +213,24 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
         return steps_of[name], gr.update(visible=name == "ode")
 
     with gr.Blocks(title="Visual-Contrast Attention", fill_width=True, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(str(pipe))
+        gr.HTML(f"<p>{html.escape(str(pipe))}</p>")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 classes = gr.Dropdown(choices, value=first, multiselect=True, label="Classes", elem_id="classes")
                 with gr.Row():
-                    num = gr.Number(default.group_size, precision=0, label="Images", min_width=90, elem_id="num")
+                    few = min(default.group_size, MOST)
+                    label = f"Images, up to {MOST}"
+                    num = gr.Number(few, precision=0, label=label, min_width=90, elem_id="num")
                     seed = gr.Number(default.seed, precision=0, label="Seed", min_width=90, elem_id="seed")
-                    cfg = gr.Number(default.cfg_scale, step=0.5, label="Cfg scale", min_width=90, elem_id="cfg")
+                    label = f"Cfg scale, up to {MOST_CFG:g}"
+                    cfg = gr.Number(default.cfg_scale, step=0.5, label=label, min_width=90, elem_id="cfg")
                 with gr.Row():
                     name = gr.Dropdown(list(samplers), value=sampler["name"], label="Sampler", min_width=90)
                     ode = sampler if sampler["name"] == "ode" else defaults_of(ODE)
                     methods = {"value": ode["method"], "visible": ode is sampler}
                     method = gr.Dropdown(list(ODE_METHODS), label="Method", min_width=90, **methods)
-                    steps = gr.Number(sampler["num_steps"], precision=0, label="Steps", min_width=90, elem_id="steps")
+                    label = f"Steps, up to {MOST_STEPS}"
+                    steps = gr.Number(sampler["num_steps"], precision=0, label=label, min_width=90, elem_id="steps")
                 interval = default.guidance_interval
                 low, high = interval or (0.0, 1.0)
                 with gr.Accordion("Guidance interval: 0 is data, 1 is noise", open=interval is not None):
@@ -169,6 +248,18 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
     return page
 
 
+def while_somebody_waits(page: gr.Blocks, report: Callable[[float], None]) -> Callable[[float], None]:
+    """Make a `report` for `draw` that ends it by a `ClientLeftError` when the client of this click is gone."""
+    event = page._queue.event_ids_to_events.get(LocalContext.event_id.get(None))
+
+    def reported(share: float) -> None:
+        if event is not None and not event.alive:
+            raise ClientLeftError
+        report(share)
+
+    return reported
+
+
 def settings(pipe: Pipeline, fields: Fields) -> SampleConfig:
     """Turn the fields of the page into settings; an empty one is as the model's config says.
 
@@ -178,6 +269,11 @@ def settings(pipe: Pipeline, fields: Fields) -> SampleConfig:
     default, num = pipe.config.sample, fields.num
     require(bool(fields.classes), "classes", fields.classes, "choose at least one")
     require(num is not None and 0 < num <= MOST, "images", num, f"choose 1 to {MOST}; sample.py draws more")
+    few = fields.steps is None or fields.steps <= MOST_STEPS
+    require(few, "steps", fields.steps, f"choose at most {MOST_STEPS}; sample.py takes more")
+    scale = fields.cfg_scale
+    finite = scale is None or (math.isfinite(scale) and abs(scale) <= MOST_CFG)
+    require(finite, "cfg scale", scale, f"choose -{MOST_CFG:g} to {MOST_CFG:g}; 1 is no guidance")
     given = {"num_steps": fields.steps, "method": fields.method if fields.sampler == "ode" else None}
     spec = {"name": fields.sampler, **{key: value for key, value in given.items() if value is not None}}
     if fields.sampler == assemble.describe_sampling(pipe.config)["sampler"]["name"]:

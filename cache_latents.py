@@ -24,9 +24,10 @@ import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
+from vca_engine.distributed import on_main_process
 from vca_engine.images import to_uint8
 from vca_engine.images.datasets import ImageDataset
-from vca_engine.images.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen
+from vca_engine.images.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen, tidy
 from vca_engine.images.latents import DamagedError, LatentDataset
 from vca_engine.images.pictures import grid, save_picture
 
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The last shard of one process may take long while the others wait.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     images = assemble.images(args)
+    if state.is_main_process:
+        for note in images.notes:
+            print(f"note: {note}", file=sys.stderr)
     codec = assemble.codec(args, images.channels).to(state.device)
     settings = settings_of(args, images, codec, state.device.type)
     if Path(args.latents).exists():
@@ -67,14 +71,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             LatentDataset(args.latents).check(needed)
             if state.is_main_process:
+                tidy(Path(args.latents))
                 print(f"{args.latents} is there already, made from the same data and codec; nothing to do.")
             return
         except DamagedError as error:
             state.wait_for_everyone()  # all have seen it
             if state.is_main_process:
                 print(f"note: {error}", file=sys.stderr)
-                reopen(args.latents, needed)
-            state.wait_for_everyone()
+            on_main_process(state, lambda: reopen(args.latents, needed))
     if images.num_classes == 1 and state.is_main_process:
         print(f"note: there is one class only, {images.class_names[0]!r}.", file=sys.stderr)
     options = {"seed": args.seed, "num_workers": args.train.workers(), "state": state}

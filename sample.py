@@ -46,9 +46,9 @@ from vca_engine.sampling.drawing import Drawing
 from vca_engine.sampling.likelihood import likelihood_settings, measure_likelihood
 from vca_engine.sampling.pictures import draw_picture
 from vca_engine.sampling.pipeline import Pipeline
-from vca_engine.sampling.sample_record import add_to_record, partial_of, read_sample_record
+from vca_engine.sampling.sample_record import add_to_record, alone_at, partial_of, read_sample_record
 from vca_engine.sampling.sweep import swept
-from vca_engine.sampling.writers import Writer, open_writer
+from vca_engine.sampling.writers import Writer, writer_of
 from vca_engine.signals import end_on_signals, uninterrupted
 
 
@@ -201,23 +201,28 @@ def draw_many(drawing: Drawing, args: SampleArguments) -> None:
     out = Path(args.out or pipe.folder / (fid_file(drawing, args.num) if args.fid else "samples"))
     settings = {**drawing.settings(), "labels": args.labels or "random", "classes": classes or "all"}
     evaluator = evaluator_of(pipe.config.fid, args, state) if args.fid else None
-    if evaluator:
-        check_measured(evaluator, out, args.num)
-    writer = open_writer(out, args.num, settings, state, pipe.info.image_size, evaluator)
-    missing = writer.missing()
-    if evaluator and missing:
-        evaluator.prepare()  # a broken reference is found before the images are drawn
-    state.wait_for_everyone()  # all have looked before one writes
-    before = time.perf_counter()
-    draw_missing(drawing, writer, missing, label, args.batch_size or 64)
-    rate, nfe = round(len(missing) / (time.perf_counter() - before), 3), drawing.nfe_of_all()
-    if state.is_main_process:
-        if missing:
-            add_to_record(out, drawing.facts(nfe, images_per_second=rate, drawn_by_this_command=len(missing)))
-        writer.finish([label(i) for i in range(args.num)])
-    state.wait_for_everyone()
-    if evaluator:
-        measure(evaluator, out, args, drawing)
+    writer = writer_of(out, args.num, state, pipe.info.image_size, evaluator)
+    with alone_at(writer.record, out, is_main=state.is_main_process):
+        if evaluator:
+            check_measured(evaluator, out, args.num)
+        if state.is_main_process:
+            writer.open(settings)
+        state.wait_for_everyone()
+        missing = writer.missing()
+        if evaluator and missing:
+            evaluator.prepare()  # a broken reference is found before the images are drawn
+        state.wait_for_everyone()  # all have looked before one writes
+        before = time.perf_counter()
+        draw_missing(drawing, writer, missing, label, args.batch_size or 64)
+        rate, nfe = round(len(missing) / (time.perf_counter() - before), 3), drawing.nfe_of_all()
+        if state.is_main_process:
+            if missing:
+                add_to_record(out, drawing.facts(nfe, images_per_second=rate, drawn_by_this_command=len(missing)))
+            writer.finish([label(i) for i in range(args.num)])
+        state.wait_for_everyone()
+        if evaluator:
+            measure(evaluator, out, args, drawing)
+        state.wait_for_everyone()
     if state.is_main_process and not missing:
         print(f"{out}: its {args.num} images are there already")
     elif state.is_main_process:
@@ -278,7 +283,7 @@ def fid_file(drawing: Drawing, num: int) -> str:
 
 def measured_at(out: Path) -> Path:
     """Name the record of a measurement: `out` itself, or FILE.npz.fid.json, FOLDER.fid.json beside kept images."""
-    return out if out.suffix == ".json" else out.with_name(out.name + ".fid.json")
+    return out if out.suffix.lower() == ".json" else out.with_name(out.name + ".fid.json")
 
 
 def check_measured(evaluator: fid.Evaluator, out: Path, num: int) -> None:

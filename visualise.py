@@ -15,7 +15,6 @@ The checkpoint is that of a model whose attention is vca or agent, as sample.py 
 import copy
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,13 @@ from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.reading import FilePath, Spec, Strict
 from vca_engine.config.schema import SampleConfig, Scale, Seed, require
-from vca_engine.files import write_text
+from vca_engine.images.pictures import printable
 from vca_engine.precision import chosen_device
+from vca_engine.records import write_json
 from vca_engine.sampling.figures import NARROW, WIDE, plot_rows, save_figure
 from vca_engine.sampling.map_figures import Moment, contrast_rows, plot_streams, query_rows
 from vca_engine.sampling.pipeline import Pipeline
+from vca_engine.sampling.sample_record import alone_at, check_picture_record
 from vca_engine.sampling.tables import on_the_way
 from vca_engine.training.ema import name_of
 from vca_engine.weights import checkpoint
@@ -107,25 +108,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     query = chosen_query(pipe.network.grid_size, args.query)
     sampling = pipe.config.sample.changed(sampler=args.sampler, cfg_scale=args.cfg_scale, seed=args.seed)
     labels, heads = (list(dict.fromkeys(many)) for many in (pipe.label_ids(args.classes or [0]), args.heads))
-    images, moments, nfe = watch_drawing(pipe, sampling, labels, layers, args.times)
-
-    folder, written = Path(args.out or pipe.folder / "maps"), []
-    for name, figure in figures(pipe, images, moments, labels, heads, query):
-        save_figure(figure, folder / name)
-        written.append(name)
-    record = {
-        "picture": "maps",
-        "figures": written,
-        "classes": labels,
-        "blocks": sorted(layers),
-        "heads": heads,
-        "noise_levels": [moment.level for moment in moments],
-        "query": query,
-        **pipe.settings(sampling),
-        "nfe": nfe,
-        **pipe.facts(),
-    }
-    write_text(folder / "maps.json", json.dumps(record, indent=2))
+    folder = Path(args.out or pipe.folder / "maps")
+    file, written = folder / "maps.json", []
+    with alone_at(file, folder):
+        check_picture_record(file)
+        images, moments, nfe = watch_drawing(pipe, sampling, labels, layers, args.times)
+        for name, figure in figures(pipe, images, moments, labels, heads, query):
+            save_figure(figure, folder / name)
+            written.append(name)
+        record = {
+            "picture": "maps",
+            "figures": written,
+            "classes": labels,
+            "blocks": sorted(layers),
+            "heads": heads,
+            "noise_levels": [moment.level for moment in moments],
+            "query": query,
+            **pipe.settings(sampling),
+            "nfe": nfe,
+            **pipe.facts(),
+        }
+        write_json(file, record)
     levels = ", ".join(f"{moment.level:.2f}" for moment in moments)
     print(f"wrote {len(written)} figures, each as PNG and PDF, to {folder}; noise levels {levels}")
 
@@ -211,7 +214,7 @@ def figures(
     """Make all figures, each with the name of its file without the ending."""
     for (i, label), block, head in itertools.product(enumerate(labels), moments[0].maps, heads):
         name = f"class-{label}-block-{block}-head-{head}"
-        title = f"class {pipe.class_names[label].split(',')[0]}, block {block}, head {head}"
+        title = f"class {printable(pipe.class_names[label].split(',')[0])}, block {block}, head {head}"
         for moment in moments:
             level = f"{moment.level:.2f}"
             pictures = {"input": moment.noisy[i], "predicted": moment.predicted[i], "drawn": images[i]}

@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fid.commands import compare, evaluate, statistics, statistics_in
+from fid.commands import compare, evaluate, sample_record_file, statistics, statistics_in
 from fid.distributed import rank_and_size
 from fid.evaluator import Evaluator
 from fid.images import Images
@@ -36,12 +36,13 @@ from fid.networks import EXTRACTORS, build_extractor
 from fid.networks.inception import PRESETS, Inception
 from fid.networks.resize import tf1_bilinear
 from fid.pictures import curve, neighbours, read_records
-from fid.references import Reference, load_ref, open_reference, save_reference
+from fid.references import load_ref, open_reference, save_reference
 from fid.result import Result, versions_of_packages
 from vca_engine.files import expanded, written_aside
 from vca_engine.terminal import steady_output
 
 MOST_NEIGHBOURS = 50
+MOST_IMAGES = 10**12
 
 
 class MissingError(FileNotFoundError):
@@ -50,15 +51,23 @@ class MissingError(FileNotFoundError):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default that of the process."""
-    args = _parser().parse_args(argv)
     with steady_output():
+        args = _parser().parse_args(argv)
         try:
             with _processes(getattr(args, "device", None)):
                 args.command(args)
         except MissingError as error:
             _fail(error, 3)
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            system = error.filename is not None and error.strerror
+            _fail(f"'{error.filename}' cannot be used: {error.strerror}." if system else error, 2)
+        except ValueError as error:
             _fail(error, 2)
+        except (MemoryError, RuntimeError) as error:
+            no_room = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not no_room and "can't allocate memory" not in str(error):  # what torch says of a processor's
+                raise
+            _fail("the memory is too small for this; choose a smaller --batch, --crop or --keep-images.", 2)
         except KeyboardInterrupt:
             _fail("interrupted.", 130)
 
@@ -66,10 +75,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _eval(args: argparse.Namespace) -> None:
     _check_eval(args)
     if (found := statistics_in(args.samples)) is not None:
-        if args.num or args.metrics or args.save_stats or args.save_features or args.neighbours:
+        of_images = (args.num, args.metrics, args.save_stats, args.save_features, args.neighbours or None)
+        if any(value is not None for value in of_images):
             raise ValueError(f"'{args.samples}' holds statistics, not images: they give a distance, and nothing else.")
         _report(_missing(lambda: compare(found, args.ref, args.force)), args)
         return
+    _check_num(args)
     choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha}
     samples = Images(args.samples, **choices)  # before the network: it fails sooner
     reference = _missing(lambda: open_reference(args.ref, EXTRACTORS[args.extractor].label, **choices))
@@ -91,10 +102,16 @@ def _eval(args: argparse.Namespace) -> None:
         )
     )
     result = evaluate(samples, num=args.num, allow_fewer=args.allow_fewer, evaluator=evaluator)
-    _report(result, args)  # whatever happens to the rest
-    made = evaluator.statistics() if args.save_stats else None
+    failed = _write_record(result, args)
+    if args.save_stats:
+        failed += _attempt(lambda: _save_statistics(args, evaluator))
     if rank_and_size()[0] == 0:
-        _write_extras(args, evaluator, samples, made)
+        if args.save_features:
+            failed += _attempt(lambda: _save_features(args, evaluator))
+        _print(result, args)  # before a picture that may take as long as all the rest
+        if args.neighbours:
+            failed += _attempt(lambda: _draw_neighbours(args, evaluator, samples))
+    _raise(failed)
 
 
 def _metrics(args: argparse.Namespace) -> list[str] | None:
@@ -105,35 +122,41 @@ def _metrics(args: argparse.Namespace) -> list[str] | None:
 def _check_eval(args: argparse.Namespace) -> None:
     """Refuse before the work what could only fail after it."""
     check_names(_metrics(args) or ())
-    _check_output(args.json if args.json != "-" else None, ".json")
-    _check_output(args.save_stats, ".npz")
-    _check_output(args.save_features, ".npy")
-    _check_output(args.picture, ".png")
-    if args.picture and not args.neighbours:
+    if args.picture is not None and not args.neighbours:
         raise ValueError("--picture is where --neighbours K draws; give both.")
+    args.picture = args.picture or ("neighbours.png" if args.neighbours else None)
+    inputs = (args.samples, args.ref, args.weights, sample_record_file(args.samples))
+    _check_output(args.json if args.json != "-" else None, ".json", *inputs)
+    _check_output(args.save_stats, ".npz", *inputs)
+    _check_output(args.save_features, ".npy", *inputs)
+    _check_output(args.picture, ".png", *inputs)
     if args.neighbours > MOST_NEIGHBOURS:
         raise ValueError(f"--neighbours is {args.neighbours}; a picture has room for {MOST_NEIGHBOURS}.")
     if args.ref is None and args.metrics is None:
         raise ValueError("there is no reference; name it with --ref, or ask for what needs none: --metrics is.")
 
 
-def _write_extras(args: argparse.Namespace, evaluator: Evaluator, samples: Images, made: Reference | None) -> None:
-    """Write statistics, features and the picture of neighbours, as far as they were asked for."""
-    if made:
+def _save_statistics(args: argparse.Namespace, evaluator: Evaluator) -> None:
+    made = evaluator.statistics()  # every process calls it
+    if rank_and_size()[0] == 0:
         save_reference(args.save_stats, made)
-    if args.save_features:
-        with written_aside(args.save_features) as temporary, temporary.open("wb") as file:
-            np.save(file, evaluator.summary.rows["features"].numpy())
-    if args.neighbours:
-        picture = args.picture or "neighbours.png"
-        neighbours(evaluator, samples, picture, k=args.neighbours)
-        searched, all_of = evaluator.reference_images.num, evaluator.protocol["reference"]["num_images"]
-        of = f": of the {searched:,} images that the reference keeps, not of all that it is made of"
-        print(f"wrote {picture}{of if searched != all_of else ''}", file=sys.stderr)
+
+
+def _save_features(args: argparse.Namespace, evaluator: Evaluator) -> None:
+    with written_aside(args.save_features) as temporary, temporary.open("wb") as file:
+        np.save(file, evaluator.summary.rows["features"].numpy())
+
+
+def _draw_neighbours(args: argparse.Namespace, evaluator: Evaluator, samples: Images) -> None:
+    neighbours(evaluator, samples, args.picture, k=args.neighbours)
+    searched, all_of = evaluator.reference_images.num, evaluator.protocol["reference"]["num_images"]
+    of = f": of the {searched:,} images that the reference keeps, not of all that it is made of"
+    print(f"wrote {args.picture}{of if searched != all_of else ''}", file=sys.stderr)
 
 
 def _stats(args: argparse.Namespace) -> None:
-    _check_output(args.out, ".npz")
+    _check_output(args.out, ".npz", args.images, args.weights)
+    _check_num(args)
     if args.mixed_sizes and args.keep_images and args.crop is None:
         raise ValueError("--keep-images needs images of one size; bring them to it with --crop.")
     choices = {"mixed_sizes": args.mixed_sizes, "drop_alpha": args.drop_alpha, "crop": args.crop}
@@ -156,14 +179,14 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    _check_output(args.json if args.json != "-" else None, ".json")
+    _check_output(args.json if args.json != "-" else None, ".json", args.a, args.b)
     samples = load_ref(args.a)
     _report(_missing(lambda: compare(samples, args.b, args.force)), args)
 
 
 def _curve(args: argparse.Namespace) -> None:
-    _check_output(args.out, "")
-    curve(read_records(args.records), args.out, args.title)
+    _check_output(args.out, "", *args.records)
+    curve(read_records(args.records, lambda text: _warn([text])), args.out, args.title)
     print(f"wrote {args.out}")
 
 
@@ -197,18 +220,50 @@ def _synthetic() -> torch.Tensor:
 
 
 def _report(result: Result, args: argparse.Namespace) -> None:
+    """Write the record, then print it."""
+    failed = _write_record(result, args)
     if rank_and_size()[0] == 0:
-        _warn(result.warnings)
-        print(json.dumps(result.to_dict(), indent=2) if args.json == "-" else result)
-        if args.json not in (None, "-"):
-            result.to_json(args.json)
+        _print(result, args)
+    _raise(failed)
+
+
+def _write_record(result: Result, args: argparse.Namespace) -> list[str]:
+    """Write --json, if it is given; return the sentence of why that failed, if it did."""
+    wanted = args.json not in (None, "-") and rank_and_size()[0] == 0
+    return _attempt(lambda: result.to_json(args.json)) if wanted else []
+
+
+def _print(result: Result, args: argparse.Namespace) -> None:
+    _warn(result.warnings)
+    print(json.dumps(result.to_dict(), indent=2) if args.json == "-" else result, flush=True)
+
+
+def _attempt(write: Callable[[], None]) -> list[str]:
+    """Write one of several files; return the sentence of why that failed, if it did, so that the others are written."""
+    try:
+        write()
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return []
+
+
+def _raise(failed: list[str]) -> None:
+    if failed:
+        raise OSError("\n".join(failed))
 
 
 def _count(text: str) -> int:
     """Read a whole number from 0, as argparse wants it."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    if not (text.isdecimal() and len(text) <= 9):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number from 0 to 999,999,999")
     return int(text)
+
+
+def _path(text: str) -> str:
+    """Take a path, with ~ as the shell takes it; refuse one of no letters, which an unset variable gives."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no path; leave the option out, or name a file or folder")
+    return expanded(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,9 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="eval|stats|compare|curve|selfcheck")
     network, output, quiet = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     _add_network(network)
-    output.add_argument(
-        "--json", type=expanded, metavar="FILE", help="write the record; - prints it in place of the line"
-    )
+    output.add_argument("--json", type=_path, metavar="FILE", help="write the record; - prints it in place of the line")
     output.add_argument(
         "--force", action="store_true", help="compare what was made by different protocols all the same"
     )
@@ -230,21 +283,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_stats(commands.add_parser("stats", parents=[network, quiet], help="make a reference of images"))
 
     command = commands.add_parser("compare", parents=[output], help="distance of two files of statistics")
-    command.add_argument("a", type=expanded, metavar="SAMPLES.npz")
-    command.add_argument("b", type=expanded, metavar="REF.npz")
+    command.add_argument("a", type=_path, metavar="SAMPLES.npz")
+    command.add_argument("b", type=_path, metavar="REF.npz")
     command.set_defaults(command=_compare)
 
     command = commands.add_parser("curve", help="draw FID against training step")
     text = "a run's folder or its fid.jsonl, or records of sample.py --fid; those of one folder make one line"
-    command.add_argument("records", nargs="+", type=expanded, metavar="RECORD", help=text)
+    command.add_argument("records", nargs="+", type=_path, metavar="RECORD", help=text)
     command.add_argument(
-        "--out", default="fid.png", type=expanded, metavar="FILE", help="the picture (default: %(default)s)"
+        "--out", default="fid.png", type=_path, metavar="FILE", help="the picture (default: %(default)s)"
     )
     command.add_argument("--title", default="", help="a line above it")
     command.set_defaults(command=_curve)
 
     command = commands.add_parser("selfcheck", help="check weights and arithmetic on this machine")
-    command.add_argument("--weights", type=expanded, metavar="FILE", help="file of Inception's weights")
+    command.add_argument("--weights", type=_path, metavar="FILE", help="file of Inception's weights")
     command.add_argument("--device", choices=("cpu", "cuda"), help="where the network runs")
     command.set_defaults(command=_selfcheck)
     return parser
@@ -255,7 +308,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--extractor", choices=EXTRACTORS, default="inception", help="network of the features (default: %(default)s)")
     text = "its weights; not given: $FID_INCEPTION_WEIGHTS, torch.hub's cache, a download"
-    add("--weights", type=expanded, metavar="FILE", help=text)
+    add("--weights", type=_path, metavar="FILE", help=text)
     add("--preset", choices=PRESETS, default="adm", help="protocol of Inception (default: %(default)s)")
     add("--batch", type=int, default=64, metavar="B", help="images in a forward pass (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="where the network runs (default: cuda if there is one)")
@@ -267,8 +320,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("samples", type=expanded, metavar="SAMPLES", help="images, or a file of statistics")
-    add("--ref", type=expanded, metavar="REF", help="the reference: a file of statistics, or images")
+    add("samples", type=_path, metavar="SAMPLES", help="images, or a file of statistics")
+    add("--ref", type=_path, metavar="REF", help="the reference: a file of statistics, or images")
     names = ", ".join(f"{name} ({metric.title})" if metric.title else name for name, metric in METRICS.items())
     default = "; ".join(f"{name}: {','.join(preset.metrics)}" for name, preset in PRESETS.items())
     add("--metrics", metavar="NAMES", help=f"with commas between them, of {names} (default: of the preset {default})")
@@ -277,32 +330,34 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     text = "arithmetic of P and R (default: %(default)s)"
     add("--pr-compat", choices=tuple(ARITHMETICS), default="adm-fp16", help=text)
     add("--allow-fewer", action="store_true", help="go on if there are fewer than --num images")
-    add("--save-stats", type=expanded, metavar="FILE", help="write the statistics of the samples to this .npz")
+    add("--save-stats", type=_path, metavar="FILE", help="write the statistics of the samples to this .npz")
     add(
         "--save-features",
-        type=expanded,
+        type=_path,
         metavar="FILE",
         help="write the features of the samples, (N, D) float32, to this .npy",
     )
     text = "draw the samples nearest to a real image, with K of those"
     add("--neighbours", type=_count, default=0, metavar="K", help=text)
-    add("--picture", type=expanded, metavar="FILE", help="where to (default: neighbours.png)")
+    add("--picture", type=_path, metavar="FILE", help="where to (default: neighbours.png)")
     parser.set_defaults(command=_eval)
 
 
 def _add_stats(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("images", type=expanded, metavar="IMAGES", help="the images, usually those of the training set")
-    add("--out", required=True, type=expanded, metavar="FILE", help="the .npz to write")
+    add("images", type=_path, metavar="IMAGES", help="the images, usually those of the training set")
+    add("--out", required=True, type=_path, metavar="FILE", help="the .npz to write")
     add("--crop", type=int, metavar="SIZE", help="crop and resize as in training: ADM's centre crop to SIZE pixels")
-    add("--keep-images", type=int, default=0, metavar="K", help="keep K images in the file, for precision and recall")
+    add(
+        "--keep-images", type=_count, default=0, metavar="K", help="keep K images in the file, for precision and recall"
+    )
     parser.set_defaults(command=_stats)
 
 
 @contextmanager
 def _processes(device: str | None) -> Iterator[None]:
     """Join the process group under torchrun; else do nothing."""
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         yield
         return
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -329,11 +384,23 @@ def _missing(make):  # noqa: ANN001, ANN202
         raise MissingError(str(error)) from error
 
 
-def _check_output(path: str | None, suffix: str) -> None:
-    """Refuse a path that cannot be written: before the work, not after it."""
-    if path is not None and (not path.endswith(suffix) or not Path(path).parent.is_dir()):
+def _check_num(args: argparse.Namespace) -> None:
+    if args.num is not None and not 1 <= args.num <= MOST_IMAGES:
+        raise ValueError(f"--num is {str(args.num)[:40]}; choose a number of images from 1 to {MOST_IMAGES:,}.")
+
+
+def _check_output(path: str | None, suffix: str, *inputs: str | Path | None) -> None:
+    """Refuse a path that cannot be written, or that is one of the inputs: before the work, not after it."""
+    if path is None:
+        return
+    file = Path(path)
+    if not path.lower().endswith(suffix) or not file.parent.is_dir():
         raise ValueError(f"cannot write '{path}': it must end in {suffix or 'a name'}, in a folder that exists.")
-    if path is not None and not os.access(Path(path).parent, os.W_OK):
+    if file.exists() and not file.is_file():
+        raise ValueError(f"cannot write '{path}': it is {'a folder' if file.is_dir() else 'no ordinary file'}.")
+    if file.exists() and any(Path(given).exists() and file.samefile(given) for given in inputs if given is not None):
+        raise ValueError(f"cannot write '{path}': this command reads it; choose another name.")
+    if not os.access(file.parent, os.W_OK):
         raise ValueError(f"cannot write '{path}': its folder is read-only.")
 
 

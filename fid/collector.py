@@ -1,6 +1,7 @@
 """One pass over images: features of a network, and whatever in the images themselves would make a number wrong."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from fid.distributed import all_gather, fail_together, rank_and_size
 from fid.metrics.metric import Side
 from fid.moments import Moments, Sums
 from fid.networks.extractor import FeatureExtractor
+from vca_engine.files import checksum_of
 from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
 from vca_engine.seeds import splitmix64
@@ -152,9 +154,9 @@ class Collector:
             self._take(len(self.waiting))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that this process gathered, as tensors, to go on from with `load_state_dict`."""
+        """Return all that this process gathered, as tensors and their checksum, for `load_state_dict` to go on from."""
         self._take_all()
-        return {
+        state = {
             "extractor": self.extractor.name,
             "moments": {output: moments.state_dict() for output, moments in self.moments.items()},
             "rows": {output: _cat(rows, self.extractor.dims[output]) for output, rows in self.rows.items()},
@@ -162,18 +164,20 @@ class Collector:
             "checks": {name: _cat(parts) for name, parts in self.checks.items()},
             "pixel_sum": self.pixel_sum.clone(),
         }
+        return {**state, "checksum": _checksum(state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add what another collector gathered; any number of them, of any number of processes.
 
         Raises:
-            ValueError: It was made with another extractor or for other metrics, or holds an image that is here already.
+            ValueError: It is damaged, was made with another extractor or for other metrics, or holds an image that is
+                here already.
         """
+        index = indices_in(state)
         if state["extractor"] != self.extractor.name:
             raise ValueError(f"the state was made with {state['extractor']}, not with {self.extractor.name}.")
         if state["moments"].keys() != self.moments.keys() or state["rows"].keys() != self.rows.keys():
             raise ValueError("the state was gathered for other metrics; choose the same ones.")
-        index = state["checks"]["index"].tolist()
         if not self.seen.isdisjoint(index):
             raise ValueError("the state holds images that are here already; load each state once.")
         for output, moments in self.moments.items():
@@ -255,6 +259,33 @@ class Summary:
     def side(self) -> Side:
         """The images as metrics see them."""
         return Side({output: sums.statistics() for output, sums in self.sums.items()}, self.sums, self.rows)
+
+
+def indices_in(state: dict[str, Any]) -> list[int]:
+    """List the numbers of the images in what `Collector.state_dict` gave, in the order in which they came.
+
+    Raises:
+        ValueError: It is something else, or does not have its checksum; states of earlier versions have none.
+    """
+    parts = {"extractor", "moments", "rows", "row_index", "checks", "pixel_sum"}
+    if not isinstance(state, dict) or not parts <= state.keys():
+        raise ValueError("this is no state of an evaluator.")
+    content = {name: state[name] for name in parts}
+    if state.get("checksum", "") not in ("", _checksum(content)):
+        raise ValueError("the state is damaged: it does not have its checksum.")
+    return state["checks"]["index"].tolist()
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    """Compute the checksum of tensors in dicts, by that of each."""
+
+    def describe(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            array = part.detach().cpu().contiguous().numpy()
+            return [str(part.dtype), list(part.shape), checksum_of(memoryview(array.reshape(-1)).cast("B"))]
+        return {name: describe(value) for name, value in part.items()} if isinstance(part, dict) else part
+
+    return checksum_of(json.dumps(describe(state), sort_keys=True).encode())
 
 
 def digests(images: Tensor) -> Tensor:

@@ -121,6 +121,7 @@ def _record_of(samples: Images, record: dict[str, Any], num: int | None, process
     promised = record.get("sample", {}).get("num")
     first = rank_and_size(process_group)[0] == 0
     said = [text for part in gather_objects(samples.warnings(first), process_group) for text in part]
+    said += record.pop("warnings", [])
     if promised and num is None and promised != samples.num:
         said.append(f"'{samples.source}' has {samples.num} images, and what stands beside it says {promised}.")
     if samples.lossy:
@@ -132,17 +133,24 @@ def _record_of(samples: Images, record: dict[str, Any], num: int | None, process
 def sample_record_of(source: str) -> dict[str, Any]:
     """Read how samples were made, for the record of their metrics: `sample` and `labels_mode`.
 
-    sample.py writes it beside them, as FILE.json or in FOLDER/samples.json; {} where there is nothing of that kind.
+    sample.py writes it beside them; {} where there is nothing of that kind, `warnings` where it cannot be read.
     """
-    path = Path(source)
-    file = path / "samples.json" if path.is_dir() else path.with_name(f"{path.name}.json")
+    file = sample_record_file(source)
     try:
+        if not file.is_file():
+            return {}
         found = read_json(file)
-    except (OSError, ValueError):
-        return {}
+    except (OSError, ValueError) as error:
+        return {"warnings": [f"how the samples were made is left out: {error}"]}
     if not {"sampler", "seed", "labels"} <= found.keys():
         return {}
     return {"sample": found, "labels_mode": found["labels"]}
+
+
+def sample_record_file(source: str) -> Path:
+    """Name the file that sample.py writes beside samples: FILE.json, or FOLDER/samples.json."""
+    path = Path(source)
+    return path / "samples.json" if path.is_dir() else path.with_name(f"{path.name}.json")
 
 
 def statistics_in(samples: Any) -> Reference | None:

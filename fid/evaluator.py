@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fid.collector import Collector, Summary
+from fid.collector import Collector, Summary, indices_in
 from fid.distributed import fail_together, from_first, rank_and_size
 from fid.images import Images
 from fid.metrics import choose_metrics, compute_metrics, outputs_of
@@ -183,21 +183,24 @@ class Evaluator:
         return different + ["reference"] * (one != other)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that this process has gathered, as tensors, to go on later in any number of processes."""
+        """Return all that this process has gathered, as tensors, to go on later in any number of processes.
+
+        It holds a checksum of itself, by which `images_in` and `load_state_dict` find damage of a file.
+        """
         return self._collector.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add what `state_dict` gave. Several may be loaded one after the other, each in one process only.
 
         Raises:
-            ValueError: It is of another extractor or other metrics, or holds images that are here already.
+            ValueError: It is damaged, of another extractor or other metrics, or holds images that are here already.
         """
         self._collector.load_state_dict(state)
         self._next = max([self._next, *(i + 1 for i in self.images_in(state))])
 
     def images_in(self, state: dict[str, Any]) -> set[int]:
-        """List the numbers of the images that a state holds."""
-        return set(state["checks"]["index"].tolist())
+        """List the numbers of the images that a state holds; a ValueError says that it is damaged."""
+        return set(indices_in(state))
 
     def statistics(self) -> Reference:
         """Compute the statistics of the samples, fit to be a reference. Collective."""

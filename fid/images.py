@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vca_engine.images import ArrayFile, ArrayInMemory, ImageFiles, open_image
+from vca_engine.images import ArrayFile, ArrayInMemory, ImageFiles, check_side, open_image
 
 AHEAD = 4  # batches whose files are decoded before they are asked for
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # a webp may be lossless, which its name does not say
@@ -51,8 +51,8 @@ class Images:
         drop_alpha: bool = False,
         crop: int | None = None,
     ) -> None:
-        if crop is not None and crop < 1:
-            raise ValueError(f"crop is {crop}; it must be at least 1 pixel.")
+        if crop is not None:
+            check_side("crop", crop)
         self.mixed_sizes, self.crop = mixed_sizes and crop is None, crop
         self._reader = _open(source, drop_alpha)
         self.kind = self._reader.kind
@@ -118,7 +118,7 @@ class Images:
         Args:
             changes: Look, too, whether files have come or gone, for which the folder is listed once more.
         """
-        found = []
+        found = self._reader.files.warnings() if isinstance(self._reader, FilesAsTheyAre) else []
         if self._reader.grey:
             some = "some images" if self._reader.names else "images"
             found.append(f"{some} of '{Path(self.source)}' are grey; they were taken as RGB.")

@@ -26,9 +26,10 @@ def unpickle(content: bytes, path: Path) -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+def _plain(value: Any, depth: int = 2) -> Any:
+    """Take arrays out of a dict, and of the dicts in it; one that is nested deeper may be endless."""
+    if isinstance(value, dict) and depth:
+        return {key: _plain(part, depth - 1) for key, part in value.items()}
     return value.value if isinstance(value, _ArrayState) else value
 
 
@@ -63,7 +64,7 @@ def _array(content: Any, dtype: _TypeState, shape: tuple, order: str = "C") -> n
     return np.frombuffer(bytes(content), np.dtype(dtype.code)).reshape(shape, order=order)
 
 
-class _Arrays(pickle.Unpickler):
+class _Arrays(pickle._Unpickler):  # in Python: the one in C takes 64 GB for a damaged number of a memo
     """Numbers, texts, and arrays of numbers only.
 
     A pickle may name any function of Python to be called, and even numpy's own may be called so that they follow an

@@ -1,7 +1,7 @@
 """Two pictures: the distance over training with its error bar, and the real images that samples are nearest to."""
 
-import json
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fid.images import Images
 from fid.metrics.rows import nearest_rows
 from vca_engine.files import written_aside
 from vca_engine.images.pictures import save_picture, sheet
+from vca_engine.records import read_json, read_lines
 
 
 def curve(
@@ -42,11 +43,11 @@ def curve(
     runs = records if isinstance(records, dict) else {"": records}
     together = [record for run in runs.values() for record in run]
     name = _check_records(together)
-    label, num = together[0]["label"], together[0]["num_samples"]
+    label, num = together[0].get("label", name), together[0]["num_samples"]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     ends = []  # of all lines, with their error bars above
     for run, found in runs.items():
-        text = run if len(runs) > 1 else f"{label}, ± 2 standard errors"
+        text = _plain(run) if len(runs) > 1 else f"{label}, ± 2 standard errors"
         ends.append(_draw_run(axes, found, name, text, own_colour=len(runs) > 1))
     floor = together[-1].get(f"{name}_noise_floor")
     if floor is not None:
@@ -54,7 +55,7 @@ def curve(
     _scale(axes, min(least for least, _ in ends), max(most for _, most in ends))
     axes.set_xlabel("training step")
     axes.set_ylabel(f"{label} of {num} samples{', ± 2 standard errors' if len(runs) > 1 else ''}")
-    axes.set_title(title or together[0]["protocol"])
+    axes.set_title(_plain(title or str(together[0].get("protocol") or "")))
     axes.grid(alpha=0.3)
     axes.legend()
     try:
@@ -96,17 +97,23 @@ def _scale(axes: Any, least: float, most: float) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     else:
-        axes.set_ylim(0, 1.1 * most)
+        axes.set_ylim(0, 1.1 * most or 1.0)
 
 
 def _check_records(records: Sequence[dict[str, Any]]) -> str:
     """Find which distance the records hold, `fid` or `fd`; a ValueError if they do not make one picture."""
     if not records:
         raise ValueError("no records to draw; name a run's folder, or the JSON files of `sample.py --fid`.")
-    without = [record for record in records if record.get("step") is None]
-    if without:
-        where = f"'{without[0]['file']}'" if "file" in without[0] else f"record {records.index(without[0]) + 1}"
-        raise ValueError(f"{where} has no training step, so it has no place on a curve.")
+    name = "fid" if "fid" in records[0] else "fd"
+    for i, record in enumerate(records):
+        where = f"'{record['file']}'" if "file" in record else f"record {i + 1}"
+        if record.get("step") is None:
+            raise ValueError(f"{where} has no training step, so it has no place on a curve.")
+        for key in ("step", name, f"{name}_se", f"{name}_noise_floor"):
+            if (value := record.get(key)) is not None and not _is_number(value):
+                raise ValueError(f"{where} has the {key} {str(value)[:40]!r}; it must be a number.")
+        if not isinstance(record.get("reference") or {}, dict) or not isinstance(record.get("label", ""), str):
+            raise ValueError(f"{where} is not a record of an evaluation.")
     for what in ("extractor", "protocol", "num_samples"):
         if len(found := {str(record.get(what)) for record in records}) > 1:
             raise ValueError(
@@ -116,18 +123,34 @@ def _check_records(records: Sequence[dict[str, Any]]) -> str:
     known = ("sha256", "pixels_sha256", "path")
     if len(found := {next((r[key] for key in known if r.get(key)), None) for r in references}) > 1:
         raise ValueError(f"the records have {len(found)} different references; one picture holds one of them.")
-    name = "fid" if "fid" in records[0] else "fd"
     if any(record.get(name) is None for record in records):
         raise ValueError("a record has neither fid nor fd; a curve is of one of them.")
     return name
 
 
-def read_records(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]:
+def _is_number(value: Any) -> bool:
+    """Tell whether a value of a record can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e15  # NaN is not
+
+
+def _plain(text: str) -> str:
+    """Let matplotlib write a text as it is, not as a formula, with bytes that are no text as escapes."""
+    return text.replace("$", r"\$").encode(errors="backslashreplace").decode()
+
+
+def read_records(
+    paths: Sequence[str | Path], warn: Callable[[str], Any] = warnings.warn
+) -> dict[str, list[dict[str, Any]]]:
     """Read records, by their folders: a JSON file each or, in .jsonl files, a line each. A folder means all it has.
+
+    Args:
+        paths: Files and folders.
+        warn: Is given a sentence for each file with lines that are damaged, and so are left out.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It holds something else.
+        OSError: It cannot be read.
+        ValueError: It is damaged, or holds something else.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -138,16 +161,23 @@ def read_records(paths: Sequence[str | Path]) -> dict[str, list[dict[str, Any]]]
     records: dict[str, list[dict[str, Any]]] = {}
     for path in files:
         if not path.is_file():
-            raise FileNotFoundError(f"the record '{path}' does not exist.")
-        try:
-            text = path.read_text(encoding="utf-8")
-            found = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text]) if line]
-        except ValueError as error:
-            raise ValueError(f"'{path}' is not a record of an evaluation: {error}.") from error
-        if not all(isinstance(record, dict) and "num_samples" in record for record in found):
-            raise ValueError(f"'{path}' is not a record of an evaluation.")
+            raise FileNotFoundError(f"the record '{path}' {'is no file' if path.exists() else 'does not exist'}.")
+        found = _read_log(path, warn) if path.suffix == ".jsonl" else [read_json(path)]
+        if not all("num_samples" in record for record in found):
+            kind = " It is of a likelihood." if any("bits_per_dim" in record for record in found) else ""
+            raise ValueError(f"'{path}' is not a record of an evaluation, as `fid eval` writes.{kind}")
         records.setdefault(str(path.parent), []).extend({**record, "file": str(path)} for record in found)
     return records
+
+
+def _read_log(path: Path, warn: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """Read the records in a file of one a line; say how many lines are damaged."""
+    found = read_lines(path)
+    if damaged := sum(bool(line.strip()) for line in path.read_bytes().split(b"\n")) - len(found):
+        warn(f"left out of '{path}', since they cannot be read: {damaged} {'lines' if damaged > 1 else 'line'}.")
+    if damaged and not found:
+        raise ValueError(f"'{path}' is damaged: none of its lines can be read.")
+    return found
 
 
 def neighbours(

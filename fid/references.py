@@ -1,7 +1,7 @@
 """Reference files: statistics of real images as the tools of the field write them; no code in them is run."""
 
+import io
 import zipfile
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from fid.pickles import unpickle
 from vca_engine.files import sha256_of, written_aside
 
 REFERENCE_FORMAT = 1  # of the file
+MOST_BYTES = 2**30  # of what is read as statistics: a covariance of 11,000 dimensions in float64
 KEYS = {"features": (("mu", "sigma"), ("ref_mu", "ref_sigma")), "spatial": (("mu_s", "sigma_s"),)}
 
 
@@ -37,7 +38,8 @@ class Reference:
         crop: Side of the centre crop that its images went through, in pixels; None for none, or likewise.
 
     Raises:
-        ValueError: Statistics that `check_moments` refuses, fewer than 2 images, or a crop below 1 pixel.
+        ValueError: Statistics that `check_moments` refuses or without any variance, fewer than 2 images, or a crop
+            below 1 pixel.
     """
 
     source: str
@@ -55,6 +57,8 @@ class Reference:
             where = f"'{self.source}'" if output == "features" else f"'{self.source}' ({output})"
             num = _whole(given.num, f"{where} has the num_images", 2)
             statistics[output] = Statistics(*check_moments(given.mean, given.cov, where), num)
+            if not statistics[output].cov.any():
+                raise ValueError(f"{where} has a covariance of zeros: its images are all alike, or it is damaged.")
         num_images = _whole(self.num_images, f"'{self.source}' has the num_images", 2)
         crop = _whole(self.crop, f"'{self.source}' has the crop", 1)
         for name, value in (("statistics", statistics), ("num_images", num_images), ("crop", crop)):
@@ -103,6 +107,8 @@ def load_ref(path: str | Path, label: str = "FID") -> Reference:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"the statistics '{path}' do not exist.")
+    if not path.is_file():
+        raise ValueError(f"'{path}' is no file of statistics, but a {'folder' if path.is_dir() else 'FIFO or device'}.")
     read = {".pkl": _read_pickle, ".pt": _read_pt}.get(path.suffix.lower(), _read_npz)
     arrays, kind = read(path, label)
     num = arrays.get("num_images")
@@ -119,7 +125,7 @@ def load_ref(path: str | Path, label: str = "FID") -> Reference:
         hint = " It holds images: run `python -m fid stats` on it first." if "arr_0" in found else ""
         raise ValueError(f"'{path}' has no mu and sigma, but {found}.{hint}")
     images = Images(path) if "arr_0" in arrays else None
-    extractor, preset = (None if arrays.get(key) is None else str(arrays[key]) for key in ("extractor", "protocol"))
+    extractor, preset = (_text(arrays.get(key), f"'{path}' has the {key}") for key in ("extractor", "protocol"))
     preset = preset or ("adm" if kind == "adm" else None)
     return Reference(str(path), kind, statistics, num, images, extractor, preset, arrays.get("crop"))
 
@@ -213,6 +219,16 @@ def _whole(value: Any, start: str, least: int) -> int | None:
     return int(number)
 
 
+def _text(value: Any, start: str) -> str | None:
+    """Take `value` as a name; None stays None. An .npz keeps it as an array of one text."""
+    if value is None:
+        return None
+    text = np.asarray(value)
+    if text.size != 1 or text.dtype.kind != "U" or not text.item().isprintable() or len(text.item()) > 100:
+        raise ValueError(f"{start} {str(value)[:40]!r}; it must be a name.")
+    return text.item()
+
+
 def _read_npz(path: Path, label: str) -> tuple[dict[str, Any], str]:
     names = _names(path)
     wanted = {
@@ -223,23 +239,40 @@ def _read_npz(path: Path, label: str) -> tuple[dict[str, Any], str]:
         *(key for pairs in KEYS.values() for pair in pairs for key in pair),
     }
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] if name in wanted else None for name in names}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"'{path}' cannot be read: {error}.") from error
+        with zipfile.ZipFile(path) as archive:
+            arrays = {name: _array(archive, member, name in wanted) for name, member in names.items()}
+    except Exception as error:  # a damaged file raises almost anything
+        raise ValueError(f"'{path}' cannot be read: {error or type(error).__name__}.") from error
     kind = "fid" if "protocol" in arrays or "extractor" in arrays else "adm" if "mu_s" in arrays else "npz"
     return arrays, kind
 
 
-def _names(path: Path) -> list[str]:
+def _array(archive: zipfile.ZipFile, member: str, wanted: bool) -> np.ndarray | None:
+    """Read a member to its end, where its checksum is compared, and take it as an array; of others check the name."""
+    if not wanted:
+        archive.open(member).close()
+        return None
+    return np.lib.format.read_array(io.BytesIO(_content(archive, member)), allow_pickle=False)
+
+
+def _content(archive: zipfile.ZipFile, member: str) -> bytes:
+    if (size := archive.getinfo(member).file_size) > MOST_BYTES:
+        raise ValueError(f"its {member!r} takes {size / 1e9:.1f} GB, more than any statistics")
+    return archive.read(member)
+
+
+def _names(path: Path) -> dict[str, str]:
+    """List the arrays of an .npz: name -> name of the file in it."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile) as error:
+            return {name.removesuffix(".npy"): name for name in archive.namelist()}
+    except Exception as error:  # a damaged file raises almost anything
         raise ValueError(f"'{path}' is not an .npz file, or is cut short.") from error
 
 
 def _read_pickle(path: Path, label: str) -> tuple[dict[str, Any], str]:
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"'{path}' takes {size / 1e9:.1f} GB, more than any statistics.")
     found = unpickle(path.read_bytes(), path)
     part = "fd_dinov2" if label == "FD-DINOv2" else "fid"
     if part not in found and "mu" in found:
@@ -253,7 +286,7 @@ def _read_pt(path: Path, label: str) -> tuple[dict[str, Any], str]:
     try:
         with zipfile.ZipFile(path) as archive:  # as torch.save writes
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            content = archive.read(name)
-    except (OSError, StopIteration, zipfile.BadZipFile, zlib.error) as error:
+            content = _content(archive, name)
+    except Exception as error:  # a damaged file raises almost anything
         raise ValueError(f"'{path}' is not a PyTorch file of statistics, or is cut short.") from error
     return unpickle(content, path), "torch-fidelity"

@@ -1,6 +1,5 @@
 """The result of an evaluation: the numbers, and the record of how they were made."""
 
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from fid.metrics import METRICS
-from vca_engine.files import written_aside
+from vca_engine.records import read_json, write_json
 
 VERSION = 1  # of the numbers: it changes when any of them can
 
@@ -37,30 +36,29 @@ class Result:
     @property
     def warnings(self) -> list[str]:
         """All that may make the numbers wrong, or not comparable."""
-        return self.record["warnings"]
+        return self.record.get("warnings", [])
 
     def to_dict(self) -> dict[str, Any]:
         """Put numbers and record side by side, as the file has them; of JSON's types."""
         return {"schema": 1, **self.values, **self.record}
 
     def to_json(self, path: str | Path) -> None:
-        """Write the file; whole or not at all."""
-        with written_aside(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the file, with a checksum; whole or not at all."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: The file holds something else.
+            OSError: The file cannot be read.
+            ValueError: It is damaged, or holds something else.
         """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"'{path}' is not a record of an evaluation: {error}.") from error
-        if not isinstance(found, dict) or "num_samples" not in found:
+        found = read_json(path)
+        if not {"num_samples", "label"} <= found.keys():
             raise ValueError(f"'{path}' is not a record of an evaluation: it does not say of how many samples.")
+        if not all(isinstance(found.get(name) or {}, dict) for name in ("reference", "labels")):
+            raise ValueError(f"'{path}' is not a record of an evaluation.")
         numbers = {name for metric in METRICS.values() for name in metric.numbers}
         values = {name: value for name, value in found.items() if name in numbers}
         return cls(values, {name: value for name, value in found.items() if name not in {*numbers, "schema"}})
@@ -69,13 +67,13 @@ class Result:
         """Write one line fit for a table."""
         record = self.record
         parts = [cell for metric in METRICS.values() for cell in metric.cells(self.values, record)]
-        reference = record["reference"]
+        reference = record.get("reference")
         against = "no reference" if reference is None else f"against {reference['path']}"
         if reference and reference["kind"] == "adm":
             against = "ADM ref"
-        mode = (record["labels"] or {}).get("mode")
+        mode = (record.get("labels") or {}).get("mode")
         samples = f"{record['num_samples'] or 'an unknown number of'} {f'{mode}-label ' if mode else ''}samples"
-        return f"{'  '.join(parts)}  ({against}, {record['protocol'] or 'unknown protocol'}, {samples})"
+        return f"{'  '.join(parts)}  ({against}, {record.get('protocol') or 'unknown protocol'}, {samples})"
 
 
 def device_name(device: torch.device) -> str:

@@ -36,7 +36,7 @@ from PIL import Image, ImageSequence
 from pytorch_fid import inception as blocks
 
 LONG = 40_000  # characters
-CHANGING = {"date", "seconds", "images_per_second", "memory_gib", "id", "revision"}
+CHANGING = {"date", "seconds", "images_per_second", "memory_gib", "id", "revision", "checksum", "files"}
 CHANGING_ROWS = ("| revision of the code |", "| checkpoint |")  # of a model card: a revision, an id
 LEFT_OUT = ("events.out.tfevents*", ".lock", ".tracker-id")
 TMP = Path(tempfile.gettempdir()).resolve() / "same_numbers"

@@ -9,6 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,9 @@ MISTAKES = [
     ({"num": 1000}, "images is 1000; choose 1 to 256"),
     ({"seed": -1}, "seed is -1; choose at least 0, below 18,446,744,073,709,551,616."),
     ({"steps": 0}, "sample.sampler.num_steps is 0;"),
+    ({"steps": 10**9}, "steps is 1000000000; choose at most 1000; sample.py takes more."),
+    ({"cfg_scale": float("nan")}, "cfg scale is nan; choose -100 to 100; 1 is no guidance."),
+    ({"cfg_scale": -1e38}, "cfg scale is -1e+38; choose"),
     ({"low": 0.8, "high": 0.2}, "sample.guidance_interval is (0.8, 0.2); choose two noise levels between 0 and 1"),
 ]
 
@@ -234,6 +239,99 @@ def test_a_port_that_is_taken_is_a_sentence(flow, capsys):
             app.main([flow.source["path"], "--device", "cpu", "--port", str(taken.getsockname()[1])])
     assert stop.value.code == 2
     assert "app.py: no page can be opened at 127.0.0.1, port" in capsys.readouterr().err
+
+
+PAGE = {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:7860", "content-length": "200"}
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status"),
+    [
+        ("POST", PAGE, None),
+        ("GET", {"host": "localhost:8000"}, None),  # a tunnel
+        ("GET", {"host": "[::1]:7860"}, None),
+        ("GET", {"host": "192.168.0.7"}, None),  # no site can have an address for its name
+        ("GET", {"host": "lab.example"}, None),
+        ("POST", PAGE | {"origin": "https://lab.example"}, None),  # a proxy that gives the address as the host
+        ("GET", {"host": "evil.example"}, 400),  # whose name leads to this machine
+        ("GET", {}, 400),
+        ("GET", {"host": "[x"}, 400),
+        ("POST", PAGE | {"origin": "http://evil.example"}, 403),
+        ("POST", PAGE | {"origin": "http://127.0.0.1:8000"}, 403),
+        ("POST", PAGE | {"origin": "null"}, 403),
+        ("POST", PAGE | {"content-length": "100000000"}, 413),
+        ("POST", PAGE | {"content-length": "-1"}, 413),
+        ("POST", {"host": "localhost", "transfer-encoding": "chunked"}, 413),
+        ("POST", {"host": "localhost"}, None),  # without content
+    ],
+)
+def test_requests_of_other_sites_and_large_ones_are_refused(method, headers, status):
+    refusal = app.OwnPagesOnly(None, ["lab.example"]).refusal(method, headers)
+    assert (refusal and refusal[0]) == status
+
+
+@pytest.fixture
+def served(flow, monkeypatch):
+    """The address of the page on a server of its own, which stops after the test."""
+    pages = []
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: pages.append(page))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app.main([flow.source["path"], "--device", "cpu", "--port", str(port)])
+    yield f"http://127.0.0.1:{port}"
+    pages[0].close()
+
+
+def ask(address, *values, timeout=60):
+    """Send the fields of the page; gives the open answer, of which lines can be read."""
+    content = json.dumps({"data": values}).encode()
+    request = urllib.request.Request(f"{address}/gradio_api/call/draw", content, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        event = json.load(answer)["event_id"]
+    return urllib.request.urlopen(f"{address}/gradio_api/call/draw/{event}", timeout=timeout)
+
+
+DRAWN = ([0], 2, 0, 1.0, "ode", "euler", 3, 0, 1)
+
+
+def test_drawing_stops_when_nobody_waits_for_it(served, monkeypatch):
+    began, stopped = threading.Event(), threading.Event()
+
+    def draw(pipe, sampling, classes, num, report):
+        try:
+            while True:
+                report(0.5)
+                began.set()
+        finally:
+            stopped.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "draw", draw)
+        answer = ask(served, *DRAWN)
+        assert began.wait(60)
+        assert not stopped.is_set()
+        answer.close()
+        assert stopped.wait(60)
+    with ask(served, *DRAWN) as answer:  # the next one is served
+        assert b"event: complete" in answer.read()
+
+
+def test_a_field_that_gradio_refuses_is_named(served):
+    for wrong in (["x"], [{}]):
+        with ask(served, [0], *wrong, *DRAWN[2:]) as answer:
+            said = answer.read().decode()
+        assert "event: error" in said
+        assert "null" not in said
+        assert "number" in said
+
+
+def test_what_a_page_shows_is_text(tmp_path):
+    """Names of classes and folders are no HTML and no formula."""
+    pipe = Pipeline.from_pretrained(saved(tmp_path / "<b>a", sampler=EULER), device="cpu")
+    (first,) = [block.value for block in app.build_page(pipe).blocks.values() if isinstance(block, gr.HTML)]
+    assert "&lt;b&gt;a" in first
+    assert "<b>" not in first
 
 
 def test_nothing_is_sent_to_anybody(flow):

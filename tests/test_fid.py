@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -490,7 +491,9 @@ def test_evaluator_against_numpy(tmp_path):
     assert (result.record["step"], result.record["num_samples"]) == (12, 300)
     result.to_json(tmp_path / "x.json")
     again = fid.Result.from_json(tmp_path / "x.json")
-    assert again.to_dict() == json.loads((tmp_path / "x.json").read_text()) == result.to_dict()
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert written.pop("checksum").startswith("xxh3:")
+    assert again.to_dict() == written == result.to_dict()
     with pytest.raises(AttributeError, match="no 'sfid'; it has fd"):
         _ = result.sfid
 
@@ -968,10 +971,26 @@ def test_curve(tmp_path, capsys):
         (["eval", "a", "--ref", "a.npz", "--preset", "clean"], "the preset 'clean' is Inception's", 2),
         (["eval", "a", "--ref", "a.npz", "--groups", "-1"], "'-1' is not a whole number from 0", 2),
         (["eval", "a", "--ref", "a.npz", "--metrics", "fd, fix"], "no metric is called 'fix'", 2),
+        (["eval", "a", "--ref", "a.npz", "--metrics", ""], "no metric is called ''", 2),
+        (["eval", "a.npz", "--ref", "a.npz", "--num", "0"], "'a.npz' holds statistics, not images", 2),
+        (["eval", "a", "--ref", "a.npz", "--num", "0"], "--num is 0; choose a number of images from 1 to", 2),
+        (["eval", "a", "--ref", "a.npz", "--num", "9" * 20], f"--num is {'9' * 20}; choose a number", 2),
+        (["stats", "a", "--out", "x.npz", "--num", "-3"], "--num is -3; choose a number of images from 1", 2),
+        (["eval", "a", "--ref", "a.npz", "--groups", "1000000"], "groups is 1000000; choose a number of groups", 2),
+        (["eval", "a", "--ref", "a.npz", "--batch", "1000000000"], "it must be at least 1, and at most 65536", 2),
+        (["eval", "a", "--ref", "a.npz", "--batch", "-1"], "batch_size is -1; it must be at least 1", 2),
+        (["stats", "a", "--out", "x.npz", "--keep-images", "-3"], "'-3' is not a whole number from 0", 2),
+        (["eval", "a", "--ref", ""], "'' is no path; leave the option out, or name a file or folder", 2),
+        (["eval", "a", "--ref", "a.npz", "--save-stats", "folder.npz"], "cannot write 'folder.npz': it is a folder", 2),
+        (["eval", "a", "--ref", "n" * 300], "File name too long", 2),
+        (["eval", "a", "--ref", "fifo.npz"], "'fifo.npz' is neither a folder", 2),
     ],
 )
 def test_a_wrong_command_ends_in_a_sentence(arguments, sentence, code, files, monkeypatch, capsys):
     monkeypatch.chdir(files)
+    Path("folder.npz").mkdir(exist_ok=True)
+    if not Path("fifo.npz").exists():
+        os.mkfifo("fifo.npz")
     with pytest.raises(SystemExit) as ended:
         main([arguments[0], *arguments[1:2], *judge(files), *arguments[2:]])
     printed = capsys.readouterr().err
@@ -1052,21 +1071,113 @@ def test_help_documents_every_option(command):
     assert undocumented == []
 
 
-def test_the_result_is_there_when_an_extra_fails(files, tmp_path, capsys):
-    (tmp_path / "taken.npy").mkdir()
-    command = [
-        "eval",
-        str(files / "b"),
-        "--ref",
-        str(files / "a.npz"),
-        *judge(files),
-        "--json",
-        str(tmp_path / "x.json"),
-    ]
+@pytest.mark.parametrize("fails", ["x.json", "s.npz", "f.npy", "n.png"])
+def test_of_several_files_one_cannot_be_written(fails, files, tmp_path, monkeypatch, capsys, full_disk):
+    """The others and the number are there all the same, and the exit code says so."""
+    monkeypatch.chdir(tmp_path)
+    full_disk([fails])
+    names = {"--json": "x.json", "--save-stats": "s.npz", "--save-features": "f.npy", "--picture": "n.png"}
+    more = [word for pair in names.items() for word in pair]
     with pytest.raises(SystemExit) as ended:
-        main([*command, "--save-features", str(tmp_path / "taken.npy")])
+        main(["eval", str(files / "b"), "--ref", str(files / "a"), *judge(files), "--neighbours", "2", *more])
     assert ended.value.code == 2
     printed = capsys.readouterr()
     assert printed.out.startswith("Frechet distance")
-    assert "cannot write" in printed.err
-    assert json.loads((tmp_path / "x.json").read_text())["num_samples"] == 70
+    assert f"cannot write '{fails}'" in printed.err
+    assert {path.name for path in tmp_path.iterdir()} == {*names.values()} - {fails}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the full device of Linux")
+@pytest.mark.parametrize("out", ["ascii", "full", "closed"])
+def test_a_result_that_cannot_be_printed_is_written(out, tmp_path, monkeypatch):
+    mean, cov, _ = gaussian(4, 20)
+    np.savez(tmp_path / "x.npz", mu=mean, sigma=cov)
+    file = "/dev/full" if out == "full" else tmp_path / "printed"
+    with monkeypatch.context() as patch, suppress(OSError), open(file, "w", encoding="ascii") as stream:
+        patch.setattr(sys, "stdout", stream)
+        if out == "closed":
+            stream.close()
+        main(["compare", str(tmp_path / "x.npz"), str(tmp_path / "x.npz"), "--json", str(tmp_path / "x.json")])
+    assert fid.Result.from_json(tmp_path / "x.json").fd < 1e-8
+
+
+@pytest.mark.parametrize("where", ["image", "row", "sum"])
+def test_a_damaged_state_is_refused(where):
+    """A flipped bit in a sum once gave a distance of 0.0; states of earlier versions have no checksum."""
+    images = torch.from_numpy(random_images(40))
+    made = {"extractor": Mean(), "metrics": ("fd", "pr"), "device": "cpu"}
+    state = fid.Evaluator(images, **made).update(images).state_dict()
+    fid.Evaluator(images, **made).load_state_dict({k: v for k, v in state.items() if k != "checksum"})
+    fid.Evaluator(images, **made).load_state_dict(state)
+    tensors = {"image": state["checks"]["index"], "row": state["rows"]["features"]}
+    tensor = tensors.get(where, state["moments"]["features"]["outer"])
+    tensor.view(torch.uint8).view(-1)[5] ^= 1
+    for take in (fid.Evaluator(images, **made).images_in, fid.Evaluator(images, **made).load_state_dict):
+        with pytest.raises(ValueError, match="the state is damaged"):
+            take(state)
+    with pytest.raises(ValueError, match="no state of an evaluator"):
+        fid.Evaluator(images, **made).load_state_dict({"extractor": 1})
+
+
+def test_damaged_weights_of_the_classifier_are_refused(files, tmp_path):
+    """In each part of the file: a weight, or what it says of the architecture."""
+    whole, file = (files / "judge.safetensors").read_bytes(), tmp_path / "x.safetensors"
+    weight = bytearray(whole)
+    weight[-3] ^= 1
+    for content in (bytes(weight), whole.replace(b'"image_size":"16"', b'"image_size":"12"')):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="x.safetensors' are damaged: they do not have their checksum"):
+            fid.Classifier.load(file)
+
+
+def test_an_input_is_never_written_over(files, monkeypatch, capsys):
+    monkeypatch.chdir(files)
+    np.savez("images.npz", random_images(4))
+    Path("images.npz.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in files.iterdir() if path.is_file()}
+    for command in (
+        ["stats", "images.npz", "--out", "images.npz", *judge(files)],
+        ["eval", "b", "--ref", "a.npz", "--save-stats", "./a.npz", *judge(files)],
+        ["eval", "images.npz", "--ref", "a.npz", "--json", "images.npz.json", *judge(files)],
+        ["curve", "images.npz.json", "--out", "images.npz.json"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 2
+        assert "this command reads it; choose another name" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in files.iterdir() if path.is_file()}
+
+
+def test_a_curve_of_a_damaged_log(tmp_path, capsys):
+    common = {"label": "FID", "protocol": "$\\x$", "extractor": "e", "num_samples": 1000, "reference": None}
+    lines = [json.dumps({**common, "step": k, "fid": 9.0 / k}) for k in (1, 2, 3)]
+    log, out = tmp_path / "fid.jsonl", tmp_path / "c.png"
+    log.write_text("\n".join([lines[0], lines[1][:30], "null", "[1]", lines[2]]))
+    main(["curve", str(log), "--out", str(out)])
+    assert f"left out of '{log}', since they cannot be read: 3 lines." in capsys.readouterr().err
+    assert [record["step"] for record in read_records([log], list)[str(tmp_path)]] == [1, 3]
+    for line, sentence in (
+        (
+            {"bits_per_dim": 3.1, "num": 1000},
+            "not a record of an evaluation, as `fid eval` writes. It is of a likelihood",
+        ),
+        ({**common, "step": "4", "fid": 1}, "fid.jsonl' has the step '4'; it must be a number"),
+        ({**common, "step": 4, "fid": [1]}, r"has the fid '\[1\]'; it must be a number"),
+        ({**common, "step": 4, "fid": 1, "reference": 3}, "not a record of an evaluation"),
+    ):
+        log.write_text("\n".join([lines[0], json.dumps(line)]))
+        with pytest.raises(ValueError, match=sentence):
+            fid.curve(read_records([log]), out)
+    log.write_text("nonsense")
+    with pytest.raises(ValueError, match="damaged: none of its lines can be read"), pytest.warns(match="1 line"):
+        read_records([log])
+
+
+def test_a_damaged_record_beside_the_samples_is_said(files, tmp_path):
+    np.savez(tmp_path / "x.npz", random_images(40))
+    (tmp_path / "x.npz.json").write_text('{"sampler": ')
+    judge = fid.Classifier.load(files / "judge.safetensors")
+    warnings = fid.evaluate(tmp_path / "x.npz", files / "a.npz", judge).warnings
+    assert any(
+        "how the samples were made is left out: " in text and "x.npz.json' is damaged" in text for text in warnings
+    )

@@ -1,5 +1,6 @@
 """Every kind of input, by its content; statistics of every tool; and the sentence for each mistake."""
 
+import io
 import math
 import os
 import pickle
@@ -363,8 +364,42 @@ def test_array_files_that_are_refused(tmp_path):
             fid.Images(tmp_path / name)
     np.save(tmp_path / "cut.npy", random_images(4))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-10])
-    with pytest.raises(ValueError, match="cut.npy' is damaged at image 3 of 4"):
-        read_all(tmp_path / "cut.npy")
+    with pytest.raises(ValueError, match="cut.npy' is cut short: its 4 images take 3,200 bytes, and there are 3,190"):
+        fid.Images(tmp_path / "cut.npy")
+
+
+@pytest.mark.parametrize("shape", [(10**9, 8, 8, 3), (10**9, 0, 8, 3), (2, 0, 8, 3), (2, 8, 0, 1), (-1, 8, 8, 3)])
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_an_array_that_is_not_what_its_header_claims_is_refused_at_once(tmp_path, shape, kind):
+    """A file of 128 bytes, of which none but the header is read."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    (tmp_path / "x.npy").write_bytes(header.getvalue())
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.write(tmp_path / "x.npy", "arr_0.npy")
+    with pytest.raises(
+        ValueError, match=r"is cut short: its 1,000,000,000 images|expected uint8 images \(N, H, W, 3\)"
+    ):
+        fid.Images(tmp_path / f"x.{kind}")
+
+
+def test_images_in_memory_without_pixels_are_refused():
+    for shape in ((2, 3, 0, 8), (2, 3, 8, 0)):
+        with pytest.raises(ValueError, match="expected uint8 images"):
+            fid.Images(torch.zeros(shape, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("damage", ["checksum", "password"])
+@pytest.mark.parametrize("name", ["arr_0", "arr_1"])
+def test_a_damaged_npz_ends_in_a_sentence(tmp_path, damage, name):
+    file = tmp_path / "x.npz"
+    np.savez(file, random_images(2), np.arange(2))
+    content = bytearray(file.read_bytes())
+    at = content.index(b"PK\1\2", content.index(b"PK\1\2") + (name == "arr_1"))  # its entry in the directory
+    content[at + (16 if damage == "checksum" else 8)] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.npz' (cannot be unpacked|is not in numpy's format): .*(CRC|encrypted)"):
+        read_all(file)
 
 
 # References

@@ -504,7 +504,7 @@ def test_dinov2_is_timms_network_on_what_it_expects(tmp_path):
 
 
 def test_dinov2_refuses(tmp_path, monkeypatch):
-    timm = pytest.importorskip("timm")
+    pytest.importorskip("timm")
     name = "vit_small_patch14_dinov2.lvd142m"
     with pytest.raises(FileNotFoundError, match="'nowhere' do not exist"):
         fid.DINOv2("nowhere", model_name=name)
@@ -520,7 +520,7 @@ def test_dinov2_refuses(tmp_path, monkeypatch):
         raise OSError("no route")
 
     with monkeypatch.context() as patch:
-        patch.setattr(timm, "create_model", offline)
+        patch.setattr(fid.networks.dinov2, "_ask_hub", offline)
         with pytest.raises(FileNotFoundError, match=r"from the Hugging Face hub \(no route\)\. Download them"):
             fid.DINOv2()
     monkeypatch.setitem(sys.modules, "timm", None)

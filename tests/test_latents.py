@@ -30,6 +30,7 @@ from vca_engine.images import encode
 from vca_engine.images.codecs import PixelCodec, VAECodec, sample_posterior
 from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import LatentDataset
+from vca_engine.records import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -576,7 +577,8 @@ def test_a_folder_that_is_something_else_is_not_touched(tmp_path, images, vae, c
     assert (tmp_path / "cache.partial" / "mine").exists()
 
 
-def test_two_at_a_time_are_one_too_many(tmp_path, images, vae, capsys):
+def test_two_at_a_time_are_one_too_many(tmp_path, images, vae, capsys, monkeypatch):
+    monkeypatch.setattr(encode, "PATIENCE", 0.2)
     with open(tmp_path / ".cache.lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_SH)  # as a process that a killed launcher left behind
         argv = settings(tmp_path, "--latents", tmp_path / "cache")
@@ -613,6 +615,106 @@ def test_a_missing_shard_is_made_anew(tmp_path, images, vae, capsys):
     assert files_of(tmp_path / "cache") == damaged
     cache_latents.main(argv)
     assert files_of(tmp_path / "cache") == before
+
+
+def changed(file, place):
+    """Flip a bit of a file; its size stays."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["data", "header", "record", "a record of before", "the shard is gone"])
+def test_a_damaged_shard_of_an_unfinished_cache_is_made_anew(tmp_path, images, vae, capsys, monkeypatch, damage):
+    argv = settings(tmp_path)
+    cache_latents.main([*argv, "--latents", str(tmp_path / "whole")])
+    argv, partial = [*argv, "--latents", str(tmp_path / "cache")], tmp_path / "cache.partial"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, OSError(errno.ENOSPC, "No space left on device"))
+        sentence(capsys, cache_latents.main, argv)
+    record = read_json(partial / "shard-00001.json")
+    if damage == "a record of before":  # none: it has the checksum of the shard, but none of itself
+        for k in range(2):
+            before = read_json(partial / f"shard-0000{k}.json")
+            (partial / f"shard-0000{k}.json").write_text(json.dumps(before))
+    elif damage == "record":
+        text = (partial / "shard-00001.json").read_text()
+        (partial / "shard-00001.json").write_text(text.replace('"num_images": 5', '"num_images": 4'))
+    elif damage == "the shard is gone":
+        (partial / "shard-00001.npy").unlink()
+    else:
+        changed(partial / "shard-00001.npy", -100 if damage == "data" else 40)
+    (partial / ".shard-00002.npy.0123abcd.tmp").touch()  # of a program that was killed
+    cache_latents.main(argv)
+    said = "note: '" + str(partial / "shard-00001.npy") + "' is damaged; it is made anew." in capsys.readouterr().err
+    assert said == (damage != "a record of before")
+    assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
+    assert record["num_images"] == 5
+
+
+@pytest.mark.parametrize("place", [10, 40, 100, 127])
+@pytest.mark.parametrize("part", ["labels.npy", "shard-00001.npy"])
+def test_a_damaged_header_is_found_when_a_cache_is_opened(tmp_path, images, vae, capsys, part, place):
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    before = files_of(tmp_path / "cache")
+    changed(tmp_path / "cache" / part, place)
+    text = f"are damaged: {part} has another {'checksum' if part == 'labels.npy' else 'header'}; cache_latents.py makes"
+    assert text in sentence(capsys, train.main, argv)
+    cache_latents.main(argv)
+    assert files_of(tmp_path / "cache") == before
+
+
+def test_a_damaged_manifest_is_not_believed_and_one_of_before_is_read(tmp_path, images, vae, capsys):
+    argv, file = settings(tmp_path, "--latents", tmp_path / "cache"), tmp_path / "cache" / "manifest.json"
+    cache_latents.main(argv)
+    text = file.read_text()
+    file.write_text(text.replace('"up"', '"uq"'))
+    assert "manifest.json' is damaged, or was changed by hand" in sentence(capsys, train.main, argv)
+    file.write_text(json.dumps(read_json_of(text)))
+    assert len(LatentDataset(str(tmp_path / "cache"))) == 12
+
+
+def read_json_of(text):
+    """Leave out what earlier versions did not write."""
+    return {key: value for key, value in json.loads(text).items() if key not in ("checksum", "labels_sha256")}
+
+
+@pytest.mark.parametrize("when", ["before its records go", "while it is opened again"])
+def test_a_cache_killed_at_its_end_is_whole_with_the_next_command(tmp_path, images, vae, capsys, monkeypatch, when):
+    argv, where = settings(tmp_path, "--latents", tmp_path / "cache"), tmp_path / "cache"
+    cache_latents.main(argv)
+    before = files_of(where)
+    with monkeypatch.context() as patch:
+        if when == "before its records go":
+            shutil.rmtree(where)
+            patch.setattr(encode, "tidy", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        else:
+            (where / "shard-00001.npy").unlink()
+            patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            cache_latents.main(argv)
+    cache_latents.main(argv)
+    assert files_of(where) == before
+    assert [file.name for file in tmp_path.iterdir() if "cache" in file.name] == ["cache"]
+
+
+def test_the_lock_of_a_killed_program_is_waited_for(tmp_path, images, vae, capsys, monkeypatch):
+    with open(tmp_path / ".cache.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        monkeypatch.setattr(encode.time, "sleep", lambda _: fcntl.flock(other, fcntl.LOCK_UN))
+        cache_latents.main(settings(tmp_path, "--latents", tmp_path / "cache"))
+    assert "perhaps one of a program that was killed; waiting for it, 15 s at most" in capsys.readouterr().err
+    assert len(LatentDataset(str(tmp_path / "cache"))) == 12
+
+
+def test_a_batch_that_no_memory_holds_is_refused(tmp_path, images, vae, capsys, monkeypatch):
+    monkeypatch.setattr(encode.os, "sysconf", lambda name: 10_000)  # pages, and bytes of a page: 100 MB
+    argv = settings(tmp_path, "--latents", tmp_path / "cache", "--cache.batch_size", 60_000)
+    found = sentence(capsys, cache_latents.main, argv)  # 60,000 x 16 x 16 x 3, in uint8 and in float32
+    assert (
+        "a batch of 60,000 images takes 0.2 GB, and this machine has 0.1; choose a smaller --cache.batch_size" in found
+    )
 
 
 def test_labels_are_checked_too(tmp_path, images, vae, capsys):
@@ -657,9 +759,9 @@ def test_check_reads_everything(tmp_path, images, vae, capsys):
     array = np.load(shard)
     array[2, 0, 0, 0, 0] = np.nan
     np.save(shard, array)
-    manifest = json.loads((where / "manifest.json").read_text())
+    manifest = read_json(where / "manifest.json")
     manifest["shards"][1]["sha256"] = sha256_of(shard)
-    (where / "manifest.json").write_text(json.dumps(manifest))
+    write_json(where / "manifest.json", manifest)
     assert "numbers that are not finite" in sentence(capsys, cache_latents.main, [*argv, "--check"])
 
 
@@ -670,7 +772,9 @@ def test_an_incomplete_cache_is_named(tmp_path, images, vae, part, how):
     file = tmp_path / "cache" / part
     content = file.read_bytes()
     file.unlink() if how == "missing" else file.write_bytes(b"" if how == "empty" else content[: len(content) - 10])
-    with pytest.raises(ValueError, match=r"is not a folder made by cache_latents\.py|are damaged: shard-00001.npy"):
+    with pytest.raises(
+        ValueError, match=r"is not a folder made by cache_latents\.py|are damaged: (shard-00001|labels).npy"
+    ):
         LatentDataset(str(tmp_path / "cache"))
 
 

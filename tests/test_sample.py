@@ -1,6 +1,7 @@
 """What sample.py writes: the same images whatever the batch, the form and the interruptions, or a sentence."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -22,7 +23,8 @@ import sample
 import train
 from sit_vca import SiT
 from vca_engine import signals as stop
-from vca_engine.files import sha256_of_weights
+from vca_engine.files import checksum_of, hold, sha256_of_weights
+from vca_engine.images.pictures import grid
 from vca_engine.records import read_json
 from vca_engine.sampling import writers
 from vca_engine.sampling.guidance import Guidance
@@ -483,6 +485,163 @@ def test_a_full_disk_is_a_sentence_for_a_grid_too(sentence, tmp_path, full_disk)
     assert not (tmp_path / "grid.png").exists()
 
 
+def test_a_full_disk_keeps_what_the_evaluator_had(draw, sentence, measure, tmp_path, full_disk, monkeypatch):
+    """Saved before the images; where that fails, too, a sentence says so."""
+    monkeypatch.setattr(writers.uuid, "uuid4", lambda: SimpleNamespace(hex="0" * 32))
+    full_disk([f"state-{'0' * 32}.pt"])
+    text = sentence("--num", 8, "--out", tmp_path / "r.json", *measure)
+    assert "cannot write" in text
+    assert "No space left on device" in text
+
+
+OUTS = [
+    ("a.npz", ["--num", 2], "a.npz.json"),
+    ("a.npy", ["--num", 2], "a.npy.json"),
+    ("png", ["--num", 2], "png/samples.json"),
+    ("a.png", ["--classes", "[1]"], "a.json"),
+    ("a.json", ["--likelihood", "--num", 2], "a.json"),
+    ("r.json", ["--num", 12], "r.json"),  # with `measure`
+]
+
+
+@pytest.mark.parametrize(("name", "options", "record"), OUTS)
+def test_one_program_at_a_time_writes_to_a_place(draw, sentence, measure, tmp_path, name, options, record):
+    """The lock of one that was killed is free; what it left half written is removed, by earlier versions, too."""
+    out, record = tmp_path / name, tmp_path / record
+    lock = record.with_name(f".{record.name}.lock")
+    options = [*options, "--out", out, *(measure if name == "r.json" else [])]
+    with hold(lock, "busy"):
+        said = sentence(*options)
+    assert said == f"sample.py: another program is writing {str(out)!r}; wait for it, or choose another --out."
+    for left in (lock.name, f".{record.name}.0123abcd.tmp", f".{record.name}.partial", f".4711.{record.name}"):
+        lock.with_name(left).touch()
+    theirs = tmp_path / ".other.npz.0123abcd.tmp"
+    theirs.touch()
+    draw(*options)
+    assert [f for f in tmp_path.rglob("*") if f.name.startswith(".")] == [theirs]
+
+
+def test_a_picture_never_stands_beside_the_record_of_another(draw, tmp_path, monkeypatch):
+    """A kill at any renaming leaves no picture, or one that is as its record says; and it is drawn again."""
+    picture, record = tmp_path / "a.png", tmp_path / "a.json"
+    one = ("--classes", "[1]", "--per_class", 1, "--out", picture)
+    replace = Path.replace
+    for last in (0, 1):
+        draw(*one)
+        renamed = []
+
+        def killed(self, target, last=last, renamed=renamed):
+            if len(renamed) == last:
+                raise KeyboardInterrupt
+            renamed.append(target)
+            return replace(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed)
+            with pytest.raises(SystemExit):
+                draw(*one, "--seed", 5)
+        assert record.exists()
+        assert not picture.exists()
+        draw(*one, "--seed", 6)
+        assert json.loads(Image.open(picture).text["samples"]) == json.loads(record.read_text())
+        assert read_json(record)["seed"] == 6
+
+
+@pytest.mark.parametrize("error", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_reserves_no_space(draw, tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise OSError(error, os.strerror(error))
+
+    draw("--num", 3, "--out", tmp_path / "a.npz")
+    monkeypatch.setattr(writers.os, "posix_fallocate", refuse)
+    draw("--num", 3, "--out", tmp_path / "b.npz")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_endings_of_either_case(draw, sentence, measure, tmp_path):
+    for name, options in (("a.NPZ", ["--num", 20]), ("a.NPY", ["--num", 20]), ("R.JSON", ["--num", 20, *measure])):
+        draw("--out", tmp_path / name, *options)
+        assert (tmp_path / name).is_file()
+    assert (read(tmp_path / "a.NPZ")[0] == np.load(tmp_path / "a.NPY")).all()
+    for name in ("g.PNG", "g.GIF"):
+        draw("--out", tmp_path / name, "--classes", "[1]")
+        assert Image.open(tmp_path / name).format == name[2:]
+    assert "with --num, --out is a folder" in sentence("--num", 1, "--out", tmp_path / "x.PNG")
+
+
+@pytest.mark.parametrize("options", [["--num", 1], ["--likelihood"], []])
+@pytest.mark.parametrize("ending", ["", ".npz", ".png", ".json"])
+def test_a_place_where_nothing_can_be_written(sentence, tmp_path, options, ending):
+    (tmp_path / "file").write_bytes(b"mine")
+    for out in (tmp_path / "file" / f"x{ending}", tmp_path / ("x" * 300 + ending)):
+        sentence("--out", out, *options)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_whose_name_is_no_unicode(draw, measure, tmp_path, monkeypatch):
+    folder = tmp_path / os.fsdecode(b"\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name, options in (
+        ("a.npz", ["--num", 2]),
+        ("b", ["--num", 2]),
+        ("c.png", []),
+        ("d.json", ["--num", 4, *measure]),
+    ):
+        draw("--out", name, *options)
+        assert Path(name).exists()
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy"])
+def test_damage_of_complete_images_is_found(draw, sentence, tmp_path, name):
+    draw("--num", 3, "--out", tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    for place in (80, 200, 300, content.find(b"arr_1.npy") + 140):
+        (tmp_path / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        said = sentence("--num", 3, "--out", tmp_path / name)
+        assert f"{name}' is damaged: " in said
+        assert "remove it to draw its images again" in said
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.npy"])
+def test_damage_of_images_that_are_half_done_is_drawn_again(draw, tmp_path, monkeypatch, name):
+    """Of an earlier version, too, which had a byte for each image."""
+    draw("--num", 9, "--out", tmp_path / f"whole_{name}")
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.ArrayWriter, "finish", lambda self, labels: None)
+        draw("--num", 9, "--out", tmp_path / name)
+    partial = tmp_path / f"{name}.partial"
+    images, length = partial / f"images{name[1:]}", 8 * 8 * 3
+    content = bytearray(images.read_bytes())
+    content[-5 * length] ^= 1
+    images.write_bytes(content)
+    again = []
+    write = writers.ArrayWriter.write
+    monkeypatch.setattr(writers.ArrayWriter, "write", lambda self, i, *rest: (again.extend(i), write(self, i, *rest)))
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.ArrayWriter, "finish", lambda self, labels: None)
+        draw("--num", 9, "--out", tmp_path / name)
+    assert again == [4]
+    (partial / "checksums").unlink()
+    (partial / "done").write_bytes(b"\1\1\1\0\1\1\1\1\1")
+    draw("--num", 9, "--out", tmp_path / name)
+    assert again == [4, 3]
+    (partial / "done").parent.mkdir()
+    (partial / "done").write_bytes(b"\1" * 9)  # of images that are no longer there
+    (tmp_path / name).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.ArrayWriter, "finish", lambda self, labels: None)
+        draw("--num", 9, "--out", tmp_path / name)
+    draw("--num", 9, "--out", tmp_path / name)
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"whole_{name}").read_bytes()
+
+
+def test_names_of_classes_cannot_break_a_picture():
+    images = np.zeros((1, 1, 8, 8, 3), np.uint8)
+    shown = grid(images, ["a\nb\x1b[2J\udce9"], ["\u202ex"], "\r")
+    assert (shown == grid(images, [r"a\nb\x1b[2J\udce9"], [r"\u202ex"], r"\r")).all()
+
+
 def test_an_option_of_the_sampler_keeps_the_sampler_of_the_run(draw, tmp_path):
     draw("--num", 2, "--out", tmp_path / "a.npz", "--sampler.num_steps", 5)
     settings = json.loads((tmp_path / "a.npz.json").read_text())
@@ -512,7 +671,9 @@ def test_a_file_is_filled_in_any_order_and_is_what_numpy_writes(tmp_path, name):
     out = tmp_path / name
 
     def opened():
-        return writers.open_writer(out, 6, {"seed": (0, 1)}, PartialState(cpu=True), 2)
+        writer = writers.writer_of(out, 6, PartialState(cpu=True), 2)
+        writer.open({"seed": (0, 1)})
+        return writer
 
     writer = opened()
     assert writer.missing() == list(range(6))
@@ -547,7 +708,9 @@ def test_a_file_is_filled_in_any_order_and_is_what_numpy_writes(tmp_path, name):
         assert out.read_bytes() == (tmp_path / "b.npy").read_bytes()
     assert (stored == images).all()
     assert labels.tolist() == [0, 10, 20, 30, 40, 50]
-    assert json.loads(out.with_name(name + ".json").read_text()) == {"seed": [0, 1], "num": 6, "nfe": 2}
+    record = read_json(out.with_name(name + ".json"))
+    assert record.pop("file_checksum", None) == (None if name == "a.npz" else checksum_of(out))
+    assert record == {"seed": [0, 1], "num": 6, "nfe": 2}
     assert opened().missing() == []
 
 
@@ -558,7 +721,7 @@ def test_a_kill_after_the_last_image_never_makes_an_empty_file(draw, tmp_path, m
         patch.setattr(writers.shutil, "rmtree", lambda folder, **_: (folder / "samples.json").unlink())
         draw("--num", 5, "--out", out)
     before = out.read_bytes()
-    assert (tmp_path / "a.npz.partial" / "done").exists()
+    assert (tmp_path / "a.npz.partial" / "checksums").exists()
     draw("--num", 5, "--out", out)
     assert out.read_bytes() == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.npz", "a.npz.json"]
@@ -575,10 +738,10 @@ def test_the_same_command_again_leaves_the_record_as_it_was(draw, measure, tmp_p
     for name in ("png", "a.npz"):
         draw("--num", 6, "--out", tmp_path / name)
         record = tmp_path / name / "samples.json" if name == "png" else tmp_path / "a.npz.json"
-        before = json.loads(record.read_text())
+        before = read_json(record)
         assert before["nfe"] == 2
         draw("--num", 6, "--out", tmp_path / name)
-        assert json.loads(record.read_text()) == before
+        assert read_json(record) == before
         draw("--num", 6, "--out", tmp_path / name, *measure)  # later, as people do
         found = json.loads((tmp_path / f"{name}.fid.json").read_text())
         assert found["sample"] == before
@@ -649,7 +812,7 @@ def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, cap
     expected = numbers(tmp_path / "x.npz.fid.json")
     classifier = fid.Classifier.load(measure[5])
     again = fid.evaluate(str(tmp_path / "x.npz"), measure[1], classifier, device="cpu").to_dict()
-    record = json.loads((tmp_path / "x.npz.json").read_text())
+    record = read_json(tmp_path / "x.npz.json")
     assert (again["sample"], again["labels"]["mode"]) == (record, "random")  # of any evaluation, not only sample.py's
     draw("--num", 40, "--out", tmp_path / "png", "--batch_size", 7, *measure)
     assert numbers(tmp_path / "png.fid.json") == pytest.approx(expected, rel=1e-6)
@@ -670,7 +833,7 @@ def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, cap
     assert capsys.readouterr().out.splitlines()[0] == out.splitlines()[0]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_measuring_goes_on_where_it_was_stopped(draw, measure, tmp_path, monkeypatch, number, code):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process has not
     command = ["--num", 40, "--out", tmp_path / "r.json", "--batch_size", 5, "--group_size", 5, *measure]

@@ -185,7 +185,19 @@ def codec(config: Config, channels: int | None) -> Any:
 
 
 def images(config: Config) -> ImageDataset:
-    """Open the dataset of images."""
+    """Open the dataset of images.
+
+    Raises:
+        ValueError: Something is wrong with it, or outputs are to lie in its folder, where they would count as images.
+    """
+    folder = config.data.get("images")
+    for name in ("run_dir", "latents"):
+        place = getattr(config, name)
+        if isinstance(folder, str) and place and Path(place).resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"{name} {place!r} lies in data.images {folder!r}, so that pictures in it would be taken for images; "
+                f"choose a place outside, --{name} FOLDER. If something is in it already, move it there."
+            )
     return create(DATASETS, config.data, "data")
 
 

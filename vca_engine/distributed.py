@@ -3,11 +3,11 @@
 torch.distributed.tensor is imported where it is used: see docs/architecture.md, start-up.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 
@@ -49,3 +49,21 @@ def same_on_all_processes(accelerator: Accelerator, value: Any, what: str) -> No
         raise ValueError(
             f"the processes find different things in {what}; it has to be on a disk that all machines share."
         )
+
+
+def on_main_process(state: PartialState, work: Callable[[], None]) -> None:
+    """Do some work on the main process, while the others wait; a mistake that it finds ends all. All processes call it.
+
+    Raises:
+        ValueError or OSError: That of the work.
+    """
+    found: list[Exception | None] = [None]
+    if state.is_main_process:
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            found = [error]
+    if state.num_processes > 1:
+        broadcast_object_list(found)
+    if found[0]:
+        raise found[0]

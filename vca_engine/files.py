@@ -99,8 +99,11 @@ def remove_temporary(folder: Path, of: Path | None = None) -> None:
         folder: Where they are.
         of: The file that was to be written; None for all.
     """
-    name = "*" if of is None else glob.escape(of.name[:NAME])
-    for left in (*folder.glob(f".{name}.????????.tmp"), *folder.glob(f".{name}.partial")):  # .partial: earlier versions
+    name, short = ("*", "*") if of is None else map(glob.escape, (of.name, _short_name(of)))
+    found = [*folder.glob(f".{short}.????????.tmp"), *folder.glob(f".{name}.partial")]  # .partial: earlier versions
+    if of is not None:  # .PID.NAME: the first ones
+        found += [f for f in folder.glob(f".[0-9]*.{name}") if f.name[1:].removesuffix(f".{of.name}").isdecimal()]
+    for left in found:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -141,14 +144,14 @@ def hold(file: Path, busy: str) -> FileLock | None:
     return lock
 
 
-def checksum_of(content: str | Path | bytes) -> str:
+def checksum_of(content: str | Path | bytes | memoryview) -> str:
     """Compute the checksum by which damage is found: XXH3 of bytes, or of what a file holds; of no use against intent.
 
     Raises:
         OSError: The file cannot be read.
     """
     digest = xxhash.xxh3_64()
-    if isinstance(content, bytes):
+    if isinstance(content, bytes | memoryview):
         digest.update(content)
     else:
         with Path(content).open("rb") as file:
@@ -180,4 +183,11 @@ def sha256_of_weights(module: "nn.Module") -> str:
 
 def _temporary(path: Path) -> Path:
     """Name a file or folder beside `path` that no other program writes; see `remove_temporary`."""
-    return path.with_name(f".{path.name[:NAME]}.{uuid.uuid4().hex[:8]}.tmp")
+    return path.with_name(f".{_short_name(path)}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _short_name(path: Path) -> str:
+    """Shorten a name to at most `NAME` characters, so that two long names that begin alike stay two."""
+    if len(path.name) <= NAME:
+        return path.name
+    return f"{path.name[: NAME - 9]}-{xxhash.xxh3_64_hexdigest(os.fsencode(path.name))[:8]}"

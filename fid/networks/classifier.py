@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fid.networks.extractor import FeatureExtractor, fingerprint
-from vca_engine.files import written_aside
+from vca_engine.files import checksum_of, sha256_of_weights, written_aside
 from vca_engine.images import check_uint8
 from vca_engine.precision import ieee_float32
 
@@ -75,9 +75,10 @@ class Classifier(FeatureExtractor):
         return {"features": features, "logits": self.head(features)}
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file whose metadata holds the arguments of the constructor."""
+        """Write a safetensors file whose metadata holds the arguments of the constructor, and a checksum."""
         metadata = {"num_classes": self.num_classes, "image_size": self.image_size, "accuracy": self.accuracy}
-        content = save(self.state_dict(), {key: str(value) for key, value in metadata.items() if value is not None})
+        metadata = {key: str(value) for key, value in metadata.items() if value is not None}
+        content = save(self.state_dict(), {**metadata, "checksum": self._checksum(metadata)})
         with written_aside(path) as temporary:
             temporary.write_bytes(content)
 
@@ -97,7 +98,7 @@ class Classifier(FeatureExtractor):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"'{path}' is no safetensors file, as `Classifier.save` writes, or is cut short: {error}."
             ) from error
@@ -107,4 +108,11 @@ class Classifier(FeatureExtractor):
             classifier.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"'{path}' does not hold a classifier written by `Classifier.save`.") from error
+        known = metadata.pop("checksum", None)  # earlier versions wrote none
+        if known is not None and known != classifier._checksum(metadata):
+            raise ValueError(f"the classifier's weights '{path}' are damaged: they do not have their checksum.")
         return classifier.eval()
+
+    def _checksum(self, metadata: dict[str, str]) -> str:
+        """Compute the checksum of the weights and of what a file says of them."""
+        return checksum_of(f"{sorted(metadata.items())} {sha256_of_weights(self)}".encode())

@@ -46,6 +46,8 @@ class DINOv2(FeatureExtractor):
             raise ValueError("the extractor dinov2 needs timm; run `pip install timm`.") from error
         state = None if weights is None else _read_weights(Path(weights))
         try:
+            if state is None:
+                _ask_hub(timm.get_pretrained_cfg(model_name).hf_hub_id)
             self.network = timm.create_model(model_name, pretrained=state is None, num_classes=0, global_pool="token")
         except (OSError, RuntimeError, ValueError) as error:
             raise FileNotFoundError(
@@ -102,6 +104,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # other formats make the unpickler raise almost anything
         raise ValueError(f"'{path}' is not a file of weights, or is cut short: {_first_line(error)}.") from error
+
+
+def _ask_hub(repository: str | None) -> None:
+    """Raise OSError if weights are neither in the cache nor on a hub that answers, for which timm waits a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    file = "model.safetensors"
+    if repository and not isinstance(try_to_load_from_cache(repository, file), str):
+        try:
+            get_hf_file_metadata(hf_hub_url(repository, file), timeout=10)
+        except Exception as error:  # of whatever library the hub's client uses for its requests
+            raise OSError(_first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,8 @@
 import math
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -20,7 +22,7 @@ SEEN = 10**7  # numbers of an array of floats whose range is looked at; 50 image
 def check_uint8(images: Tensor) -> None:
     """Raise ValueError, which says what they are, unless images are uint8 (B, 3, H, W)."""
     _check_dtype(images)
-    if images.ndim != 4 or images.shape[1] != 3:
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"expected uint8 images (B, 3, H, W); got {tuple(images.shape)}.")
 
 
@@ -80,26 +82,32 @@ class ArrayFile:
     def __init__(self, path: Path) -> None:
         self.path, self.kind = path, path.suffix.lower()[1:]
         self.file: IO[bytes] | None = None
-        with self._open() as file:
+        with self._open("arr_0") as (file, size):
             self.shape, fortran_order, dtype = self._header(file)
             self.start = file.tell()
             if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] not in (1, 3) or fortran_order:
                 got = f"{dtype} {self.shape}{' in Fortran order' if fortran_order else ''}{self._advice(file, dtype)}"
                 raise ValueError(f"expected uint8 images (N, H, W, 3) in [0,255] in '{self.path}'; got {got}")
+            self._check_size(size)
         self.grey = self.shape[3] == 1
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """Labels (N,) int64, from `arr_1` of an .npz; None where it has none."""
-        if self.kind == "npz":
-            try:
-                with np.load(self.path, allow_pickle=False) as archive:
-                    labels = archive["arr_1"]
-            except (KeyError, ValueError):  # there is none, or it holds objects
+        """Labels (N,) int64, from `arr_1` of an .npz; None where it has none.
+
+        Raises:
+            ValueError: They are damaged.
+        """
+        if self.kind != "npz" or "arr_1.npy" not in self._members():
+            return None
+        with self._open("arr_1") as (file, _):
+            shape, _, dtype = self._header(file)
+            if shape != self.shape[:1] or dtype.kind not in "iu":
                 return None
-            if labels.shape == self.shape[:1] and labels.dtype.kind in "iu":
-                return labels.astype(np.int64)
-        return None
+            try:
+                return np.frombuffer(file.read(), dtype).reshape(shape).astype(np.int64)
+            except Exception as error:  # of a .zip
+                raise ValueError(f"the labels arr_1 of '{self.path}' are damaged: {error}.") from None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -115,7 +123,7 @@ class ArrayFile:
             ValueError: The file is damaged.
         """
         if self.file is None:
-            self.file = self._open()
+            self.file, _ = self._open_array("arr_0")
         height, width, channels = self.shape[1:]
         size = height * width * channels
         try:
@@ -125,24 +133,51 @@ class ArrayFile:
             raise ValueError(f"'{self.path}' is damaged at image {i} of {len(self)}.") from error
         return _cropped(np.repeat(image, 3, axis=2) if channels == 1 else image.copy(), crop, self.name(i))
 
-    def _open(self) -> IO[bytes]:
+    @contextmanager
+    def _open(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
+        """Open an array for a while; see `_open_array`."""
+        file, size = self._open_array(name)
+        with file:
+            yield file, size
+
+    def _open_array(self, name: str) -> tuple[IO[bytes], int]:
+        """Open the array of an .npy, or the one in an .npz with this name; give its bytes' number, too."""
         if self.kind == "npy":
-            return self.path.open("rb")
-        if not zipfile.is_zipfile(self.path):
-            raise ValueError(f"'{self.path}' is not an .npz file, or is cut short.")
-        with zipfile.ZipFile(self.path) as archive:  # the file below stays open until the member is closed
-            if "arr_0.npy" not in archive.namelist():
-                found = sorted(name.removesuffix(".npy") for name in archive.namelist())
-                raise ValueError(f"'{self.path}' has no arr_0, where images are looked for, but {found}.")
-            return archive.open("arr_0.npy")
+            return self.path.open("rb"), self.path.stat().st_size
+        members = self._members()
+        if f"{name}.npy" not in members:
+            found = sorted(member.removesuffix(".npy") for member in members)
+            raise ValueError(f"'{self.path}' has no {name}, where images are looked for, but {found}.")
+        try:
+            with zipfile.ZipFile(self.path) as archive:  # the file below stays open until the member is closed
+                return archive.open(f"{name}.npy"), members[f"{name}.npy"].file_size
+        except (RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:  # encrypted, say
+            raise ValueError(f"'{self.path}' cannot be unpacked: {error}.") from None
+
+    def _members(self) -> dict[str, zipfile.ZipInfo]:
+        """List what is in an .npz."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return {member.filename: member for member in archive.infolist()}
+        except (zipfile.BadZipFile, NotImplementedError):
+            raise ValueError(f"'{self.path}' is not an .npz file, or is cut short.") from None
+
+    def _check_size(self, size: int) -> None:
+        """Raise ValueError unless the images that the header claims are there, in an array of `size` bytes."""
+        needed = self.start + math.prod(self.shape)
+        if min(self.shape[1:]) < 1 or self.shape[0] < 0:
+            raise ValueError(f"expected uint8 images (N, H, W, 3) in [0,255] in '{self.path}'; got {self.shape}.")
+        if size < needed:
+            num = f"its {self.shape[0]:,} images take {needed:,} bytes, and there are {size:,}"
+            raise ValueError(f"'{self.path}' is cut short: {num}.")
 
     def _header(self, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         try:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             return read(file)
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"'{self.path}' is not in numpy's format: {error}.") from error
+        except Exception as error:  # of a .zip, or of a header that is no Python expression
+            raise ValueError(f"'{self.path}' is not in numpy's format: {error}.") from None
 
     def _advice(self, file: IO[bytes], dtype: np.dtype) -> str:
         """Write the end of the sentence that refuses the array; `file` stands at its first number."""

@@ -5,7 +5,7 @@ A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vca_engine.config.reading import FilePath
-from vca_engine.images import ImageFiles, UnreadableImageError, from_uint8
+from vca_engine.images import ImageFiles, UnreadableImageError, check_side, from_uint8
 from vca_engine.images.labels import check_label_range, classes_of
 from vca_engine.images.pixels import read_image
-
-LARGEST_SIDE = 16_384
 
 
 class ImageDataset(Dataset):
@@ -36,6 +34,7 @@ class ImageDataset(Dataset):
     """
 
     collate = None  # of a DataLoader: its own
+    notes: Sequence[str] = ()  # sentences on what was found, for the user
 
     def __init__(
         self, labels: np.ndarray, class_names: list[str], *, image_size: int, channels: int, flip: bool
@@ -160,8 +159,8 @@ class MNIST(PackedImages):
 class Folder(ImageDataset):
     """Your own images, in a folder or in a .zip of one.
 
-    Their classes are the sub-folders, as ImageNet is unpacked, in alphabetical order; or what a file labels.json or
-    labels.csv beside them says.
+    Their classes are the sub-folders, as ImageNet is unpacked, in alphabetical order; or what a file of labels says,
+    one of `LABEL_FILES`.
 
     Args:
         images: The folder or .zip.
@@ -174,15 +173,13 @@ class Folder(ImageDataset):
     """
 
     def __init__(self, *, images: FilePath, image_size: int = 256, flip: bool = True) -> None:
-        if type(image_size) is not int or not 1 <= image_size <= LARGEST_SIDE:
-            raise ValueError(
-                f"data.image_size is {image_size!r}; choose a whole number, at least 1, at most {LARGEST_SIDE}."
-            )
+        check_side("data.image_size", image_size)
         try:
             self.files = ImageFiles(images)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"data.images {error}") from None
-        self.names, labels, class_names = classes_of(self.files)
+        labels, class_names, self.notes = classes_of(self.files)
+        self.names = self.files.names
         super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
 
     def name(self, index: int) -> str:

@@ -1,14 +1,16 @@
 """Encoding images into a cache of latents: by any number of processes, shard by shard, to be gone on with at any time.
 
 Until it is complete the cache is FOLDER.partial: settings.json, and for each finished shard its .npy and a .json beside
-it that is written last. A shard has its name only when it is whole.
+it that is written last. A shard has its name only when it is whole; one that does not have its checksum is made anew.
 """
 
 import fcntl
-import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,17 +22,19 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vca_engine.config.schema import CacheConfig
-from vca_engine.files import sha256_of, write_text, written_aside
+from vca_engine.distributed import on_main_process
+from vca_engine.files import remove_temporary, sha256_of, written_aside
 from vca_engine.images import UnreadableImageError, from_uint8
 from vca_engine.images.codecs import sample_posterior
 from vca_engine.images.datasets import ImageDataset
 from vca_engine.images.latents import CACHE_FORMAT, LABELS_FILE, MANIFEST, check_settings, file_size
 from vca_engine.images.loader import load
-from vca_engine.records import differences, listed, read_json
+from vca_engine.records import differences, listed, read_json, write_json
 
 SETTINGS = "settings.json"
 INFORMATIVE = ("source", "codec_path", "on_error")  # where things were, which may move; and what changes no latent
 ROUNDING = ("batch_size", "device")  # what one cache has to have been made with, and a run need not care about
+PATIENCE = 15.0  # seconds to wait for the lock: the data workers of a killed program hold it for 5
 
 
 class UnfinishedCache:
@@ -70,14 +74,11 @@ class UnfinishedCache:
         self.num_shards = -(-len(images) // shard_size)
         self._lock = self._open_lock()
         try:
-            if state.is_main_process:
-                self._begin()
-            state.wait_for_everyone()
+            on_main_process(state, self._take_lock)
+            on_main_process(state, self._begin)
             _flock(self._lock, fcntl.LOCK_SH)
             self.missing = [k for k in range(self.num_shards) if not self._record(k).is_file()]
-            if state.is_main_process:
-                self._check_disk()
-            state.wait_for_everyone()
+            on_main_process(state, self._check_disk)
         except BaseException:
             self.unlock()
             raise
@@ -102,7 +103,7 @@ class UnfinishedCache:
                 content.flush()
                 os.fsync(content.fileno())  # before its record
             record = {"num_images": len(rows), "sha256": sha256_of(temporary), "skipped": skipped, "sums": sums}
-        write_text(self._record(shard), json.dumps(record))
+        write_json(self._record(shard), record)
 
     def finish(self) -> None:
         """Write the labels and the manifest; then the folder gets its name.
@@ -135,11 +136,9 @@ class UnfinishedCache:
         with written_aside(self.partial / LABELS_FILE) as temporary, temporary.open("wb") as content:
             np.save(content, kept)
         manifest["labels_sha256"] = sha256_of(self.partial / LABELS_FILE)
-        write_text(self.partial / MANIFEST, json.dumps(manifest, indent=1))
+        write_json(self.partial / MANIFEST, manifest)
         self.partial.rename(self.folder)
-        for file in [SETTINGS, *(self._record(k).name for k in range(len(records)))]:
-            (self.folder / file).unlink()
-        Path(self._lock.name).unlink()
+        tidy(self.folder)
 
     def unlock(self) -> None:
         """Let other commands have the folder."""
@@ -147,21 +146,35 @@ class UnfinishedCache:
         self._lock.close()
 
     def _open_lock(self) -> IO[str]:
-        """Open the cache's lock, which another command cannot share, even if a killed launcher left it behind."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = self.folder.with_name(f".{self.folder.name}.lock").open("w")
+            return _lock_of(self.folder).open("w")
         except OSError as error:
             raise OSError(f"cannot make the folder '{self.partial}': {error}") from error
-        if self.state.is_main_process:
+
+    def _take_lock(self) -> None:
+        """Lock the cache for this command, even if a killed launcher has left processes behind.
+
+        Raises:
+            ValueError: Another command keeps it, or has finished the cache.
+        """
+        start, waits = time.monotonic(), False
+        while True:
             try:
-                _flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
-                lock.close()
-                raise ValueError(
-                    f"another cache_latents.py is writing '{self.folder}'; wait for it, or stop it."
-                ) from None
-        return lock
+                if time.monotonic() - start >= PATIENCE:
+                    raise ValueError(
+                        f"another cache_latents.py is writing '{self.folder}'; wait for it, or stop it."
+                    ) from None
+            if not waits:
+                text = f"another process holds '{self.folder}', perhaps one of a program that was killed"
+                print(f"note: {text}; waiting for it, {PATIENCE:g} s at most.", file=sys.stderr)
+            waits = True
+            time.sleep(0.1)
+        if self.folder.exists():
+            raise ValueError(f"another cache_latents.py has just finished '{self.folder}'; nothing is left to do.")
 
     def _begin(self) -> None:
         """Make the folder, or check that the unfinished one is of the same latents."""
@@ -184,7 +197,23 @@ class UnfinishedCache:
                     f"'{self.partial}' holds unfinished latents made with {listed(found)}; remove it, or choose "
                     "another folder."
                 )
-        write_text(file, json.dumps(self.settings))
+        remove_temporary(self.partial)
+        write_json(file, self.settings)
+        self._drop_damaged()
+
+    def _drop_damaged(self) -> None:
+        """Remove the records of shards that are not as they were written, so that these are made anew."""
+        there = [k for k in range(self.num_shards) if self._record(k).is_file()]
+        for k in tqdm(there, desc="check what is there", unit="shard", disable=not there):
+            try:
+                record = read_json(self._record(k))
+                num = record["num_images"] + len(record["skipped"])
+                right = num == len(self.indices(k)) and sha256_of(self._file(k)) == record["sha256"]
+            except (ValueError, KeyError, TypeError, FileNotFoundError):
+                right = False
+            if not right:
+                print(f"note: '{self._file(k)}' is damaged; it is made anew.", file=sys.stderr)
+                self._record(k).unlink()
 
     def _check_disk(self) -> None:
         needed = sum(file_size((len(self.indices(k)), *self.row_shape)) for k in self.missing)
@@ -239,11 +268,15 @@ class CacheWriter:
                 f"data.image_size is {images.image_size}; the codec divides it by {codec.downsample}, so choose a "
                 "multiple."
             )
+        batch = 5 * options.batch_size * images.channels * images.image_size**2  # bytes, as uint8 and float32
+        _require_memory(batch, f"a batch of {options.batch_size:,} images", "--cache.batch_size")
         self.images, self.codec, self.options = images, codec, options
         self.seed, self.num_workers, self.state = seed, num_workers, state
         blank = torch.zeros(1, images.channels, images.image_size, images.image_size, device=state.device)
         _, K, h, w = codec.moments(blank).shape
         row_shape = (1 + images.flip, K if options.moments else codec.channels, h, w)
+        size = min(options.shard_size, len(images))
+        _require_memory(file_size((size, *row_shape)), f"a shard of {size:,} images", "--cache.shard_size")
         self.cache = UnfinishedCache(path, images, settings, options.shard_size, row_shape, state)
 
     @property
@@ -262,6 +295,11 @@ class CacheWriter:
                 self.cache.finish()
             self.state.wait_for_everyone()
             return read_json(self.cache.folder / MANIFEST)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"{self.options.batch_size} images at once take more memory than {self.state.device} has; choose a "
+                "smaller --cache.batch_size."
+            ) from None
         finally:
             self.cache.unlock()
 
@@ -324,6 +362,11 @@ class CacheWriter:
         return total.tolist()
 
 
+def _lock_of(folder: Path) -> Path:
+    """Name the file that is locked while a cache is made."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def _flock(file: IO[str], kind: int) -> None:
     try:
         fcntl.flock(file, kind)
@@ -331,6 +374,15 @@ def _flock(file: IO[str], kind: int) -> None:
         raise
     except OSError:  # a file system without locks
         pass
+
+
+def _require_memory(size: int, what: str, option: str) -> None:
+    """Raise ValueError, which names the option, if this machine has less memory than `size` bytes."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > there:
+        raise ValueError(
+            f"{what} takes {size / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f}; choose a smaller {option}."
+        )
 
 
 class Pixels(Dataset):
@@ -364,7 +416,7 @@ class Pixels(Dataset):
 
 
 def reopen(path: str, expected: dict[str, Any]) -> None:
-    """Make a finished cache unfinished, without the shards that are missing or have another size: they are made anew.
+    """Make a finished cache unfinished; what is missing or damaged is made anew when it is gone on with.
 
     Raises:
         ValueError: It was made with other settings than expected; it stays as it is.
@@ -376,7 +428,17 @@ def reopen(path: str, expected: dict[str, Any]) -> None:
         file = folder / shard.pop("file")
         shape = (shard["num_images"], 1 + manifest["settings"]["flip"], *manifest["shape"])
         if file.is_file() and file.stat().st_size == file_size(shape):
-            write_text(file.with_suffix(".json"), json.dumps(shard))
-    write_text(folder / SETTINGS, json.dumps(manifest["settings"]))
-    (folder / MANIFEST).unlink()
-    folder.rename(folder.with_name(folder.name + ".partial"))
+            write_json(file.with_suffix(".json"), shard)
+    write_json(folder / SETTINGS, manifest["settings"])
+    partial = folder.with_name(folder.name + ".partial")
+    folder.rename(partial)
+    (partial / MANIFEST).unlink()
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a finished cache needed while it was made, and what a program that was killed has left."""
+    with suppress(OSError):  # one that may only be read
+        for file in (folder / SETTINGS, *folder.glob("shard-?????.json")):
+            file.unlink(missing_ok=True)
+        remove_temporary(folder)
+        _lock_of(folder).unlink(missing_ok=True)

@@ -5,17 +5,26 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
-from vca_engine.images.pixels import centre_crop, check_beginning, read_image
+from vca_engine.images.pixels import OPTIONAL, centre_crop, check_beginning, read_image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-LABEL_FILES = ("labels.json", "labels.csv")
+ENDINGS = Image.registered_extensions()  # of all formats that Pillow knows
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"),
+    *sorted(suffix for suffix, kind in ENDINGS.items() if kind in OPTIONAL),
+)
+# Of images that are not read; their files are counted, so that none is left out unseen.
+OTHER_SUFFIXES = {*ENDINGS, ".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+OTHER_SUFFIXES -= {*SUFFIXES}
+OWN_LABEL_FILES = ("labels.json", "labels.csv")  # beside the folders of the images
+LABEL_FILES = (*OWN_LABEL_FILES, "dataset.json", "metadata.csv", "metadata.jsonl")  # the first that is there counts
 # Bytes of a file. The largest image that Pillow opens, of 179 million pixels, has as many with 3 x 16 bits a pixel,
 # uncompressed; whatever has more is no image, or made to fill the memory.
 MAX_SIZE = 2**30
@@ -40,7 +49,9 @@ class ImageFiles:
         prefix: That one folder, with a /; else nothing.
         names: Of the images, as paths below the root and the prefix, sorted.
         folders: Names of the folders there, sorted.
-        labels: Which of `LABEL_FILES` is there; None without one.
+        label_files: Those of `LABEL_FILES` that are there, in any letter case, as paths below the root. The own ones
+            lie beside the folders of the images; those of others, anywhere.
+        left_out: Files that are images, as their names say, but none that can be read, as paths below the prefix.
 
     Raises:
         FileNotFoundError: There is neither.
@@ -63,14 +74,15 @@ class ImageFiles:
         self.prefix = _prefix_of(found)
         below = [n.removeprefix(self.prefix) for n in found if n.startswith(self.prefix) and n != self.prefix]
         self.folders = sorted({name.split("/", 1)[0] for name in below if "/" in name})
-        self.labels = next((name for name in LABEL_FILES if name in below), None)
+        own = [self.prefix + name for name in below if name.lower() in OWN_LABEL_FILES]
+        self.label_files = own + [name for name in found if _last(name) in LABEL_FILES[len(OWN_LABEL_FILES) :]]
         self.names = sorted(filter(is_image, below))
+        self.left_out = sorted(filter(_is_unread_image, below))
         if not self.names:
-            suffixes = Counter(PurePosixPath(name).suffix.lower() for name in found if not name.endswith("/"))
-            files = ", ".join(f"{n} *{suffix}" for suffix, n in suffixes.most_common(5))
+            there = [name for name in found if not name.endswith("/")]
             raise ValueError(
                 f"{str(root)!r} holds no images (looked for {', '.join(SUFFIXES)} in any letter case, recursively); "
-                f"found {files or 'no files'}."
+                f"found {by_suffix(there) or 'no files'}."
             )
 
     def listing(self) -> list[str]:
@@ -83,37 +95,58 @@ class ImageFiles:
         now = set(filter(is_image, self.listing()))
         return len(now - before), len(before - now)
 
+    def warnings(self) -> list[str]:
+        """Say in a sentence which images are left out; no sentence if none are."""
+        if not self.left_out:
+            return []
+        text = f"{str(self.root)!r}: {len(self.left_out)} files are left out, whose format cannot be read"
+        folders = Counter(name.split("/", 1)[0] for name in self.left_out if "/" in name)
+        counts = ", ".join(f"{n} in {folder!r}" for folder, n in folders.most_common(5))
+        return [f"{text}: {by_suffix(self.left_out)}{f' ({counts})' if counts else ''}; convert them to PNG or JPEG."]
+
     def path(self, name: str) -> str:
-        """Say what a message calls a file."""
-        return os.path.join(self.root, self.prefix + name)
+        """Say what a message calls an image."""
+        return self.path_below_root(self.prefix + name)
 
-    def read(self, name: str, check: Callable[[bytes], None] | None = None) -> bytes:
-        """Read the content of a file.
+    def path_below_root(self, path: str) -> str:
+        """Say what a message calls one of `label_files`."""
+        return os.path.join(self.root, path)
 
-        Args:
-            name: One of `names`, or `labels`.
-            check: Gets its first 16 bytes, and raises ValueError where the rest need not be read.
+    def read(self, name: str) -> bytes:
+        """Read the content of an image file.
 
         Raises:
             OSError: The disk does not give it, or it has gone.
-            UnreadableImageError: It has more than `MAX_SIZE` bytes, is refused by `check`, or cannot be unpacked.
+            UnreadableImageError: It has more than `MAX_SIZE` bytes, is in no known format, or cannot be unpacked.
         """
-        path = self.path(name)
+        return self._read(self.prefix + name, check_beginning)
+
+    def read_labels(self, path: str) -> bytes:
+        """Read one of `label_files`.
+
+        Raises:
+            OSError: The disk does not give it, or it has gone.
+            ValueError: It has more than `MAX_SIZE` bytes, or cannot be unpacked.
+        """
+        return self._read(path, lambda head: None)
+
+    def _read(self, path: str, check: Callable[[bytes], None]) -> bytes:
+        """Read a file below the root; `check` gets its first 16 bytes, and raises where the rest need not be read."""
+        where = self.path_below_root(path)
         try:
-            with self._open(name) as (file, size):
+            with self._open(path) as (file, size):
                 if size > MAX_SIZE:
-                    raise UnreadableImageError(f"{path!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")
+                    raise UnreadableImageError(f"{where!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")
                 head = file.read(16)
-                if check:
-                    with self._naming(name):
-                        check(head)
+                with _naming(where):
+                    check(head)
                 return head + file.read()
         except UnreadableImageError:
             raise
         except OSError as error:  # the disk's fault, not the image's
-            raise _unread(path, error) from None
+            raise _unread(where, error) from None
         except Exception as error:  # of a .zip
-            raise UnreadableImageError(f"{path!r} cannot be unpacked: {error}.") from None
+            raise UnreadableImageError(f"{where!r} cannot be unpacked: {error}.") from None
 
     def decode(self, name: str, how: Callable[[IO[bytes]], T]) -> T:
         """Read an image file with the function `how`.
@@ -122,8 +155,8 @@ class ImageFiles:
             OSError: The disk does not give it, or it has gone.
             UnreadableImageError: See `read`; and whatever `how` raises, as a sentence with the file's name.
         """
-        content = io.BytesIO(self.read(name, check_beginning))
-        with self._naming(name):
+        content = io.BytesIO(self.read(name))
+        with _naming(self.path(name)):
             return how(content)
 
     def pixels(self, name: str, size: int) -> np.ndarray:
@@ -152,23 +185,14 @@ class ImageFiles:
         return {**self.__dict__, "_archive": None}
 
     @contextmanager
-    def _naming(self, name: str) -> Iterator[None]:
-        """Turn any error into a sentence with the file's name."""
-        try:
-            yield
-        except Exception as error:  # damaged files make Pillow raise almost anything
-            reason = str(error).rstrip(".")
-            raise UnreadableImageError(f"{self.path(name)!r} cannot be read as an image: {reason}.") from None
-
-    @contextmanager
-    def _open(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
-        """Open a file and give it with its size; of a .zip, no more than that is unpacked."""
+    def _open(self, path: str) -> Iterator[tuple[IO[bytes], int]]:
+        """Open a file below the root and give it with its size; of a .zip, no more than that is unpacked."""
         if self.zipped:
-            member = self._members[self.prefix + name]
+            member = self._members[path]
             with self._open_archive().open(member) as file:
                 yield file, member.file_size
         else:
-            with open(self.path(name), "rb", buffering=0) as file:
+            with open(self.path_below_root(path), "rb", buffering=0) as file:
                 yield file, os.fstat(file.fileno()).st_size
 
     def _open_archive(self) -> zipfile.ZipFile:
@@ -186,6 +210,34 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
+def by_suffix(names: Iterable[str]) -> str:
+    """Count files by how their names end, e.g. `3 *.heic, 1 *.jxl`."""
+    suffixes = Counter(PurePosixPath(name).suffix.lower() for name in names)
+    return ", ".join(f"{n} *{suffix}" if suffix else f"{n} without an ending" for suffix, n in suffixes.most_common(5))
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Turn any error into a sentence with the file's name."""
+    try:
+        yield
+    except Exception as error:  # damaged files make Pillow raise almost anything
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise UnreadableImageError(f"{path!r} cannot be read as an image: {reason}.") from None
+
+
+def _last(path: str) -> str:
+    """Give the last part of a path, in small letters; "" of a folder, whose path ends in a /."""
+    return path.rsplit("/", 1)[-1].lower()
+
+
+def _is_unread_image(path: str) -> bool:
+    """Say whether a file is called as an image in a format that is not read, or as no kind of file in a folder."""
+    suffix = PurePosixPath(_last(path)).suffix.strip()
+    known = suffix in OTHER_SUFFIXES or (suffix in SUFFIXES and not is_image(path))
+    return not path.endswith("/") and (known or (not suffix and "/" in path))
+
+
 def _is_hidden(part: str) -> bool:
     """Say whether a name is that of a hidden file or folder, or one that macOS puts into archives."""
     return part.startswith(".") or part == "__MACOSX"
@@ -196,26 +248,36 @@ def _walk(root: str) -> list[str]:
 
     A folder's own list says what is a file and what is not, so that no ordinary file is asked for more.
     """
-    found, waiting = [], [("", {_inode(root)})]
+    with _listing(root):
+        found, waiting = [], [("", {_inode(root)})]
     while waiting:
         here, above = waiting.pop()
-        try:
+        with _listing(os.path.join(root, here)):
             entries = [entry for entry in os.scandir(os.path.join(root, here)) if not _is_hidden(entry.name)]
-        except OSError as error:
-            raise OSError(f"{os.path.join(root, here)!r} cannot be listed: {error.strerror or error}.") from None
         for entry in entries:
             name = here + entry.name
             if _is_folder(entry):
-                if (inode := _inode(entry.path)) not in above:
+                with _listing(entry.path):
+                    inode = _inode(entry.path)
+                if inode not in above:
                     found.append(f"{name}/")
                     waiting.append((f"{name}/", above | {inode}))
                 continue
-            if (is_image(name) or entry.name in LABEL_FILES) and _is_special(entry):
+            if (is_image(name) or _last(name) in LABEL_FILES) and _is_special(entry):
                 raise ValueError(
                     f"{entry.path!r} is no file but a FIFO, a device or a socket, or a link to one; remove it."
                 )
             found.append(name)
     return found
+
+
+@contextmanager
+def _listing(folder: str) -> Iterator[None]:
+    """Name the folder in an error of the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{folder!r} cannot be listed: {error.strerror or error}.") from None
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -262,12 +324,13 @@ def _prefix_of(names: list[str]) -> str:
     """Find the one folder that holds all images, in folders or beside a file of labels: with a slash; else ""."""
     images = [name for name in names if is_image(name)]
     tops = {name.split("/", 1)[0] for name in images if "/" in name}
-    if len(tops) != 1 or any("/" not in name for name in images) or {*LABEL_FILES} & {*names}:
+    labelled = {name.rpartition("/")[0] for name in names if _last(name) in OWN_LABEL_FILES}  # folders
+    if len(tops) != 1 or any("/" not in name for name in images) or "" in labelled:
         return ""
     prefix = f"{tops.pop()}/"
     inside = [name.removeprefix(prefix) for name in images]
     in_folders = all("/" in name for name in inside) and len({name.split("/", 1)[0] for name in inside}) > 1
-    return prefix if in_folders or {prefix + file for file in LABEL_FILES} & {*names} else ""
+    return prefix if in_folders or prefix[:-1] in labelled else ""
 
 
 def _unread(path: str, error: OSError) -> OSError:

@@ -1,124 +1,109 @@
 """The class of each of your own images: by its folder, or by a file of labels beside them."""
 
-import csv
-import json
-import re
+import os
+from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Self
 
 import numpy as np
 
 from vca_engine.config.reading import Strict
 from vca_engine.config.schema import require
-from vca_engine.images import SUFFIXES, ImageFiles
+from vca_engine.images.files import ImageFiles, by_suffix
+from vca_engine.images.label_files import Labels, composed, read_label_files
+
+# Folders of the parts of a data set; several of them beside each other are hardly its classes.
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
-def classes_of(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
-    """Find the names of the images, their classes (N,) int64 and the names of these.
+def classes_of(files: ImageFiles) -> tuple[np.ndarray, list[str], list[str]]:
+    """Find the classes of the images (N,) int64, the names of these, and sentences that the user should read.
 
-    A class is what the file of labels says, or else a folder, in alphabetical order; images below it belong to it.
+    A class is what a file of labels says, or else a folder, in alphabetical order; images below it belong to it.
 
     Raises:
         ValueError: An image without a class, a class without images, or a file of labels that does not fit the images.
     """
-    if files.labels:
-        return _read_labels(files)
+    labels, notes = read_label_files(files)
+    if not (labels and labels.own):
+        _check_splits(files)
+    classes, names = _numbered(labels) if labels else _by_folder(files, notes)
+    _check_names(names, labels.where if labels else str(files.root))
+    return classes, names, notes + files.warnings()
+
+
+def _by_folder(files: ImageFiles, notes: list[str]) -> tuple[np.ndarray, list[str]]:
     loose = [name for name in files.names if "/" not in name]
     if loose:
         raise ValueError(
             f"data.images '{files.root}' holds images without a class, {loose[0]!r} and {len(loose) - 1} more: put "
             "each into a folder with the name of its class, or write a labels.csv of lines FILE,CLASS."
+            + "".join(f" {note}" for note in notes)
         )
     owners = [name.split("/", 1)[0] for name in files.names]
     if empty := sorted({*files.folders} - {*owners}):
-        raise ValueError(f"the class folder {files.path(empty[0])!r} holds no images; remove it, or put some in.")
+        there = [name for name in files.left_out if name.startswith(f"{empty[0]}/")]
+        found = f" that can be read ({by_suffix(there)})" if there else ""
+        raise ValueError(
+            f"the class folder {files.path(empty[0])!r} holds no images{found}; remove it, or put some in."
+        )
     number = {name: k for k, name in enumerate(files.folders)}
-    return files.names, np.array([number[owner] for owner in owners], dtype=np.int64), files.folders
+    return np.array([number[owner] for owner in owners], dtype=np.int64), files.folders
 
 
-def _read_labels(files: ImageFiles) -> tuple[list[str], np.ndarray, list[str]]:
-    """Read the classes of labels.json or labels.csv, which are numbers from 0, or names.
-
-    labels.json: `{"FILE": CLASS, ...}`, or `{"labels": [["FILE", CLASS], ...], "class_names": [...]}`, which is
-    StyleGAN's and EDM's, with names. labels.csv: lines `FILE,CLASS`, perhaps with a header. Names are numbered in the
-    order of `class_names`, or else in that of the alphabet.
-    """
-    where = files.path(files.labels)
-    pairs, class_names = (_pairs_of_json if files.labels.endswith("json") else _pairs_of_csv)(files, where)
-    listed, there = {file for file, _ in pairs}, {*files.names}
-    if missing := sorted(listed - there):
+def _check_splits(files: ImageFiles) -> None:
+    """Raise ValueError if the first folders that differ are those of the parts of a data set."""
+    folders = [files.prefix + os.path.dirname(name) for name in files.names]
+    above = os.path.commonpath(folders)
+    first = {folder[len(above) :].lstrip("/").split("/", 1)[0] for folder in folders}
+    parts = sorted(name for name in first if name.lower() in SPLITS)
+    if len(parts) > 1:
+        one = next((name for name in parts if name.lower().startswith("train")), parts[0])
+        give = f"unpack it, and name one, --data.images FOLDER/{one}"
+        if not files.zipped:
+            give = f"name one, --data.images {files.path_below_root(os.path.join(above, one))}"
         raise ValueError(
-            f"{where!r} names {missing[0]!r}, which is not there ({len(missing)} of {len(listed)} are missing)."
+            f"data.images '{files.root}' holds the folders {', '.join(parts)}, which look like the parts of a data set "
+            f"and not like classes: {give}. If they are classes, write a labels.csv of lines FILE,CLASS."
         )
-    if unlisted := sorted(there - listed):
-        raise ValueError(
-            f"{where!r} gives {unlisted[0]!r} no class ({len(unlisted)} of {len(there)} images have none)."
-        )
-    if len(listed) < len(pairs):
-        raise ValueError(f"{where!r} names an image twice.")
-    values = [value for _, value in sorted(pairs)]
-    if class_names is not None and len({*class_names}) < len(class_names):
-        raise ValueError(f"{where!r} has a class name twice.")
+
+
+def _numbered(labels: Labels) -> tuple[np.ndarray, list[str]]:
+    """Number the classes of a file of labels: in the order of its class names, or else of the alphabet."""
+    where, values, names = labels.where, labels.classes, labels.class_names
     if all(isinstance(value, str) and value for value in values):
-        class_names = class_names or sorted({*values})
-        if unknown := sorted({*values} - {*class_names}):
+        if names is None:
+            spellings = {composed(value): value for value in sorted({*values}, reverse=True)}
+            names = sorted(spellings.values())
+        number = {composed(name): k for k, name in enumerate(names)}
+        if unknown := sorted(value for value in {*values} if composed(value) not in number):
             raise ValueError(f"{where!r} has the class {unknown[0]!r}, which is not one of its class_names.")
-        number = {name: k for k, name in enumerate(class_names)}
-        labels = [number[value] for value in values]
-    elif all(type(value) is int for value in values):
-        labels = [max(min(value, 2**62), -(2**62)) for value in values]  # whatever is out of range stays so
-        highest = max(values)
-        if class_names is None and min(values) >= 0 and (highest >= len(values) or len({*values}) <= highest):
-            raise ValueError(
-                f"{where!r} has class numbers up to {highest} with gaps; number them from 0, or give names."
-            )
-        class_names = class_names or [str(k) for k in range(highest + 1)]
-    else:
+        return np.array([number[composed(value)] for value in values], dtype=np.int64), names
+    if not all(type(value) is int for value in values):
         raise ValueError(f"{where!r} has classes that are neither all whole numbers nor all names.")
-    return files.names, np.array(labels, dtype=np.int64), class_names
-
-
-def _pairs_of_json(files: ImageFiles, where: str) -> tuple[list[tuple[str, Any]], list[str] | None]:
-    try:
-        listed = json.loads(files.read(files.labels), object_pairs_hook=list)  # which keeps a key that stands twice
-        if not (isinstance(listed, list) and all(isinstance(pair, tuple) for pair in listed)):
-            raise ValueError("it is no object")
-        content = dict(listed)
-        names = content.get("class_names")
-        if names is not None and not (
-            isinstance(names, list) and all(isinstance(n, str | int) for n in names) and names
-        ):
-            raise ValueError("class_names is no list of names")
-        if isinstance(content.get("labels"), list):
-            pairs = [(str(file), value) for file, value in content["labels"]]
-        else:
-            pairs = [(file, value) for file, value in listed if file != "class_names"]
-        return pairs, None if names is None else [str(name) for name in names]
-    except (ValueError, TypeError, RecursionError) as error:
+    lowest, highest = min(values), max(values)
+    if names is None and lowest >= 0 and (highest >= len(values) or len({*values}) <= highest):
+        begin = f" and begin at {lowest}" if lowest else ""
         raise ValueError(
-            f'{where!r} cannot be read ({error}); write {{"FILE": CLASS, ...}} or {{"labels": [["FILE", CLASS], ...]}}.'
-        ) from None
+            f"{where!r} has class numbers up to {highest} with gaps; number them from 0, or give names: the numbers "
+            f"there are {len({*values})}{begin}."
+        )
+    numbers = [max(min(value, 2**62), -(2**62)) for value in values]  # whatever is out of range stays so
+    return np.array(numbers, dtype=np.int64), names or [str(k) for k in range(highest + 1)]
 
 
-def _pairs_of_csv(files: ImageFiles, where: str) -> tuple[list[tuple[str, Any]], None]:
-    try:
-        lines = files.read(files.labels).decode("utf-8-sig").splitlines()
-        rows = [row for row in csv.reader(lines, skipinitialspace=True) if row]
-        pairs = [(file.strip(), value.strip()) for file, value in rows]
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{where!r} cannot be read ({error}); write lines FILE,CLASS.") from None
-    if pairs and pairs[0][0] not in {*files.names} and PurePosixPath(pairs[0][0]).suffix.lower() not in SUFFIXES:
-        pairs = pairs[1:]  # a header
-    if not all(re.fullmatch(r"-?[0-9]+", value) for _, value in pairs):
-        return pairs, None
-    numbers = {int(value) for _, value in pairs}
-    padded = any(re.match("-?0[0-9]", value) for _, value in pairs)
-    if padded and numbers != {
-        *range(len(numbers))
-    }:  # names such as 007; 00, 01, 02 are numbers, as they have always been
-        return pairs, None
-    return [(file, int(value)) for file, value in pairs], None
+def _check_names(names: list[str], where: str) -> None:
+    """Raise ValueError unless the names of classes differ, also to the eye, and can be stored."""
+    alike = defaultdict(list)
+    for name in names:
+        alike[composed(name)].append(name)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where!r}: the class name {name!r} is not text in UTF-8; give it another.") from None
+    if twice := [group for group in alike.values() if len(group) > 1]:
+        written = f", written {twice[0][0]!a} and {twice[0][1]!a}" if len({*twice[0]}) > 1 else ""
+        raise ValueError(f"{where!r} has a class name twice, {twice[0][0]!r}{written}; make them one.")
 
 
 def check_label_range(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -10,6 +10,7 @@ A cache is a folder of
 Shard k holds the images from k S to (k + 1) S - 1 of the data, less those that could not be read, whoever encodes it.
 """
 
+import hashlib
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ CACHE_FORMAT = 1  # of the format
 
 
 class DamagedError(ValueError):
-    """A cache of which a shard is missing or cut short."""
+    """A cache of which a shard or the labels are missing, or not as they were written."""
 
 
 class LatentDataset(Dataset):
@@ -70,8 +71,7 @@ class LatentDataset(Dataset):
             if sum(counts) != self.manifest["num_images"] or len(shape) != 3:
                 raise ValueError(f"its {self.manifest['num_images']} latents {shape} are not those of its shards")
             self.row_shape = (1 + self.flip, *shape)
-            self.labels = check_label_range(np.load(self.folder / LABELS_FILE), len(self.class_names))
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             why = str(error).rstrip(".")
             if isinstance(error, FileNotFoundError):
                 why = f"it has no {Path(error.filename).name}"
@@ -80,16 +80,9 @@ class LatentDataset(Dataset):
             ) from None
         self.starts = np.concatenate([[0], np.cumsum(counts)])  # of the shards
         self.num_classes = len(self.class_names)
-        if len(self.labels) != self.starts[-1]:
-            raise ValueError(f"latents {path!r} are damaged: {self.starts[-1]} latents, {len(self.labels)} labels.")
+        self.labels = self._read_labels()
         for shard, num in zip(self.shards, counts, strict=True):
-            size = file_size((num, *self.row_shape))
-            file = self.folder / shard["file"]
-            if not file.is_file() or file.stat().st_size != size:
-                found = f"has {file.stat().st_size} bytes, not {size}" if file.is_file() else "is missing"
-                raise DamagedError(
-                    f"latents {path!r} are damaged: {shard['file']} {found}; cache_latents.py makes it anew."
-                )
+            self._check_header(shard["file"], (num, *self.row_shape))
         self._maps: dict[int, np.ndarray] = {}
         self._loaded: tuple[Tensor, Tensor] | None = None  # moments (N, 1 or 2, K, h, w) and labels, on a device
 
@@ -161,9 +154,8 @@ class LatentDataset(Dataset):
             ValueError: A shard whose checksum is another, or with numbers that are not finite; says which.
         """
         counts = np.bincount(self.labels, minlength=self.num_classes).tolist()
-        right = sha256_of(self.folder / LABELS_FILE) == self.manifest["labels_sha256"]
-        if not right or counts != list(self.manifest["class_counts"].values()):
-            raise ValueError(f"latents {self.path!r} are damaged: {LABELS_FILE} has another checksum.")
+        if counts != list(self.manifest["class_counts"].values()):
+            raise self._damaged(LABELS_FILE, "has other counts than the manifest")
         for k, shard in enumerate(self.shards):
             if sha256_of(self.folder / shard["file"]) != shard["sha256"]:
                 raise ValueError(
@@ -174,6 +166,39 @@ class LatentDataset(Dataset):
                 raise ValueError(f"latents {self.path!r} are damaged: {shard['file']} has numbers that are not finite.")
             del self._maps[k]
             yield shard["num_images"]
+
+    def _read_labels(self) -> np.ndarray:
+        """Read the labels (N,) int64.
+
+        Raises:
+            DamagedError: They are missing, or not as they were written.
+        """
+        try:
+            content, expected = (self.folder / LABELS_FILE).read_bytes(), self.manifest.get("labels_sha256")
+            if expected not in (None, hashlib.sha256(content).hexdigest()):
+                raise ValueError("has another checksum")
+            labels = np.load(io.BytesIO(content))
+            if labels.shape != (self.starts[-1],) or labels.dtype != np.int64:
+                raise ValueError(f"holds {labels.dtype} {labels.shape}, not {self.starts[-1]} labels")
+            return check_label_range(labels, self.num_classes)
+        except FileNotFoundError:
+            raise self._damaged(LABELS_FILE, "is missing") from None
+        except (ValueError, EOFError) as error:
+            raise self._damaged(LABELS_FILE, str(error).rstrip(".")) from None
+
+    def _check_header(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise DamagedError unless the file of a shard has the size and the header that it was written with."""
+        file, header = self.folder / name, npy_header(shape)
+        if not file.is_file():
+            raise self._damaged(name, "is missing")
+        if file.stat().st_size != file_size(shape):
+            raise self._damaged(name, f"has {file.stat().st_size} bytes, not {file_size(shape)}")
+        with file.open("rb") as content:
+            if content.read(len(header)) != header:
+                raise self._damaged(name, "has another header")
+
+    def _damaged(self, name: str, why: str) -> DamagedError:
+        return DamagedError(f"latents {self.path!r} are damaged: {name} {why}; cache_latents.py makes it anew.")
 
     def _map(self, shard: int) -> np.ndarray:
         if shard not in self._maps:
@@ -198,8 +223,13 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.float16).set_(storage, 0, shape)
 
 
-def file_size(shape: Sequence[int]) -> int:
-    """Count the bytes of an .npy file of float16 numbers of a shape."""
+def npy_header(shape: Sequence[int]) -> bytes:
+    """Write the beginning of an .npy file of float16 numbers of a shape."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)})
-    return header.tell() + 2 * math.prod(shape)
+    return header.getvalue()
+
+
+def file_size(shape: Sequence[int]) -> int:
+    """Count the bytes of an .npy file of float16 numbers of a shape."""
+    return len(npy_header(shape)) + 2 * math.prod(shape)

@@ -1,5 +1,6 @@
 """Pictures: labelled grids of images, and files of them."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), t
         title: A line above all.
     """
     num_rows, num_columns, height, width, _ = images.shape
+    rows, columns, title = [printable(name) for name in rows], [printable(name) for name in columns], printable(title)
     zoom = max(1, 64 // height)
     cell_height, cell_width, gap = height * zoom, width * zoom, 4
     text = max(12, min(28, cell_width // 4))
@@ -84,16 +86,28 @@ def save_picture(frames: Sequence[np.ndarray], path: Path, text: str = "", milli
         text: What a PNG says of itself, under the key "samples".
         milliseconds: Of a frame.
     """
-    pictures = [Image.fromarray(frame) for frame in frames]
+    content = encode_picture(frames, path.suffix.lower() == ".gif", text, milliseconds)
     with written_aside(path) as temporary:
-        if path.suffix.lower() == ".gif":
-            times = [milliseconds] * (len(pictures) - 1) + [2000]
-            pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
-        else:
-            information = PngInfo()
-            if text:
-                information.add_text("samples", text)
-            pictures[0].save(temporary, "PNG", pnginfo=information)
+        temporary.write_bytes(content)
+
+
+def encode_picture(frames: Sequence[np.ndarray], animated: bool, text: str = "", milliseconds: int = 250) -> bytes:
+    """Give the bytes of a GIF if it is animated, else of a PNG of the first frame; see `save_picture`."""
+    pictures, content = [Image.fromarray(frame) for frame in frames], io.BytesIO()
+    if animated:
+        times = [milliseconds] * (len(pictures) - 1) + [2000]
+        pictures[0].save(content, "GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    else:
+        information = PngInfo()
+        if text:
+            information.add_text("samples", text)
+        pictures[0].save(content, "PNG", pnginfo=information)
+    return content.getvalue()
+
+
+def printable(text: str) -> str:
+    """Show what is no letter, number or sign of a text, such as a line's end or half a character, as an escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _fit(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:

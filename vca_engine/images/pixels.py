@@ -1,16 +1,21 @@
 """Pixels: between [-1, 1] and uint8, from a file to RGB, and ADM's centre crop."""
 
 import math
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")  # of Pillow's those that run no other program
+PARTS = {"AVIF": "avif", "JPEG2000": "jpg_2000"}  # formats that not every Pillow reads, and what it needs for them
+OPTIONAL = tuple(
+    name for name, part in PARTS.items() if part in {*features.modules, *features.codecs} and features.check(part)
+)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF", *OPTIONAL)  # those that run no other program
 NO_FORMAT = f"it is in none of the formats {', '.join(FORMATS)}"
 MAX_PIXELS = 2**30 // 6  # of which Pillow refuses to open more
+MAX_SIDE = math.isqrt(MAX_PIXELS)  # of a square image
 
 
 class NonFiniteError(ValueError, FloatingPointError):
@@ -101,6 +106,12 @@ def dtype_name(images: Tensor) -> str:
 def _in_domain(low: float, high: float) -> bool:
     """Say whether each value has its own place in uint8; NaN has none."""
     return low >= -128 / 127.5 and high < 128 / 127.5
+
+
+def check_side(name: str, side: Any) -> None:
+    """Raise ValueError, which names the setting, unless an image can be cropped to a square of this side."""
+    if type(side) is not int or not 1 <= side <= MAX_SIDE:
+        raise ValueError(f"{name} is {side!r}; choose a whole number, at least 1 and at most {MAX_SIDE:,}.")
 
 
 def check_beginning(head: bytes) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vca.registry import nearest
+from vca_engine.images.label_files import composed
 
 
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
@@ -19,9 +20,9 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
 def find_class(word: int | str, names: Sequence[str]) -> int:
     """Find the number of a class from its number or its name.
 
-    A name is that of the class, or one of several between commas (ImageNet's "tench, Tinca tinca"); capitals do not
-    matter. A word that is a number as Python writes it (10, not 010) is one, unless a class is named so. An int is
-    always a number.
+    A name is that of the class, or one of several between commas (ImageNet's "tench, Tinca tinca"); capitals and
+    Unicode's forms of one letter do not matter. A word that is a number as Python writes it (10, not 010) is one,
+    unless a class is named so. An int is always a number.
 
     Raises:
         ValueError: There is no such class, or more than one.
@@ -32,9 +33,10 @@ def find_class(word: int | str, names: Sequence[str]) -> int:
         number = operator.index(word)
         check_labels([number], len(names))
         return number
-    wanted = word.strip().lower()
-    whole = [k for k, name in enumerate(names) if name.lower() == wanted]
-    parts = [k for k, name in enumerate(names) if wanted in (part.strip() for part in name.lower().split(","))]
+    wanted = composed(word.strip().lower())
+    known = [composed(name.lower()) for name in names]
+    whole = [k for k, name in enumerate(known) if name == wanted]
+    parts = [k for k, name in enumerate(known) if wanted in (part.strip() for part in name.split(","))]
     found = whole or parts
     if len(found) == 1:
         return found[0]
@@ -55,7 +57,11 @@ def find_classes(words: Sequence[int | str], names: Sequence[str]) -> list[int]:
     Raises:
         ValueError: There is no such class, or more than one, see `find_class`.
     """
-    if len(words) == 1 and isinstance(words[0], str) and words[0].strip().lower() not in map(str.lower, names):
+    if (
+        len(words) == 1
+        and isinstance(words[0], str)
+        and composed(words[0].strip().lower()) not in (composed(name.lower()) for name in names)
+    ):
         words = words[0].split(",")
     return [find_class(word, names) for word in words]
 

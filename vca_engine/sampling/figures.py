@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vca_engine.files import written_aside
+from vca_engine.files import remove_temporary, written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,13 +116,15 @@ def plot_rows(rows: Sequence[Row], width: float, title: str) -> "Figure":
 
 @styled
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write path.png, at 300 dots an inch, and path.pdf.
+    """Write path.png, at 300 dots an inch, and path.pdf; for who alone is at work there, see `remove_temporary`.
 
     Raises:
         OSError: They cannot be written.
     """
     for ending in ("png", "pdf"):
-        with written_aside(path.with_name(f"{path.name}.{ending}")) as temporary:
+        file = path.with_name(f"{path.name}.{ending}")
+        remove_temporary(file.parent, file)
+        with written_aside(file) as temporary:
             figure.savefig(temporary, format=ending, dpi=300)
         figure.set_layout_engine("none")  # the places are found, and finding them takes most of the time
 

@@ -1,7 +1,6 @@
 """The likelihood of real images under a flow, in bits per dimension."""
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -17,13 +16,12 @@ from vca_engine import assemble
 from vca_engine.config.options import SampleOptions, with_options
 from vca_engine.config.reading import Spec
 from vca_engine.config.schema import NEED_GUIDANCE, Config, SampleConfig
-from vca_engine.files import write_text
 from vca_engine.images.codecs import PixelCodec, sample_posterior
 from vca_engine.images.datasets import ImageDataset
-from vca_engine.records import read_json
+from vca_engine.records import read_json, write_json
 from vca_engine.sampling.drawing import Drawing
 from vca_engine.sampling.image_sampler import ImageSampler
-from vca_engine.sampling.sample_record import require_same_settings
+from vca_engine.sampling.sample_record import alone_at, require_same_settings
 from vca_engine.seeds import mix, uniform
 
 
@@ -61,10 +59,16 @@ def measure_likelihood(drawing: Drawing, out: str | None, num: int | None, data:
     Raises:
         ValueError: ImageDataset that are not as the model's, or `out` holds another measurement, or cannot be one.
     """
-    state, pipe = drawing.state, drawing.pipe
-    file = Path(out or pipe.folder / "likelihood.json")
-    if file.suffix != ".json":
+    file = Path(out or drawing.pipe.folder / "likelihood.json")
+    if file.suffix.lower() != ".json":
         raise ValueError(f"--out is {out!r}; a likelihood is a .json file.")
+    with alone_at(file, file, is_main=drawing.state.is_main_process):
+        _measure_into(file, drawing, num, data)
+
+
+def _measure_into(file: Path, drawing: Drawing, num: int | None, data: Spec) -> None:
+    """Measure, see `measure_likelihood`, or say what was measured before."""
+    state, pipe = drawing.state, drawing.pipe
     spec = data if "name" in data else {**pipe.config.data, **data}
     images = assemble.images(dataclasses.replace(pipe.config, data=spec))
     if (images.image_size, images.class_names) != (pipe.info.image_size, pipe.class_names):
@@ -80,8 +84,10 @@ def measure_likelihood(drawing: Drawing, out: str | None, num: int | None, data:
     asked = {"of": unit, "num": num, "data": spec, **settings}
     if state.is_main_process and file.exists():
         require_same_settings(file, asked, file)
-        known = read_json(file)
-        print(f"{file}: {known['bits_per_dim']:.3f} bits per dimension, measured before")
+        known = read_json(file).get("bits_per_dim")
+        if not isinstance(known, float):
+            raise ValueError(f"{str(file)!r} is damaged: it has no number bits_per_dim; choose another --out.")
+        print(f"{file}: {known:.3f} bits per dimension, measured before")
     state.wait_for_everyone()
     if file.exists():
         return
@@ -92,7 +98,7 @@ def measure_likelihood(drawing: Drawing, out: str | None, num: int | None, data:
         error = values.std(ddof=1) / num**0.5 if num > 1 else None
         record = {"bits_per_dim": values.mean(), "standard_error": error, **asked, **drawing.facts(nfe)}
         each = {"images": indices, "bits_per_dim_of_each": values.tolist()}
-        write_text(file, json.dumps({**record, **each}, indent=2))
+        write_json(file, {**record, **each})
         found = f"{values.mean():.3f}" + ("" if error is None else f" ± {error:.3f}")
         print(f"{found} bits per dimension of {unit} ({num} images, {nfe:g} network evaluations each)")
         print(f"wrote {file}")

@@ -4,6 +4,7 @@ A file is made at its full size first, so that a disk that is too small is found
 process writes its images in their places.
 """
 
+import errno
 import io
 import json
 import os
@@ -12,16 +13,18 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from accelerate import PartialState
 from PIL import Image
 
-from vca_engine.files import remove_temporary, write_text, written_aside
+from vca_engine.files import checksum_of, remove_temporary, write_text, written_aside
+from vca_engine.records import read_json, write_json
 from vca_engine.sampling.sample_record import (
     SAMPLES_RECORD,
     add_to_record,
@@ -32,6 +35,7 @@ from vca_engine.sampling.sample_record import (
 )
 
 CHUNK = 2**24  # bytes read at once
+CHECKSUM = 8  # bytes of an image's checksum
 
 
 class ImageEvaluator(Protocol):
@@ -50,58 +54,36 @@ class ImageEvaluator(Protocol):
         """Give the numbers of the images that a state holds."""
 
 
-def open_writer(
-    out: Path,
-    num: int,
-    settings: dict[str, Any],
-    state: PartialState,
-    image_size: int,
-    evaluator: ImageEvaluator | None = None,
+def writer_of(
+    out: Path, num: int, state: PartialState, image_size: int, evaluator: ImageEvaluator | None = None
 ) -> "Writer":
-    """Open what writes to `out`: a file if it ends in .npy or .npz, an evaluation if in .json, else a folder of PNGs.
+    """Make what writes to `out`: a file if it ends in .npy or .npz, an evaluation if in .json, else a folder of PNGs.
 
     Args:
         out: File or folder.
         num: Number of images.
-        settings: What makes an image what it is, JSON values; what is half full is only filled up with the same.
-        state: The processes, of which the main one makes the files.
+        state: The processes.
         image_size: Height and width.
         evaluator: Where images go if `out` ends in .json.
 
     Raises:
-        ValueError: `out` holds images of other settings, or something else.
-        OSError: The disk has no room for the file.
+        ValueError: `out` is a folder where a file is meant, or the reverse.
     """
-    if out.suffix == ".json":
+    kind = out.suffix.lower()
+    if kind == ".json":
         if evaluator is None:
             raise ValueError(f"{str(out)!r} is the record of an evaluation; name the reference with --fid, too.")
         writer = EvaluatorWriter(out, num, evaluator, state)
-    elif out.suffix.lower() in (".npy", ".npz"):
+    elif kind in (".npy", ".npz"):
         writer = ArrayWriter(out, num, image_size)
     else:
         writer = FolderWriter(out, num)
-    if writer.is_folder:
-        record = out / SAMPLES_RECORD
-        if out.is_file() or out.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif"):
-            raise ValueError(
-                f"{str(out)!r} is no folder; with --num, --out is a folder for PNG files, or ends in .npz or .npy."
-            )
-    else:
-        record = sample_record_path(out) if out.exists() else partial_of(out) / SAMPLES_RECORD
-        settings = {**settings, "num": num}  # a folder may be filled up to more, a file is what it is
-        if out.is_dir():
-            raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or ends in .npz or .npy.")
-    settings = json.loads(json.dumps(settings))  # tuples are lists, as they will be when they are read
-    if state.is_main_process:
-        if record.exists() or out.is_file() or (out.is_dir() and any(out.iterdir())):
-            require_same_settings(record, settings, out if out.exists() else partial_of(out))
-        else:
-            writer.check_names()
-            write_text(record, json.dumps(settings, indent=2))
-        if out.is_file():
-            shutil.rmtree(partial_of(out), ignore_errors=True)  # what a kill has left of one that is complete
-        writer.allocate()
-    state.wait_for_everyone()
+    if writer.is_folder and (out.is_file() or kind in (".png", ".jpg", ".jpeg", ".gif")):
+        raise ValueError(
+            f"{str(out)!r} is no folder; with --num, --out is a folder for PNG files, or ends in .npz or .npy."
+        )
+    if not writer.is_folder and out.is_dir():
+        raise ValueError(f"{str(out)!r} is a folder; --out is a folder for PNG files, or ends in .npz or .npy.")
     return writer
 
 
@@ -117,6 +99,39 @@ class Writer:
 
     def __init__(self, file: Path, num: int) -> None:
         self.file, self.num = file, num
+
+    @property
+    def record(self) -> Path:
+        """The file that says how the images were made, once they are complete."""
+        return self.file / SAMPLES_RECORD if self.is_folder else sample_record_path(self.file)
+
+    def open(self, settings: dict[str, Any]) -> None:
+        """Make the files, or see that those that are there are of the same images. The main process calls this.
+
+        Args:
+            settings: What makes an image what it is, JSON values; what is half full is only filled up with the same.
+
+        Raises:
+            ValueError: There are images of other settings, or something else.
+            OSError: The disk has no room for the file.
+        """
+        out, record = self.file, self.record
+        if not self.is_folder:
+            record = record if out.exists() else partial_of(out) / SAMPLES_RECORD
+            settings = {**settings, "num": self.num}  # a folder may be filled up to more, a file is what it is
+        settings = json.loads(json.dumps(settings))  # tuples are lists, as they will be when they are read
+        if record.exists() or out.is_file() or self.holds_something():
+            require_same_settings(record, settings, out if out.exists() else partial_of(out))
+        else:
+            self.check_names()
+            write_json(record, settings)
+        if out.is_file():
+            shutil.rmtree(partial_of(out), ignore_errors=True)  # what a kill has left of one that is complete
+        self.allocate()
+
+    def holds_something(self) -> bool:
+        """Tell whether there is a folder with files in it."""
+        return False
 
     def check_names(self) -> None:
         """Raise ValueError if what will be written beside `file` is there already, and not of an earlier drawing."""
@@ -158,6 +173,10 @@ class FolderWriter(Writer):
 
     is_folder = True
 
+    def holds_something(self) -> bool:
+        """Tell whether there is a folder with files in it, but for the lock of `alone_at`."""
+        return self.file.is_dir() and any(file.suffix != ".lock" for file in self.file.iterdir())
+
     def allocate(self) -> None:
         """Remove what a killed process has left."""
         remove_temporary(self.file)
@@ -178,7 +197,7 @@ class FolderWriter(Writer):
         """Check that all images are there, and write labels.json, unless the folder is already larger."""
         self.check_complete()
         before = read_sample_record(self.file).get("num", 0)
-        if self.num >= before:
+        if not isinstance(before, int) or self.num >= before:
             add_to_record(self.file, {"num": self.num})
             pairs = [[f"{i:06d}.png", int(label)] for i, label in enumerate(labels)]
             write_text(self.file / "labels.json", json.dumps({"labels": pairs}))
@@ -188,7 +207,7 @@ class ArrayWriter(Writer):
     """Images (N, H, W, 3) uint8 in one file: OUT.npy; or OUT.npz, arr_0 images and arr_1 labels, as of ADM and DiT.
 
     The labels of OUT.npy are OUT.labels.npy. Until it is complete, OUT.partial holds the file at its full size, and a
-    byte for each image that says whether it is there: 1 only once the image itself is on the disk.
+    checksum for each image, which is written once the image itself is on the disk, and is zero until then.
 
     Images are written, and the file is not mapped: then a full disk is an error with a sentence, not a signal that
     kills the process, and machines that share a disk write bytes, not pages, in which neighbours would lose an image.
@@ -198,7 +217,9 @@ class ArrayWriter(Writer):
         super().__init__(file, num)
         self.partial = partial_of(file)
         self.zipped = file.suffix.lower() == ".npz"
-        self.images, self.done = self.partial / f"images{file.suffix}", self.partial / "done"
+        self.images, self.checksums = self.partial / f"images{file.suffix}", self.partial / "checksums"
+        self.earlier = self.partial / "done"  # of earlier versions: a byte for each image, 1 if it is there
+        self.labels_file = file.with_suffix(".labels.npy")
         self.bytes_each = image_size * image_size * 3
         self.npy_header = _npy_header((num, image_size, image_size, 3), np.uint8)
         self.member = zipfile.ZipInfo("arr_0.npy")  # of an npz; stored, not compressed, so that each image has a place
@@ -209,8 +230,8 @@ class ArrayWriter(Writer):
 
     def check_names(self) -> None:
         """Raise ValueError if a record or labels of something else stand where those of the images will."""
-        record, labels = sample_record_path(self.file), self.file.with_suffix(".labels.npy")
-        strange = [record] if record.exists() and '"sampler"' not in record.read_text(errors="replace") else []
+        record, labels = self.record, self.labels_file
+        strange = [record] if record.exists() and b'"sampler"' not in record.read_bytes() else []
         strange += [labels] if not self.zipped and labels.exists() and not record.exists() else []
         for file in strange:
             raise ValueError(f"{str(file)!r} is there already, and would be overwritten; choose another --out.")
@@ -218,17 +239,20 @@ class ArrayWriter(Writer):
     def allocate(self) -> None:
         """Make the files at their full size, unless they are there; see `Writer`."""
         if self.file.exists():
-            if self.file.stat().st_size < self.size:
-                raise ValueError(f"{str(self.file)!r} is cut short; remove it to draw its images again.")
+            self._check()
             return
+        remove_temporary(self.partial)
+        remove_temporary(self.file.parent, self.labels_file)
         fresh = not self.images.exists()
-        if fresh:
-            self.done.unlink(missing_ok=True)  # of images that are no longer there
+        if fresh:  # what is known is of images that are no longer there
+            self.checksums.unlink(missing_ok=True)
+            self.earlier.unlink(missing_ok=True)
+        lengths = {self.images: self.size, self.checksums: self.num * CHECKSUM}
         try:
-            for file, head, length in ((self.images, self._header(), self.size), (self.done, b"", self.num)):
+            for file, length in lengths.items():
                 if not file.exists():
                     with written_aside(file) as temporary, open(temporary, "wb") as f:
-                        f.write(head)
+                        f.write(self._header() if file == self.images else b"")
                         f.flush()
                         _reserve(f, length)
                 elif file.stat().st_size < length:
@@ -237,25 +261,42 @@ class ArrayWriter(Writer):
             if fresh:
                 shutil.rmtree(self.partial, ignore_errors=True)
             raise OSError(f"{self.num} images take {self.num * self.bytes_each / 1e9:.3g} GB: {error}") from error
+        if not fresh:
+            self._forget_damaged()
+
+    def _forget_damaged(self) -> None:
+        """Let images that do not have their checksum be drawn again; take over those of earlier versions."""
+        known = np.fromfile(self.checksums, np.uint64, self.num)
+        trusted = self.earlier.exists()
+        there = np.fromfile(self.earlier, np.uint8, self.num) == 1 if trusted else known != 0
+        with open(self.images, "rb") as f:
+            for i in np.flatnonzero(there):
+                f.seek(self.start + int(i) * self.bytes_each)
+                found = _checksum(f.read(self.bytes_each))
+                known[i] = found if trusted or found == known[i] else 0
+        with written_aside(self.checksums) as temporary:
+            temporary.write_bytes(known.tobytes())
+        self.earlier.unlink(missing_ok=True)
 
     def missing(self) -> list[int]:
         """Give the numbers of the images that are not on the disk yet."""
         if self.file.exists():
             return []
-        return np.flatnonzero(np.fromfile(self.done, np.uint8, self.num) == 0).tolist()
+        return np.flatnonzero(np.fromfile(self.checksums, np.uint64, self.num) == 0).tolist()
 
     def write(self, indices: Sequence[int], images: np.ndarray, labels: Sequence[int]) -> None:
-        """Write images (B, H, W, 3) uint8 in their places, and then that they are there."""
+        """Write images (B, H, W, 3) uint8 in their places, and then their checksums."""
+        contents = [image.tobytes() for image in images]
         try:
-            with open(self.images, "r+b") as f, open(self.done, "r+b") as done:
-                for i, image in zip(indices, images, strict=True):
+            with open(self.images, "r+b") as f, open(self.checksums, "r+b") as checksums:
+                for i, content in zip(indices, contents, strict=True):
                     f.seek(self.start + i * self.bytes_each)
-                    f.write(np.ascontiguousarray(image))
+                    f.write(content)
                 f.flush()
                 os.fsync(f.fileno())
-                for i in indices:
-                    done.seek(i)
-                    done.write(b"\1")
+                for i, content in zip(indices, contents, strict=True):
+                    checksums.seek(i * CHECKSUM)
+                    checksums.write(_checksum(content).tobytes())
         except OSError as error:
             raise OSError(f"cannot write {str(self.images)!r}: {error}") from error
 
@@ -264,18 +305,41 @@ class ArrayWriter(Writer):
         if self.file.exists():
             return
         self.check_complete()
-        labels = np.array(labels, np.int64)
+        labels, record = np.array(labels, np.int64), read_json(self.partial / SAMPLES_RECORD)
         try:
             if self.zipped:
                 self._close_zip(labels)
             else:
-                with written_aside(self.file.with_suffix(".labels.npy")) as temporary, open(temporary, "wb") as f:
+                with open(self.images, "r+b") as f:
+                    f.write(self._header())
+                with written_aside(self.labels_file) as temporary, open(temporary, "wb") as f:
                     np.save(f, labels)
-            write_text(sample_record_path(self.file), (self.partial / SAMPLES_RECORD).read_text(encoding="utf-8"))
+                record["file_checksum"] = checksum_of(self.images)  # a zip has its own
+            write_json(self.record, record)
             self.images.replace(self.file)
         except OSError as error:
             raise OSError(f"cannot complete {str(self.file)!r}: {error}; run the same command again") from error
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _check(self) -> None:
+        """Raise ValueError if the complete file is damaged; an .npy of earlier versions has no checksum."""
+        try:
+            if self.file.stat().st_size < self.size:
+                raise ValueError("it is cut short")
+            with open(self.file, "rb") as f:
+                f.seek(self.start - len(self.npy_header))
+                if f.read(len(self.npy_header)) != self.npy_header:
+                    raise ValueError("it does not begin as it was written")
+            if self.zipped:
+                with zipfile.ZipFile(self.file) as archive:
+                    same = archive.testzip() is None
+            else:
+                known = read_json(self.record).get("file_checksum")
+                same = known is None or known == checksum_of(self.file)
+            if not same:
+                raise ValueError("it does not have its checksum")
+        except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{str(self.file)!r} is damaged: {error}; remove it to draw its images again.") from None
 
     def _header(self) -> bytes:
         """Give all that stands before image 0."""
@@ -316,11 +380,15 @@ class EvaluatorWriter(Writer):
         self.taken_over: list[Path] = []
         self.saved = time.monotonic()
 
+    def allocate(self) -> None:
+        """Remove what a killed process has left."""
+        remove_temporary(self.partial)
+
     def missing(self) -> list[int]:
         """Give the numbers of missing images; this process's share of what any processes gathered is loaded."""
         if self.file.exists():
             return []
-        held = {part: self._images_in(part) for part in self.partial.glob("state-*.pt")}
+        held = {part: self._take(part, self.evaluator.images_in, mmap=True) for part in self.partial.glob("state-*.pt")}
         there: set[int] = set()
         for k, part in enumerate(sorted(held, key=lambda part: (-len(held[part]), part.name))):
             mine = k % self.num_processes == self.rank
@@ -328,7 +396,7 @@ class EvaluatorWriter(Writer):
                 if not held[part].isdisjoint(there):
                     raise ValueError(f"{str(part)!r} holds images that another state holds, too; remove one of them.")
                 if mine:
-                    self.evaluator.load_state_dict(torch.load(part, map_location="cpu", weights_only=True))
+                    self._take(part, self.evaluator.load_state_dict)
             there |= held[part]
             self.taken_over += [part] * mine
         return [i for i in range(self.num) if i not in there]
@@ -341,8 +409,8 @@ class EvaluatorWriter(Writer):
 
     def save(self) -> None:
         """Write what this process has gathered."""
-        with written_aside(self.mine) as temporary:
-            torch.save(self.evaluator.state_dict(), temporary)
+        with written_aside(self.mine) as temporary, open(temporary, "wb") as file:  # torch.save's own has no OSError
+            torch.save(self.evaluator.state_dict(), file)
         for part in self.taken_over:
             part.unlink(missing_ok=True)
         self.taken_over, self.saved = [], time.monotonic()
@@ -350,11 +418,15 @@ class EvaluatorWriter(Writer):
     def finish(self, labels: Sequence[int]) -> None:
         """Do nothing: the record is written by whoever computes the numbers."""
 
-    def _images_in(self, part: Path) -> set[int]:
+    def _take(self, part: Path, take: Callable[[dict[str, Any]], Any], mmap: bool = False) -> Any:
+        """Call a method of the evaluator with a state, whose damage it finds."""
         try:
-            return self.evaluator.images_in(torch.load(part, map_location="cpu", weights_only=True, mmap=True))
+            return take(torch.load(part, map_location="cpu", weights_only=True, mmap=mmap))
         except Exception as error:  # a damaged file raises almost anything
-            raise ValueError(f"{str(part)!r} is damaged; remove it, and its images are drawn again.") from error
+            why = f": {str(error).rstrip('.')}" if isinstance(error, ValueError) else ""
+            raise ValueError(
+                f"{str(part)!r} is damaged, or of another evaluation{why}; remove it, and its images are drawn again."
+            ) from error
 
 
 def _is_whole(png: str) -> bool:
@@ -365,6 +437,11 @@ def _is_whole(png: str) -> bool:
         return begin == b"\x89PNG\r\n\x1a\n" and file.read() == b"IEND\xaeB`\x82"
 
 
+def _checksum(image: bytes) -> np.uint64:
+    """Compute the checksum of the pixels of an image."""
+    return np.uint64(xxhash.xxh3_64_intdigest(image))
+
+
 def _npy_header(shape: tuple[int, ...], dtype: type) -> bytes:
     file = io.BytesIO()
     description = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
@@ -373,7 +450,11 @@ def _npy_header(shape: tuple[int, ...], dtype: type) -> bytes:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Make a file so large, with room on the disk where the system can promise it."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
+    """Make a file so large, with room on the disk where the system, and the file system, can promise it."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
     file.truncate(size)

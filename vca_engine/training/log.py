@@ -132,7 +132,7 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
     num = max(map(len, by_t))
     if num:
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
-        figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.13)
+        figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.16)
         table = np.array([row or [None] * num for row in by_t], dtype=float)  # (lines, bins), None is nan
         _plot_by_t(right, steps, table, window)
     else:
@@ -145,7 +145,7 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
     left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
     left.set_title(f"{file.resolve().parent.name}: training loss")
     for axes in figure.axes:
-        axes.set_xlabel("optimizer step")
+        axes.set(xlabel="optimizer step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     left.legend(fontsize="small", loc="upper right")

@@ -99,7 +99,7 @@ class Run:
             self.evaluated_data = assemble.images_to_evaluate(config, self.info)
         self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
 
-        self.step, self.messages = 0, []
+        self.step, self.messages = 0, [] if config.latents else [*self.data.notes]
         record = checkpoint.read_record(start) if start else {"step": 0}
         if start:
             self._check_data(record)

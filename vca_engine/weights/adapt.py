@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vca.transformer import Transformer
+from vca_engine.images.label_files import composed
 from vca_engine.weights.diffusers import TABLE
 from vca_engine.weights.files import read_weights
 
@@ -154,6 +155,7 @@ def _class_rows(
         num_classes = model.num_classes if len(tensor) == len(initial) else len(tensor) - 1
     if len(tensor) - num_classes not in (0, 1):
         raise ValueError(f"{TABLE} has {len(tensor)} rows, which do not belong to {num_classes} classes.")
+    old_names, new_names = ([composed(name) for name in each] for each in (old_names, new_names))
     if set(old_names) & set(new_names):
         rows = [(old_names.index(name), new) for new, name in enumerate(new_names) if name in old_names]
     else:
