@@ -20,8 +20,11 @@ import sample
 import train
 from classify import Classification, create
 from classify.block import DropPath, draw_paths
-from vca_engine.config.schema import TrainConfig
+from vca_engine import assemble
+from vca_engine.config.cli import parse
+from vca_engine.config.schema import Config, TrainConfig
 from vca_engine.images.datasets import Digits
+from vca_engine.images.labels import DataInfo
 from vca_engine.training import reconstruct
 from vca_engine.training.step import learning_rate
 from vca_engine.weights import checkpoint
@@ -213,7 +216,6 @@ def test_weights_decay_and_gains_and_biases_do_not(tmp_path):
     assert "contrast_grid" not in config["model"]["attention"]
 
     from vca_engine.config.reading import from_dict
-    from vca_engine.config.schema import Config
     from vca_engine.training.run import Run, make_accelerator
 
     config = from_dict(Config, config, "test")
@@ -450,3 +452,48 @@ class TestOtherPrograms:
         reconstruct.main([str(folder), "--std", "0.08"])
         (made,) = (folder / "reconstructed").iterdir()
         assert f"Evaluate with: python -m classify eval {made}" in capsys.readouterr().out
+
+
+class TestFolders:
+    @pytest.fixture
+    def root(self, tmp_path):
+        rng = np.random.default_rng(0)
+        for part, classes in (("train", "abc"), ("val", "ca")):
+            for k in classes:
+                (tmp_path / part / k).mkdir(parents=True)
+                for i in range(4):
+                    pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(tmp_path / part / k / f"{i}.png")
+        return tmp_path
+
+    def settings(self, root, extra=""):
+        text = "--process.name classify --data.name folder --data.image_size 16 --codec.name pixels --model.name deit_tiny "
+        text += "--model.patch_size 8 --model.hidden_size 12 --model.depth 1 --model.num_heads 2 --train.batch_size 4 "
+        text += "--train.num_steps 2 --train.num_workers 0 --train.tracker none --train.log_every 1 "
+        text += f"--data.images {root}/train --run_dir {root}/run --eval.data.images {root}/val {extra}"
+        return text.split()
+
+    def test_classes_go_by_their_names(self, root):
+        """val lacks one of the classes, so its numbers are others than those of train."""
+        config = parse(Config, self.settings(root), prog="", description="")
+        found = assemble.images_to_evaluate(config, DataInfo(16, 3, ["a", "b", "c"]))
+        assert found.class_names == ["a", "b", "c"]
+        assert sorted(found.labels.tolist()) == [0] * 4 + [2] * 4
+        train.main(self.settings(root))
+        assert json.loads((root / "run" / "eval.jsonl").read_text())["num_samples"] == 8
+
+    def test_mistakes_in_the_images_to_evaluate_on(self, root, capsys):
+        (root / "val" / "a").rename(root / "val" / "dog")
+        assert "eval.data does not fit data: the class 'dog' is none of 3, e.g. 'a'." in sentence(
+            capsys, self.settings(root)
+        )
+        said = sentence(capsys, self.settings(root, f"--eval.data.images {root}/nothing"))
+        assert f"eval.data.images '{root}/nothing' " in said
+        assert "eval.data is data itself" in sentence(capsys, self.settings(root, f"--eval.data.images {root}/train"))
+
+    def test_a_damaged_image_is_named(self, root, capsys):
+        for file in (root / "train" / "b").iterdir():
+            file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 50)
+        said = sentence(capsys, self.settings(root))
+        assert "cannot be read as an image" in said
+        assert said.endswith("put another image of its class in its place, and run the same command again.")

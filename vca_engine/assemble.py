@@ -215,7 +215,10 @@ def images_to_evaluate(config: Config, info: DataInfo) -> ImageDataset | None:
     defaults = defaults_of(lookup(DATASETS, spec["name"], "eval.data.name"))
     if {**defaults, **spec} == {**defaults, **config.data}:
         raise ValueError("eval.data is data itself, which tells nothing; name others, e.g. --eval.data.images DIR.")
-    found = create(DATASETS, spec, "eval.data")
+    try:
+        found = create(DATASETS, spec, "data")
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"eval.{error}") from None
     for name, number in {"image_size": info.image_size, "channels": info.channels}.items():
         if getattr(found, name) != number:
             raise ValueError(f"eval.data has {name} {getattr(found, name)}, and data {number}; choose the same.")

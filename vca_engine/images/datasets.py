@@ -54,7 +54,7 @@ class ImageDataset(Dataset):
             UnreadableImageError: The image is none; says what to do.
         """
         index, flip = key
-        with _saying_what_to_do():
+        with _saying_what_to_do(" cache_latents.py --cache.on_error skip finds all such files and leaves them out."):
             image = from_uint8(self.pixels(index))  # (C, H, W)
         return image.flip(-1) if flip else image, int(self.labels[index])
 
@@ -211,14 +211,13 @@ DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}
 
 
 @contextmanager
-def _saying_what_to_do() -> Iterator[None]:
-    """Add to the error of an image that cannot be read what to do about it."""
+def _saying_what_to_do(more: str = "") -> Iterator[None]:
+    """Add to the error of an image that cannot be read what to do about it, and what more there is to say."""
     try:
         yield
     except UnreadableImageError as error:
         raise UnreadableImageError(
-            f"{error} Mend it, or put another image of its class in its place, and run the same command again. "
-            "cache_latents.py --cache.on_error skip finds all such files and leaves them out."
+            f"{error} Mend it, or put another image of its class in its place, and run the same command again.{more}"
         ) from None
 
 

@@ -90,6 +90,7 @@ class Run:
             self.codec.to(memory_format=torch.channels_last)
         if config.latents:
             self.data.check(assemble.needed_latents(config, self.codec))
+        self.step, self.messages = 0, [] if config.latents else [*self.data.notes]
         self.process = assemble.process(config)
         sampler = assemble.sampler(config, self.process) if self.is_generator else None
         network = self._make_network()
@@ -97,9 +98,9 @@ class Run:
         if not self.is_generator:
             self.views = self.process.training_views(self.data, config.seed)
             self.evaluated_data = assemble.images_to_evaluate(config, self.info)
+            self.messages += [f"eval.data: {note}" for note in self.evaluated_data.notes] if self.evaluated_data else []
         self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
 
-        self.step, self.messages = 0, [] if config.latents else [*self.data.notes]
         record = checkpoint.read_record(start) if start else {"step": 0}
         if start:
             self._check_data(record)
