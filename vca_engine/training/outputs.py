@@ -72,7 +72,7 @@ class Outputs:
 
     def __enter__(self) -> Self:
         """Take the run's folder, and say what begins."""
-        run, accelerator = self.run, self.run.accelerator
+        run = self.run
         if self.main:
             self.lock = lock_folder(self.folder)
             save_yaml(self.config, self.folder / CONFIG_FILE)
@@ -81,9 +81,9 @@ class Outputs:
             if run.continues_another and self.resume != "auto":  # else it is noted already
                 write_resumed_from(self.folder, self.resume, run.start)
         if self.cfg.tracker != "none":
-            start_tracker(accelerator, self.cfg.tracker, self.folder, run.step, to_dict(self.config))
+            start_tracker(run.accelerator, self.cfg.tracker, self.folder, run.step, to_dict(self.config))
         if self.main:
-            self.log = Log(self.folder, run.step, run.step < self.cfg.num_steps, accelerator.trackers)
+            self.log = Log(self.folder, run.step, run.step < self.cfg.num_steps, run.accelerator.trackers)
             print("\n".join([str(run), *run.messages]), flush=True)
         return self
 
@@ -180,17 +180,16 @@ class Outputs:
         """Draw a grid with the averaged weights, a row a class."""
         with self.run.averaged_weights():
             if self.main:
-                error = self.log.attempt(preview_file(self.folder, self.run.step).name, self._draw_preview)
+                file = preview_file(self.folder, self.run.step)
+                error = self.log.attempt(file.name, _save_preview, self.run, self.classes, file, self.log)
                 self.not_finite |= {"preview"} if isinstance(error, NonFiniteError) else set()
         self.run.accelerator.wait_for_everyone()
 
     def measure(self, stop: StopSignal) -> bool:
         """Draw `fid.num` images with the averaged weights, as sample.py would, and measure them; no image is kept.
 
-        Where images of any process are not finite, there is a warning in the place of a number.
-
-        Returns:
-            False if a signal stopped it.
+        Where images of any process are not finite, there is a warning in the place of a number. Return False if a
+        signal stopped it.
         """
         run, num = self.run, self.config.fid.num
         with run.averaged_weights():
@@ -202,45 +201,23 @@ class Outputs:
                 self.log.warn(f"the FID of step {run.step}", failures[0])
                 self.not_finite.add("fid")
             return True
-        sample = {
-            "weights": {"part": "ema", "step": run.step},
-            **assemble.describe_sampling(self.config),
-            "codec": run.codec.identity,
-            **{"labels": "random", "classes": "all", "num": num, "nfe": run.image_sampler.nfe},
-            **{"precision": "no", "tf32": self.cfg.tf32 and run.device.type == "cuda"},
-        }
-        result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=run.step, sample=sample)
+        options = {"labels_mode": "random", "quantize": "dit", "step": run.step, "sample": describe_sample(run)}
+        result = self.evaluator.compute(num, **options)
         if self.main:
-            self._add_result(result.to_dict(), result.values)
-            tqdm.write(f"step {run.step}, {num} images: {result}")
+            self._add_result(result.to_dict(), result.values, str(result))
         run.accelerator.wait_for_everyone()
         return True
 
     def evaluate(self, stop: StopSignal) -> bool:
-        """Let the averaged weights of a recogniser name the classes of the images to evaluate on.
-
-        Returns:
-            False if a signal stopped it.
-        """
-        run, options = self.run, self.config.eval
-        with run.averaged_weights():
-            counts = count_correct(run, stop)
+        """Measure how often a recogniser's averaged weights are right. Return False if a signal stopped it."""
+        with self.run.averaged_weights():
+            counts = count_correct(self.run, stop)
         if counts is None:
             return False
-        first, first_five, num = counts.tolist()
-        values = {"top1": round(100 * first / num, 4), "top5": round(100 * first_five / num, 4)}
         if self.main:
-            data = {key: value for key, value in options.data.items() if key != "images"}
-            made_of = {"weights": "ema", "reference": data, "protocol": f"crop {options.crop:g}, bicubic"}
-            self._add_result({"step": run.step, **values, "num_samples": num, **made_of}, values)
-            tqdm.write(f"step {run.step}, {num:,} images: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %")
-        run.accelerator.wait_for_everyone()
+            result = accuracies(self.run, *counts.tolist())
+            self._add_result(result, {name: result[name] for name in ("top1", "top5")})
         return True
-
-    def _draw_preview(self) -> None:
-        picture = draw_preview(self.run, self.classes)
-        save_picture([picture], preview_file(self.folder, self.run.step))
-        self.log.add_preview(self.run.step, picture)
 
     def _prune(self) -> None:
         """Remove old checkpoints, but for those of the best distances."""
@@ -248,19 +225,16 @@ class Outputs:
             spare = {entry["step"] for entry in best_of(self.results).values()}
             checkpoint.prune(self.folder, self.cfg.keep_checkpoints, self.cfg.keep_every, spare)
 
-    def _add_result(self, result: dict[str, Any], values: Mapping[str, Any]) -> None:
-        """Add a line to the results, with those that a full disk did not take before; and to what shows them.
-
-        Args:
-            result: The line.
-            values: Its measures by name.
-        """
+    def _add_result(self, result: dict[str, Any], values: Mapping[str, Any], said: str = "") -> None:
+        """Add a line, with its measures by name, to the results and to what shows them; print it as `said`."""
         self.results = [r for r in self.results if r["step"] < self.run.step] + [result]
-        text = "".join(json.dumps(record) + "\n" for record in self.results)
+        text = "".join(json.dumps(record) + "\n" for record in self.results)  # with those that a full disk refused
         self.log.attempt(self.results_file.name, write_text, self.results_file, text)
         self.log.add_scalars(self.run.step, {f"{name}-{result['num_samples']}": v for name, v in values.items()})
         self.log.attempt("best.json or fid.png", show_distances, self.folder, self.results, self.plot_distance)
         self.log.attempt("what the removal of old checkpoints changes", self._prune)  # of what was the best
+        said = said or ", ".join(f"{name} {value:.2f} %" for name, value in values.items())
+        tqdm.write(f"step {result['step']}, {result['num_samples']} images: {said}")
 
 
 def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None:
@@ -286,6 +260,12 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
             show_distances(folder, read_metrics(evaluations))
     except OSError as error:
         tqdm.write(f"warning: {error}")
+
+
+def _save_preview(run: Run, classes: list[int], file: Path, log: Log) -> None:
+    picture = draw_preview(run, classes)
+    save_picture([picture], file)
+    log.add_preview(run.step, picture)
 
 
 def draw_preview(run: Run, classes: list[int]) -> np.ndarray:
@@ -327,6 +307,29 @@ def draw_into(evaluator: Any, run: Run, num: int, stop: StopSignal) -> tuple[boo
                 continue
             evaluator.update(torch.from_numpy(images), index, [label(i) for i in index])
     return False, failed
+
+
+def describe_sample(run: Run) -> dict[str, Any]:
+    """Say what the images that a run measures are, as sample.py does: JSON values."""
+    return {
+        "weights": {"part": "ema", "step": run.step},
+        **assemble.describe_sampling(run.config),
+        "codec": run.codec.identity,
+        **{"labels": "random", "classes": "all", "num": run.config.fid.num, "nfe": run.image_sampler.nfe},
+        **{"precision": "no", "tf32": run.cfg.tf32 and run.device.type == "cuda"},
+    }
+
+
+def accuracies(run: Run, first: int, first_five: int, num: int) -> dict[str, Any]:
+    """Make a line of eval.jsonl from the counts of `count_correct`."""
+    options = run.config.eval
+    return {
+        "step": run.step,
+        **{"top1": round(100 * first / num, 4), "top5": round(100 * first_five / num, 4), "num_samples": num},
+        "weights": "ema",
+        "reference": {key: value for key, value in options.data.items() if key != "images"},
+        "protocol": f"crop {options.crop:g}, bicubic",
+    }
 
 
 @torch.no_grad()

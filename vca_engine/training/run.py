@@ -125,7 +125,7 @@ class Run:
                 ema.load(checkpoint.read(start, name))
             checkpoint.load_optimizer(start, self.network, self.optimizer)
             self.meter.load(checkpoint.read(start, "meter")["rows"], record["skipped"])
-        self.order = self._make_order()
+        self.order = _make_order(self)
         if self.cfg.batch_size > len(self.data):
             given, num = self.cfg.batch_size, len(self.data)
             text = f"note: train.batch_size {given} is more than the {num:,} images; a step is {given / num:.2f} epochs"
@@ -233,27 +233,6 @@ class Run:
             self.network.grad_checkpointing = cfg.grad_checkpointing
             self.network.y_embedder.eval()  # the step drops the labels
 
-    def _make_order(self) -> EndlessBatches:
-        """Make the order in which this process reads the images, from this step on."""
-        if self.cfg.batch_size % self.cfg.accumulate:
-            larger = self.cfg.accumulate * -(-self.cfg.batch_size // self.cfg.accumulate)  # rounded up
-            raise ValueError(
-                f"train.batch_size {self.cfg.batch_size} is not a multiple of train.accumulate {self.cfg.accumulate}; "
-                f"choose another of the two, e.g. --train.batch_size {larger}."
-            )
-        order = (EndlessBatches if self.is_generator else NumberedBatches)(
-            len(self.data),
-            self.cfg.batch_size // self.cfg.accumulate,
-            seed=self.config.seed,
-            flip=self.data.flip,
-            start=self.step * self.cfg.accumulate,
-            rank=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
-        if not self.is_generator:
-            self.process.check_batch(len(order.positions(0)))
-        return order
-
     def _preload(self) -> None:
         if not self.config.latents:
             raise ValueError("train.preload is for cached latents; name their folder with --latents.")
@@ -272,6 +251,28 @@ class Run:
             raise ValueError(
                 f"{str(self.start)!r} was trained on other data, or through another autoencoder: {listed(different)}."
             )
+
+
+def _make_order(run: Run) -> EndlessBatches:
+    """Make the order in which this process reads the images of a run, from its step on."""
+    if run.cfg.batch_size % run.cfg.accumulate:
+        larger = run.cfg.accumulate * -(-run.cfg.batch_size // run.cfg.accumulate)  # rounded up
+        raise ValueError(
+            f"train.batch_size {run.cfg.batch_size} is not a multiple of train.accumulate {run.cfg.accumulate}; "
+            f"choose another of the two, e.g. --train.batch_size {larger}."
+        )
+    order = (EndlessBatches if run.is_generator else NumberedBatches)(
+        len(run.data),
+        run.cfg.batch_size // run.cfg.accumulate,
+        seed=run.config.seed,
+        flip=run.data.flip,
+        start=run.step * run.cfg.accumulate,
+        rank=run.accelerator.process_index,
+        num_processes=run.accelerator.num_processes,
+    )
+    if not run.is_generator:
+        run.process.check_batch(len(order.positions(0)))
+    return order
 
 
 def _drop_weights(network: nn.Module) -> None:
