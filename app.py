@@ -48,7 +48,7 @@ from vca_engine.sampling.pipeline import Pipeline
 
 MOST = 256  # images of one click
 MOST_STEPS, MOST_CFG = 1000, 100.0
-MOST_BYTES = 2**20  # of a request: the fields of the page are some hundred bytes, and a number for each class
+MOST_REQUEST_BYTES = 2**20  # of a request: the fields of the page are some hundred bytes, and a number for each class
 GALLERY_STYLE = """#gallery .grid-container {grid-template-columns: repeat(auto-fill, minmax(%dpx, 1fr))}
 #gallery img {image-rendering: %s}"""
 
@@ -154,8 +154,8 @@ class OwnPagesOnly:
         if origin is not None and urlsplit(origin).netloc != headers["host"] and _name_in(origin) not in self.names:
             return 403, "Only pages of this server may send requests to it."
         length = headers.get("content-length", "0" if "transfer-encoding" not in headers else "")
-        if method not in ("GET", "HEAD") and not (length.isdecimal() and int(length) <= MOST_BYTES):
-            return 413, f"A request has at most {MOST_BYTES} bytes, and says how many."
+        if method not in ("GET", "HEAD") and not (length.isdecimal() and int(length) <= MOST_REQUEST_BYTES):
+            return 413, f"A request has at most {MOST_REQUEST_BYTES} bytes, and says how many."
         return None
 
 
@@ -196,18 +196,7 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
     first = pipe.label_ids(default.classes or []) or evenly_spaced_classes(range(len(names)))
 
     def clicked(progress: gr.Progress = gr.Progress(), *values: Any) -> tuple:  # noqa: B008
-        try:
-            fields = Fields(*values)
-            sampling = settings(pipe, fields)
-            images, record = draw(pipe, sampling, fields.classes, fields.num, while_somebody_waits(page, progress))
-        except ClientLeftError:
-            return None, "", ""
-        except Exception as error:  # also of torch, such as a GPU without memory: the page has to say something
-            sentence = html.escape(str(error) or type(error).__name__, quote=False)
-            raise gr.Error(sentence, print_exception=not isinstance(error, ValueError | OSError)) from error
-        captions = [names[k].split(",")[0] for k in record["labels"]]
-        again = command(pipe.source["path"], loaded_with or {}, sampling, fields.classes, fields.num)
-        return list(zip(images, captions, strict=True)), again, json.dumps(record, indent=2)
+        return answer(pipe, loaded_with or {}, Fields(*values), while_somebody_waits(page, progress))
 
     def chosen(name: str) -> tuple:
         return steps_of[name], gr.update(visible=name == "ode")
@@ -246,6 +235,27 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
         fields = Fields(classes, num, seed, cfg, name, method, steps, low, high)
         button.click(clicked, list(fields), [gallery, again, record], show_progress_on=gallery, api_name="draw")
     return page
+
+
+def answer(
+    pipe: Pipeline, loaded_with: Mapping[str, Any], fields: Fields, report: Callable[[float], None]
+) -> tuple[list[tuple[np.ndarray, str]] | None, str, str]:
+    """Draw what a click asks for: images (H, W, 3) with their classes' names, the command, and the record.
+
+    Raises:
+        gr.Error: It cannot be drawn; says why.
+    """
+    try:
+        sampling = settings(pipe, fields)
+        images, record = draw(pipe, sampling, fields.classes, fields.num, report)
+    except ClientLeftError:
+        return None, "", ""
+    except Exception as error:  # also of torch, such as a GPU without memory: the page has to say something
+        sentence = html.escape(str(error) or type(error).__name__, quote=False)
+        raise gr.Error(sentence, print_exception=not isinstance(error, ValueError | OSError)) from error
+    captions = [pipe.class_names[k].split(",")[0] for k in record["labels"]]
+    again = command(pipe.source["path"], loaded_with, sampling, fields.classes, fields.num)
+    return list(zip(images, captions, strict=True)), again, json.dumps(record, indent=2)
 
 
 def while_somebody_waits(page: gr.Blocks, report: Callable[[float], None]) -> Callable[[float], None]:

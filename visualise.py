@@ -211,7 +211,7 @@ def figures(
     heads: Sequence[int],
     query: tuple[int, int],
 ) -> Iterator[tuple[str, "Figure"]]:
-    """Make all figures, each with the name of its file without the ending."""
+    """Make all figures of images (B, H, W, 3), each with the name of its file without the ending."""
     for (i, label), block, head in itertools.product(enumerate(labels), moments[0].maps, heads):
         name = f"class-{label}-block-{block}-head-{head}"
         title = f"class {printable(pipe.class_names[label].split(',')[0])}, block {block}, head {head}"

@@ -164,7 +164,7 @@ class Collector:
             "checks": {name: _cat(parts) for name, parts in self.checks.items()},
             "pixel_sum": self.pixel_sum.clone(),
         }
-        return {**state, "checksum": _checksum(state)}
+        return {**state, "checksum": _state_checksum(state)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add what another collector gathered; any number of them, of any number of processes.
@@ -242,7 +242,7 @@ class Summary:
 
     @property
     def class_counts(self) -> np.ndarray | None:
-        """Images of each class that has any; None without labels."""
+        """Images of each class that has any, (K,); None without labels."""
         return None if self.labels is None else np.unique(self.labels[self.labels >= 0], return_counts=True)[1]
 
     @property
@@ -271,12 +271,12 @@ def indices_in(state: dict[str, Any]) -> list[int]:
     if not isinstance(state, dict) or not parts <= state.keys():
         raise ValueError("this is no state of an evaluator.")
     content = {name: state[name] for name in parts}
-    if state.get("checksum", "") not in ("", _checksum(content)):
+    if state.get("checksum", "") not in ("", _state_checksum(content)):
         raise ValueError("the state is damaged: it does not have its checksum.")
     return state["checks"]["index"].tolist()
 
 
-def _checksum(state: dict[str, Any]) -> str:
+def _state_checksum(state: dict[str, Any]) -> str:
     """Compute the checksum of tensors in dicts, by that of each."""
 
     def describe(part: Any) -> Any:

@@ -183,10 +183,7 @@ class Evaluator:
         return different + ["reference"] * (one != other)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that this process has gathered, as tensors, to go on later in any number of processes.
-
-        It holds a checksum of itself, by which `images_in` and `load_state_dict` find damage of a file.
-        """
+        """Return all that this process has gathered, as tensors with their checksum, for `load_state_dict`."""
         return self._collector.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

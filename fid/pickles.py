@@ -16,7 +16,7 @@ def unpickle(content: bytes, path: Path) -> dict[str, Any]:
         ValueError: It is no pickle, names anything but arrays, or holds something else than a dict.
     """
     try:
-        found = _plain(_Arrays(io.BytesIO(content)).load())
+        found = _take_arrays(_Arrays(io.BytesIO(content)).load())
     except pickle.UnpicklingError as error:
         raise ValueError(f"'{path}' is not a file of statistics, and nothing in it was run: {error}.") from error
     except Exception as error:  # what is no pickle, or was made to do harm, may raise anything
@@ -26,10 +26,10 @@ def unpickle(content: bytes, path: Path) -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any, depth: int = 2) -> Any:
+def _take_arrays(value: Any, depth: int = 2) -> Any:
     """Take arrays out of a dict, and of the dicts in it; one that is nested deeper may be endless."""
     if isinstance(value, dict) and depth:
-        return {key: _plain(part, depth - 1) for key, part in value.items()}
+        return {key: _take_arrays(part, depth - 1) for key, part in value.items()}
     return value.value if isinstance(value, _ArrayState) else value
 
 
@@ -41,7 +41,7 @@ class _ArrayState:
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran_order, content = state
-        self.value = _array(content, dtype, shape, "F" if fortran_order else "C")
+        self.value = _to_array(content, dtype, shape, "F" if fortran_order else "C")
 
 
 class _TypeState:
@@ -58,7 +58,7 @@ class _TypeState:
         self.code = f"{state[1]}{self.code}"
 
 
-def _array(content: Any, dtype: _TypeState, shape: tuple, order: str = "C") -> np.ndarray:
+def _to_array(content: Any, dtype: _TypeState, shape: tuple, order: str = "C") -> np.ndarray:
     if not isinstance(dtype, _TypeState):
         raise pickle.UnpicklingError("it has an array without a type")
     return np.frombuffer(bytes(content), np.dtype(dtype.code)).reshape(shape, order=order)
@@ -75,8 +75,8 @@ class _Arrays(pickle._Unpickler):  # in Python: the one in C takes 64 GB for a d
         "ndarray": object,
         "_reconstruct": lambda *_: _ArrayState(),
         "dtype": _TypeState,
-        "scalar": lambda dtype, content: _array(content, dtype, (1,))[0],
-        "_frombuffer": lambda content, dtype, shape, order: _array(content, dtype, shape, order),
+        "scalar": lambda dtype, content: _to_array(content, dtype, (1,))[0],
+        "_frombuffer": lambda content, dtype, shape, order: _to_array(content, dtype, shape, order),
         "encode": lambda text, encoding: text.encode("latin1"),
         "OrderedDict": dict,
         "EasyDict": dict,

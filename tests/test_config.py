@@ -827,3 +827,12 @@ def test_a_group_may_be_given_as_a_whole(file, tmp_path):
     (tmp_path / "train.yaml").write_text("lr: 0.25\nnum_steps: 3\n")
     assert read("--config", file, "--train", "{lr: 0.125}").train == TrainConfig(num_steps=7, lr=0.125)
     assert read("--config", file, "--train", tmp_path / "train.yaml").train == TrainConfig(num_steps=3, lr=0.25)
+
+
+@pytest.mark.parametrize(("text", "key"), [('run_dir: "a\\0b"', "run_dir"), ('codec: {path: "a\\0b"}', "codec.path")])
+def test_a_path_without_meaning_is_refused_by_the_name_of_its_setting(file, tmp_path, capsys, text, key):
+    (tmp_path / "odd.yaml").write_text(text)
+    for words in (["--config", str(tmp_path / "odd.yaml")], [f"--{key}", "a\udcffb"]):
+        with pytest.raises(SystemExit, match="2"):
+            train.main(["--config", str(file), *words])
+        assert f"train.py: {key} is " in capsys.readouterr().err

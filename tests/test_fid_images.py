@@ -4,6 +4,7 @@ import io
 import math
 import os
 import pickle
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -381,6 +382,20 @@ def test_an_array_that_is_not_what_its_header_claims_is_refused_at_once(tmp_path
         ValueError, match=r"is cut short: its 1,000,000,000 images|expected uint8 images \(N, H, W, 3\)"
     ):
         fid.Images(tmp_path / f"x.{kind}")
+
+
+def test_labels_of_another_size_than_their_header_claims_are_not_read(tmp_path):
+    header, images = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (2,)})
+    np.save(images, np.zeros((2, 4, 4, 3), np.uint8))
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", images.getvalue())
+        archive.writestr("arr_1.npy", header.getvalue() + bytes(10**8))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"arr_1 of '.*' take 144 bytes, and there are 100,000,128"):
+        fid.Images(tmp_path / "x.npz")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
 
 
 def test_images_in_memory_without_pixels_are_refused():

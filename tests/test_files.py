@@ -1,15 +1,26 @@
 """Files that are whole or not at all, records that know when they are damaged, and output that ends no program."""
 
+import errno
 import io
 import json
 import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
-from vca_engine.files import checksum_of, folder_written_aside, hold, remove_temporary, write_text, written_aside
+from vca_engine.files import (
+    checksum_of,
+    content_of,
+    folder_written_aside,
+    hold,
+    remove_temporary,
+    write_text,
+    written_aside,
+)
 from vca_engine.records import read_json, read_lines, write_json
 from vca_engine.terminal import SteadyStream, steady_output
 
@@ -142,3 +153,33 @@ def test_afterwards_the_streams_are_as_before():
     with steady_output(), steady_output():
         assert sys.stdout is not before
     assert sys.stdout is before
+
+
+def test_a_stream_that_was_closed_before_the_program_began_takes_a_progress_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with steady_output():
+        assert sum(tqdm([1, 2])) == 3
+    assert sys.stderr is None
+
+
+def test_a_read_only_disk_is_named_by_the_file_that_was_meant(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a name that nobody typed")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match=rf"^cannot write '{tmp_path}/a': Read-only file system$"):
+        write_text(tmp_path / "a", "text")
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="named pipe"):
+        read_json(tmp_path / "pipe")
+    with pytest.raises(OSError, match="larger than"):
+        content_of("/dev/zero")
+    reading, writing = os.pipe()  # as <(COMMAND) of a shell
+    os.write(writing, b"seed: 3")
+    os.close(writing)
+    assert content_of(f"/dev/fd/{reading}") == b"seed: 3"
+    os.close(reading)

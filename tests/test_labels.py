@@ -224,3 +224,39 @@ def test_sides_that_no_image_has(tmp_path, size):
             ValueError, match=rf"{name} is {size}; choose a whole number, at least 1 and at most 13,377"
         ):
             read()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "read"),
+    [("utf-8", "Äpfel", "Äpfel"), ("utf-8", f"{NFD}日", f"{NFD}日"), ("cp437", "Äpfel", "Äpfel")],
+)
+def test_names_in_a_zip_that_does_not_say_that_they_are_utf_8(tmp_path, encoding, name, read):
+    """As macOS packs it; whatever is no UTF-8 is read as the format says, in cp437."""
+
+    class Member(zipfile.ZipInfo):
+        def _encodeFilenameFlags(self):  # noqa: N802, of zipfile
+            return self.filename.encode(encoding), 0
+
+    image = (make(tmp_path / "x", ["1.png"]) / "1.png").read_bytes()
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for folder in ("0", name):
+            archive.writestr(Member(f"{folder}/1.png"), image)
+    data = Folder(images=str(tmp_path / "x.zip"), image_size=8)
+    assert data.class_names == ["0", read]
+    assert data.pixels(1).shape == (8, 8, 3)
+
+
+def test_the_parts_of_a_data_set_with_a_year(tmp_path):
+    with pytest.raises(ValueError, match=r"holds the folders train2017, val-2017, .*--data\.images .*/train2017\."):
+        Folder(images=str(make(tmp_path / "x", ["train2017/1.png", "val-2017/1.png"])), image_size=8)
+    classes = ["devil", "trainer", "valley"]  # these only begin so
+    assert (
+        Folder(images=str(make(tmp_path / "y", [f"{c}/1.png" for c in classes])), image_size=8).class_names == classes
+    )
+
+
+def test_a_class_folder_on_a_disk_that_is_not_there(tmp_path):
+    root = make(tmp_path / "x", ["cat/1.png", "dog/1.png"])
+    (root / "emu").symlink_to("/nowhere")
+    with pytest.raises(ValueError, match=r"data\.images '.*/x/emu' is a link that leads nowhere"):
+        Folder(images=str(root), image_size=8)

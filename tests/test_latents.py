@@ -501,6 +501,55 @@ def test_no_readable_image_at_all(tmp_path, images, vae, capsys):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_shard_without_a_readable_image(tmp_path, images, vae, capsys):
+    whole, argv = tmp_path / "whole", settings(tmp_path, "--cache.shard_size", "2")
+    cache_latents.main([*argv, "--latents", str(whole)])
+    names = sorted(file.relative_to(images) for file in images.rglob("*.png"))
+    for name in names[2:4]:
+        (images / name).write_bytes(b"")
+    argv += ["--cache.on_error", "skip", "--latents", str(tmp_path / "cache")]
+    cache_latents.main(argv)
+    cache_latents.main([*argv, "--check"])
+    capsys.readouterr()
+    cache_latents.main(argv)
+    assert "nothing to do" in capsys.readouterr().out
+    cache, all_of = LatentDataset(str(tmp_path / "cache")), LatentDataset(str(whole))
+    kept = [k for k in range(len(names)) if k not in (2, 3)]
+    for read in (lambda: None, lambda: cache.preload(torch.device("cpu"))):
+        read()
+        found, expected = (
+            data.__getitems__([(k, True) for k in part]) for data, part in ((cache, range(len(kept))), (all_of, kept))
+        )
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "labels.npy"])
+def test_a_fifo_in_a_cache_does_not_hang(tmp_path, images, vae, capsys, name):
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    (tmp_path / "cache" / name).unlink()
+    os.mkfifo(tmp_path / "cache" / name)
+    text = {"manifest.json": "it has no manifest.json", "labels.npy": "labels.npy is missing"}[name]
+    assert text in sentence(capsys, train.main, argv)
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_found_before_the_work(tmp_path, images, vae, capsys):
+    (tmp_path / "cache").symlink_to("/nowhere")
+    assert "leads nowhere" in sentence(capsys, cache_latents.main, settings(tmp_path, "--latents", tmp_path / "cache"))
+    assert not (tmp_path / "cache.partial").exists()
+
+
+def test_a_damaged_cache_stays_as_it_is_while_another_folder_is_in_its_way(tmp_path, images, vae, capsys):
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    (tmp_path / "cache" / "shard-00001.npy").unlink()
+    before = files_of(tmp_path / "cache")
+    (tmp_path / "cache.partial").mkdir()
+    (tmp_path / "cache.partial" / "mine").touch()
+    assert "cache.partial' is there already; choose another" in sentence(capsys, cache_latents.main, argv)
+    assert files_of(tmp_path / "cache") == before
+
+
 def test_one_class_is_said(tmp_path, images, vae, capsys):
     for name in ("down", "left", "right"):
         shutil.rmtree(images / name)

@@ -38,7 +38,7 @@ from vca_engine.sampling.guidance import Guidance
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.signals import SIGNALS, STOPPED
 from vca_engine.training import log as logs
-from vca_engine.training.log import Log, read_metrics
+from vca_engine.training.log import Log, plot_losses, read_metrics, smooth
 from vca_engine.training.meter import Meter
 from vca_engine.training.step import learning_rate
 from vca_engine.weights import checkpoint
@@ -1005,3 +1005,18 @@ def test_a_run_says_every_option_of_its_attention(tmp_path):
     defaults = defaults_of(VisualContrastAttention)
     assert written.keys() == {"name", *defaults} - {"num_prefix_tokens"}
     assert (written["softmax"], written["embed_std"]) == ("joint", 1.0)
+
+
+def test_the_running_mean_of_fewer_values_than_its_window_is_of_all_near_ones():
+    assert smooth(np.array([5.0]), 3).tolist() == [5]
+    assert smooth(np.array([1.0, 2.0]), 5).tolist() == [1.5, 1.5]
+    assert smooth(np.array([1.0, 2.0, 6.0]), 3).tolist() == [1.5, 3, 4]
+
+
+def test_the_loss_is_drawn_of_what_is_a_number(tmp_path):
+    """As many lines as take a running mean, a bin of t that few have, and values that no version of ours wrote."""
+    lines = [{"step": k, "loss": 1.0, "loss_by_t": [1.0, 2.0 if k == 3 else None]} for k in range(60)]
+    odd = [{"loss": 1.0, "loss_by_t": by_t} for by_t in (3, ["x", float("inf"), 1.0])]
+    odd += [{"loss": loss} for loss in (float("nan"), float("inf"), "x", None)]
+    plot_losses([*lines, *({"step": 60 + k, **line} for k, line in enumerate(odd))], tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size[0] > 100

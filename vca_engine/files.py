@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all."""
 
+import errno
 import glob
 import hashlib
 import os
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 if TYPE_CHECKING:
     from torch import nn
 
+LARGEST = 2**28  # bytes of a file that `content_of` reads
 NAME = 50  # characters of a file's name that stand in its temporary one, which no file system then finds too long
 
 
@@ -25,6 +27,21 @@ def expanded(path: str) -> str:
     This is done where a path is read, of a file of settings or a command line, and nowhere else.
     """
     return path if os.path.lexists(path) else os.path.expanduser(path)
+
+
+def content_of(file: str | Path) -> bytes:
+    """Read a file of settings or of a record, but no named pipe, which may never be written to, and no endless device.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    if Path(file).resolve().is_fifo():  # the <(COMMAND) of a shell has no name there
+        raise OSError(errno.ESPIPE, "it is a named pipe, not a file", str(file))
+    with open(file, "rb") as opened:
+        content = opened.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise OSError(errno.EFBIG, f"it is larger than {LARGEST:,} bytes", str(file))
+    return content
 
 
 def typed_path(word: str) -> Path:
@@ -51,7 +68,8 @@ def written_aside(file: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"cannot write {str(file)!r}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk says even of what is not there that it cannot be removed
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vca_engine.files import checksum_of, write_text
+from vca_engine.files import checksum_of, content_of, write_text
 
 
 def write_json(file: str | Path, record: Mapping[str, Any]) -> None:
@@ -32,7 +32,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
         ValueError: It holds something else, is cut short, or does not have its checksum; names it.
     """
     try:
-        content = json.loads(Path(file).read_bytes().decode())
+        content = json.loads(content_of(file).decode())
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__} in the place of an object")
     except (ValueError, RecursionError) as error:

@@ -52,11 +52,11 @@ class SteadyStream:
 def steady_output() -> Iterator[None]:
     """Let nothing that is printed within the block end the program."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (s if s is None or isinstance(s, SteadyStream) else SteadyStream(s) for s in before)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
+    with open(os.devnull, "w") as nowhere:  # in the place of a stream that was closed before the program began
+        sys.stdout, sys.stderr = (s if isinstance(s, SteadyStream) else SteadyStream(s or nowhere) for s in before)
+        try:
+            yield
+        finally:
+            for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-        sys.stdout, sys.stderr = before
+            sys.stdout, sys.stderr = before

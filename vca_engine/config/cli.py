@@ -31,6 +31,7 @@ from vca_engine.config.reading import (
 from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml, read_yaml, write_yaml
 from vca_engine.terminal import steady_output
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # the second are bytes that are not UTF-8, as Python hands them over
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -67,8 +68,7 @@ def parse(
     try:
         values, printed = _values(cls, words, first)
         values = typed(cls, values, parts or {})
-        if empty := _first_empty(values):
-            raise ValueError(f"{empty} is empty, as of a variable that is not set; give it a value, or leave it out.")
+        _check_texts(values)
         try:
             found = validate(cls, values)
         except MissingSettingError:
@@ -131,11 +131,19 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
     return found, printed
 
 
-def _first_empty(values: Any, key: str = "") -> str | None:
-    """Find a setting, an option or an item of a list that is a text without a letter."""
+def _check_texts(values: Any, key: str = "") -> None:
+    """Check each setting, option and item of a list that is a text.
+
+    Raises:
+        ValueError: It is empty, or holds what no file and no name can: names it.
+    """
+    if values == "":
+        raise ValueError(f"{key} is empty, as of a variable that is not set; give it a value, or leave it out.")
+    if isinstance(values, str) and NO_TEXT.search(values):
+        raise ValueError(f"{key} is {str(values)!r}; it may hold neither NUL nor bytes that are not UTF-8.")
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    inner = (_first_empty(each, f"{key}.{name}" if key else str(name)) for name, each in items)
-    return key if values == "" else next(filter(None, inner), None)
+    for name, each in items:
+        _check_texts(each, f"{key}.{name}" if key else str(name))
 
 
 def _braces(name: str, value: str) -> dict[str, Any]:

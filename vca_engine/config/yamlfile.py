@@ -3,14 +3,13 @@
 import io
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-from vca_engine.files import expanded
+from vca_engine.files import content_of, expanded
 
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML 1.2
@@ -33,7 +32,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         ValueError: It cannot be read, or is no mapping of settings; says where.
     """
     try:
-        return parse_yaml(Path(expanded(path)).read_text(encoding="utf-8-sig"))
+        return parse_yaml(content_of(expanded(path)).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not text in UTF-8 ({error.reason})"
         raise ValueError(f"{path} cannot be read: {reason}.") from None

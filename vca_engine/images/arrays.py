@@ -100,10 +100,13 @@ class ArrayFile:
         """
         if self.kind != "npz" or "arr_1.npy" not in self._members():
             return None
-        with self._open("arr_1") as (file, _):
+        with self._open("arr_1") as (file, size):
             shape, _, dtype = self._header(file)
             if shape != self.shape[:1] or dtype.kind not in "iu":
                 return None
+            needed = file.tell() + shape[0] * dtype.itemsize
+            if size != needed:  # before they are read: it may be any number of bytes
+                raise ValueError(f"the labels arr_1 of '{self.path}' take {needed:,} bytes, and there are {size:,}.")
             try:
                 return np.frombuffer(file.read(), dtype).reshape(shape).astype(np.int64)
             except Exception as error:  # of a .zip

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vca_engine.config.schema import CacheConfig
 from vca_engine.distributed import on_main_process
-from vca_engine.files import remove_temporary, sha256_of, written_aside
+from vca_engine.files import remove_temporary, require_free, sha256_of, written_aside
 from vca_engine.images import UnreadableImageError, from_uint8
 from vca_engine.images.codecs import sample_posterior
 from vca_engine.images.datasets import ImageDataset
@@ -146,6 +146,8 @@ class UnfinishedCache:
         self._lock.close()
 
     def _open_lock(self) -> IO[str]:
+        if self.folder.is_symlink() and not self.folder.exists():
+            raise ValueError(f"'{self.folder}' is a link that leads nowhere; is its disk there? Mend or remove it.")
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             return _lock_of(self.folder).open("w")
@@ -419,9 +421,12 @@ def reopen(path: str, expected: dict[str, Any]) -> None:
     """Make a finished cache unfinished; what is missing or damaged is made anew when it is gone on with.
 
     Raises:
-        ValueError: It was made with other settings than expected; it stays as it is.
+        ValueError: It was made with other settings than expected, or its unfinished folder is there already; it stays
+            as it is.
     """
     folder = Path(path)
+    partial = folder.with_name(folder.name + ".partial")
+    require_free(partial)
     manifest = read_json(folder / MANIFEST)
     check_settings(path, manifest["settings"], expected)
     for shard in manifest["shards"]:
@@ -430,7 +435,6 @@ def reopen(path: str, expected: dict[str, Any]) -> None:
         if file.is_file() and file.stat().st_size == file_size(shape):
             write_json(file.with_suffix(".json"), shard)
     write_json(folder / SETTINGS, manifest["settings"])
-    partial = folder.with_name(folder.name + ".partial")
     folder.rename(partial)
     (partial / MANIFEST).unlink()
 

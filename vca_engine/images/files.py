@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -263,6 +263,8 @@ def _walk(root: str) -> list[str]:
                     found.append(f"{name}/")
                     waiting.append((f"{name}/", above | {inode}))
                 continue
+            if not is_image(name) and entry.is_symlink() and not os.path.exists(entry.path):  # it may be of a folder
+                raise ValueError(f"{entry.path!r} is a link that leads nowhere; is its disk there? Mend or remove it.")
             if (is_image(name) or _last(name) in LABEL_FILES) and _is_special(entry):
                 raise ValueError(
                     f"{entry.path!r} is no file but a FIFO, a device or a socket, or a link to one; remove it."
@@ -305,7 +307,7 @@ def _members_of(archive: zipfile.ZipFile, root: str) -> dict[str, zipfile.ZipInf
     """List all in a .zip by the names that they have when it is unpacked, as `_walk` gives them."""
     found: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
-        path = member.filename.replace("\\", "/")
+        path = _name_of(member).replace("\\", "/")
         parts = [part for part in path.split("/") if part not in ("", ".")]
         if ".." in parts or re.match(r"/|[A-Za-z]:", path):
             raise ValueError(f"{root!r} holds {member.filename!r}, which leads out of its folder; pack it anew.")
@@ -318,6 +320,14 @@ def _members_of(archive: zipfile.ZipFile, root: str) -> dict[str, zipfile.ZipInf
             raise ValueError(f"{root!r} is encrypted ({name!r} for one); unpack it, or pack it without a password.")
         found[name] = member
     return found
+
+
+def _name_of(member: zipfile.ZipInfo) -> str:
+    """Give the name of a file in a .zip; macOS writes UTF-8 without saying so, which zipfile takes for cp437."""
+    with suppress(UnicodeError):
+        if not member.flag_bits & 0x800:
+            return member.filename.encode("cp437").decode()
+    return member.filename
 
 
 def _prefix_of(names: list[str]) -> str:

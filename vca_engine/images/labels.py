@@ -1,6 +1,7 @@
 """The class of each of your own images: by its folder, or by a file of labels beside them."""
 
 import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,8 +13,8 @@ from vca_engine.config.schema import require
 from vca_engine.images.files import ImageFiles, by_suffix
 from vca_engine.images.label_files import Labels, composed, read_label_files
 
-# Folders of the parts of a data set; several of them beside each other are hardly its classes.
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+# Folders of the parts of a data set, such as train2017; several of them beside each other are hardly its classes.
+SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|dev|eval(uation)?|test(ing)?|holdout|unlabeled)([\W\d_].*)?", re.I)
 
 
 def classes_of(files: ImageFiles) -> tuple[np.ndarray, list[str], list[str]]:
@@ -56,7 +57,7 @@ def _check_splits(files: ImageFiles) -> None:
     folders = [files.prefix + os.path.dirname(name) for name in files.names]
     above = os.path.commonpath(folders)
     first = {folder[len(above) :].lstrip("/").split("/", 1)[0] for folder in folders}
-    parts = sorted(name for name in first if name.lower() in SPLITS)
+    parts = sorted(name for name in first if SPLIT.fullmatch(name))
     if len(parts) > 1:
         one = next((name for name in parts if name.lower().startswith("train")), parts[0])
         give = f"unpack it, and name one, --data.images FOLDER/{one}"

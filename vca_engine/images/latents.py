@@ -56,6 +56,8 @@ class LatentDataset(Dataset):
                 f"--latents {path}, or train from images with --latents= (nothing after it)."
             )
         try:
+            if not (self.folder / MANIFEST).is_file():
+                raise ValueError(f"it has no {MANIFEST}")
             self.manifest = read_json(self.folder / MANIFEST)
             if self.manifest["version"] != CACHE_FORMAT:
                 raise ValueError(f"its format is {self.manifest['version']}, this program's {CACHE_FORMAT}")
@@ -65,16 +67,14 @@ class LatentDataset(Dataset):
             shape = self.manifest["shape"]
             self.shards: list[dict[str, Any]] = self.manifest["shards"]
             counts = [shard["num_images"] for shard in self.shards]
-            for name, values in (("shape", shape), ("num_images", [self.manifest["num_images"], *counts])):
-                if not (isinstance(values, list) and all(type(value) is int and value > 0 for value in values)):
-                    raise ValueError(f"its {name} is {values!r}")
+            for name, values, least in (("shape", shape, 1), ("num_images", [self.manifest["num_images"], *counts], 0)):
+                if not (isinstance(values, list) and all(type(value) is int and value >= least for value in values)):
+                    raise ValueError(f"its {name} is {values!r}")  # a shard has 0 if none of its images could be read
             if sum(counts) != self.manifest["num_images"] or len(shape) != 3:
                 raise ValueError(f"its {self.manifest['num_images']} latents {shape} are not those of its shards")
             self.row_shape = (1 + self.flip, *shape)
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = str(error).rstrip(".")
-            if isinstance(error, FileNotFoundError):
-                why = f"it has no {Path(error.filename).name}"
             raise ValueError(
                 f"latents {path!r} is not a folder made by cache_latents.py: {why}. Name another with --latents FOLDER."
             ) from None
@@ -173,6 +173,8 @@ class LatentDataset(Dataset):
         Raises:
             DamagedError: They are missing, or not as they were written.
         """
+        if not (self.folder / LABELS_FILE).is_file():
+            raise self._damaged(LABELS_FILE, "is missing")
         try:
             content, expected = (self.folder / LABELS_FILE).read_bytes(), self.manifest.get("labels_sha256")
             if expected not in (None, hashlib.sha256(content).hexdigest()):
@@ -181,8 +183,6 @@ class LatentDataset(Dataset):
             if labels.shape != (self.starts[-1],) or labels.dtype != np.int64:
                 raise ValueError(f"holds {labels.dtype} {labels.shape}, not {self.starts[-1]} labels")
             return check_label_range(labels, self.num_classes)
-        except FileNotFoundError:
-            raise self._damaged(LABELS_FILE, "is missing") from None
         except (ValueError, EOFError) as error:
             raise self._damaged(LABELS_FILE, str(error).rstrip(".")) from None
 

@@ -92,7 +92,7 @@ def save_picture(frames: Sequence[np.ndarray], path: Path, text: str = "", milli
 
 
 def encode_picture(frames: Sequence[np.ndarray], animated: bool, text: str = "", milliseconds: int = 250) -> bytes:
-    """Give the bytes of a GIF if it is animated, else of a PNG of the first frame; see `save_picture`."""
+    """Give the bytes of a GIF of frames (H, W, 3) if it is animated, else of a PNG of the first; see `save_picture`."""
     pictures, content = [Image.fromarray(frame) for frame in frames], io.BytesIO()
     if animated:
         times = [milliseconds] * (len(pictures) - 1) + [2000]

@@ -99,7 +99,7 @@ def range_of(images: Tensor) -> tuple[float, float]:
 
 
 def dtype_name(images: Tensor) -> str:
-    """Name the type of the numbers, e.g. float32."""
+    """Name the type of the numbers of images (...), e.g. float32."""
     return str(images.dtype).removeprefix("torch.")
 
 

@@ -151,7 +151,7 @@ def plot_streams(over_depth: Sequence[Streams], training: Sequence[tuple[int, Se
 
 
 def minus(scale: Tensor) -> str:
-    """Write -scale with its sign; a learned lambda may be negative, and then the streams are added."""
+    """Write -scale, (), with its sign; a learned lambda may be negative, and then the streams are added."""
     return f"$-$ {float(scale):.2f}" if scale >= 0 else f"$+$ {-float(scale):.2f}"
 
 

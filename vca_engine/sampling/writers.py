@@ -272,7 +272,7 @@ class ArrayWriter(Writer):
         with open(self.images, "rb") as f:
             for i in np.flatnonzero(there):
                 f.seek(self.start + int(i) * self.bytes_each)
-                found = _checksum(f.read(self.bytes_each))
+                found = _pixel_checksum(f.read(self.bytes_each))
                 known[i] = found if trusted or found == known[i] else 0
         with written_aside(self.checksums) as temporary:
             temporary.write_bytes(known.tobytes())
@@ -296,7 +296,7 @@ class ArrayWriter(Writer):
                 os.fsync(f.fileno())
                 for i, content in zip(indices, contents, strict=True):
                     checksums.seek(i * CHECKSUM)
-                    checksums.write(_checksum(content).tobytes())
+                    checksums.write(_pixel_checksum(content).tobytes())
         except OSError as error:
             raise OSError(f"cannot write {str(self.images)!r}: {error}") from error
 
@@ -437,7 +437,7 @@ def _is_whole(png: str) -> bool:
         return begin == b"\x89PNG\r\n\x1a\n" and file.read() == b"IEND\xaeB`\x82"
 
 
-def _checksum(image: bytes) -> np.uint64:
+def _pixel_checksum(image: bytes) -> np.uint64:
     """Compute the checksum of the pixels of an image."""
     return np.uint64(xxhash.xxh3_64_intdigest(image))
 

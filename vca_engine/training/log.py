@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
     Raises:
         OSError: It could not be written.
     """
-    lines = [line for line in lines if isinstance(line.get("loss"), int | float)]
+    lines = [line for line in lines if _is_finite(line.get("loss"))]
     if not lines:
         return
     import matplotlib  # slow to import: see docs/architecture.md, start-up
@@ -128,12 +129,14 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
 
     steps, loss = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
     window = 2 * (len(loss) // 40) + 1
-    by_t = [line.get("loss_by_t", []) for line in lines]
+    by_t = [row if isinstance(row := line.get("loss_by_t"), list) else [] for line in lines]
     num = max(map(len, by_t))
     if num:
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
         figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.16)
-        table = np.array([row or [None] * num for row in by_t], dtype=float)  # (lines, bins), None is nan
+        table = np.full((len(lines), num), np.nan)
+        for values, row in zip(table, by_t, strict=True):
+            values[: len(row)] = [value if _is_finite(value) else np.nan for value in row]
         _plot_by_t(right, steps, table, window)
     else:
         figure, left = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -176,10 +179,15 @@ def _plot_by_t(axes: Any, steps: np.ndarray, table: np.ndarray, window: int) -> 
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def _is_finite(value: Any) -> bool:
+    """Say whether a value of a log, which others may have written, is a number that can be drawn."""
+    return isinstance(value, int | float) and abs(value) < sys.float_info.max
+
+
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Take the running mean (N,) of values (N,), over fewer than `window` at the ends."""
-    kernel = np.ones(window)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+    """Take the running mean (N,) of values (N,), over fewer than `window`, an odd number, at the ends."""
+    kernel, here = np.ones(window), slice(window // 2, window // 2 + len(values))
+    return np.convolve(values, kernel)[here] / np.convolve(np.ones_like(values), kernel)[here]
 
 
 def start_tracker(accelerator: Accelerator, kind: str, run_dir: Path, step: int, config: dict[str, Any]) -> None:
