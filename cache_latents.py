@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(CacheArguments, argv, **texts, parts=assemble.parts(), choices=choices)
     if args.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
+    assemble.check_settings(args)
     if args.check:
         check(args)
         return

@@ -1,11 +1,12 @@
-"""Train a DiT or SiT. Run the same command again to go on where it stopped.
+"""Train a DiT, a SiT or a recogniser. Run the same command again to go on where it stopped.
 
     python train.py --config configs/digits_sit.yaml --train.lr 2e-3 --run_dir runs/mine
     python train.py --config configs/sit_b2_vca.yaml --data.images DIR --dry-run   what it takes, and whether it works
     accelerate launch train.py --config configs/sit_b2_vca.yaml --data.images DIR              (all GPUs)
     torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml --data.images DIR    (the same)
 
-Order of the data, times, noise and dropped labels are functions of the seed and of the image's position in the run. So
+Order of the data, times, noise, dropped labels, and the views and mixtures of images that a recogniser learns from are
+functions of the seed and of the image's position in the run. So
 a run that was stopped and resumed is the run that was not, also on another number of processes: with the same number on
 a CPU bit for bit, else to rounding. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint and end it with exit code 75.
 """
@@ -14,10 +15,11 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
     args = parse(TrainArguments, argv, **texts, parts=assemble.parts(), choices=choices)
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})
+    assemble.check_settings(config)
     check_tracker(config.train.tracker)
     stop = StopSignal()
     accelerator = make_accelerator(config)
@@ -92,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if stopped:
         accelerator.print(f"stopped at step {run.step}, with a checkpoint; run the same command to go on.")
         raise SystemExit(STOPPED)
-    accelerator.print(f"done: {run.step:,} steps. Sample with: python sample.py --checkpoint {run.folder}")
+    use = assemble.command_to_use(config.process["name"], run.folder)
+    accelerator.print(f"done: {run.step:,} steps. {use}")
 
 
 def prepare(
@@ -129,8 +133,8 @@ def train(run: Run, outputs: Outputs, stop: StopSignal) -> bool:
             paused = time.perf_counter()
             if "snapshot" in due:
                 outputs.snapshot()  # before the checkpoint: a run that is killed between the two comes here again
-            # With every FID, too, so that the best one is there to be used.
-            if last or stopped or is_due(run.step, cfg.checkpoint_every) or "fid" in due:
+            # With every FID and evaluation, too, so that the best one is there to be used.
+            if last or stopped or is_due(run.step, cfg.checkpoint_every) or {"fid", "evaluation"} & {*due}:
                 outputs.save(last=last or stopped)
                 saved = run.step
             if due and (last or not stopped):
@@ -173,26 +177,47 @@ def add_gradients(run: Run, x: Tensor, y: Tensor, positions: Tensor) -> None:
         y: Labels (B,).
         positions: (B,), where the images stand in the order of the run.
     """
-    accelerator, process, seed = run.accelerator, run.process, run.config.seed
+    accelerator = run.accelerator
+
+    def forward(*inputs: Tensor) -> Tensor:
+        with accelerator.autocast():
+            return run.model(*inputs).float()
+
+    losses_of = losses_of_generator if run.is_generator else losses_of_recogniser
+    with accelerator.accumulate(run.model):
+        losses, share = losses_of(run, forward, x, y, positions)  # (B,), (B,)
+        accelerator.backward(nan_if_not_finite(losses.mean()))
+    run.meter.add(losses.detach(), share)
+
+
+def losses_of_generator(
+    run: Run, forward: Callable[..., Tensor], x: Tensor, y: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the losses (B,) at random times, and how far from 0 to their end these are (B,); see `add_gradients`."""
+    process, seed = run.process, run.config.seed
     moments = x if run.config.latents else run.codec.moments(x)  # (B, 2C, h, w)
     latents = sample_posterior(moments, run.codec.channels, seed, positions)  # (B, C, h, w)
     noise, u = draws(seed, positions, latents.shape[1:])  # (B, C, h, w), (B, 2)
     t, y = process.times(u[:, 0]), run.network.y_embedder.drop(y, u[:, 1])  # (B,), (B,)
+    return process.loss(forward, latents, y, t=t, noise=noise), t / process.end_time
 
-    def forward(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with accelerator.autocast():
-            return run.model(x_t, t, y).float()
 
-    with accelerator.accumulate(run.model):
-        losses = process.loss(forward, latents, y, t=t, noise=noise)  # (B,)
-        accelerator.backward(nan_if_not_finite(losses.mean()))
-    run.meter.add(losses.detach(), t / process.end_time)
+def losses_of_recogniser(
+    run: Run, forward: Callable[..., Tensor], x: Tensor, y: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the losses (B,) of images mixed with their neighbours, and zeros (B,), for there are no times."""
+    run.process.draw_paths(run.network, run.config.seed, positions)
+    losses = run.process.loss(forward, x, y, seed=run.config.seed, step=run.step)
+    return losses, torch.zeros_like(losses)
 
 
 def outputs_due(config: Config, step: int) -> list[str]:
-    """List which of `snapshot`, `preview` and `fid` are due at `step`."""
+    """List which of `snapshot`, `preview` and `fid`, or `evaluation`, are due at `step`."""
     cfg, last = config.train, step == config.train.num_steps
     found = ["snapshot"] if cfg.ema_stds and (last or is_due(step, cfg.snapshot_every)) else []
+    if not assemble.is_generator(config):
+        due = last or (config.eval.every is not None and is_due(step, config.eval.every))
+        return found + (["evaluation"] if config.eval.data and due else [])
     found += ["preview"] if last or is_due(step, cfg.sample_every) else []
     return found + (["fid"] if config.fid.every and (last or is_due(step, config.fid.every)) else [])
 

@@ -30,6 +30,7 @@ from vca_engine.config.reading import leaves as settings
 from vca_engine.config.schema import (
     CacheConfig,
     Config,
+    EvalConfig,
     FidConfig,
     ModelConfig,
     SampleConfig,
@@ -172,7 +173,7 @@ def test_keys_are_dotted():
     found = [key for key, _ in settings(Config)]
     assert {"run_dir", "train", "train.lr", "model.attention", "sample.per_class"} <= set(found)
     assert len(found) == sum(
-        len(fields(cls)) for cls in (Config, CacheConfig, ModelConfig, TrainConfig, SampleConfig, FidConfig)
+        len(fields(cls)) for cls in (Config, CacheConfig, ModelConfig, TrainConfig, SampleConfig, FidConfig, EvalConfig)
     )
 
 
@@ -642,7 +643,7 @@ def test_what_is_left_empty_is_not_the_folder_that_one_is_in(tmp_path, capsys, k
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--process.name", "3"], "process.name is '3'; choose one of ['diffusion', 'flow']"),
+        (["--process.name", "3"], "process.name is '3'; choose one of ['classify', 'diffusion', 'flow']"),
         (["--data", "5"], "data.name is '5'; choose one of ['digits', 'folder', 'mnist']"),
         (["--sample.sampler", "ddpm"], "sample.sampler.name is 'ddpm'; choose one of ['ode', 'sde']"),
         (["--lr", "3"], "'lr' is not a setting; did you mean 'train.lr'?"),
@@ -681,7 +682,7 @@ def test_no_value_in_a_config_or_a_checkpoint_is_called(tmp_path, capsys):
             owner = at(values, key.rpartition(".")[0]) if "." in key else values
             owner[key.rpartition(".")[2]] = evil
             (tmp_path / "evil.yaml").write_text(json.dumps(nested(key, evil)))
-            is_part = key in ("process", "data", "codec", "model.attention", "sample.sampler")
+            is_part = key in ("process", "data", "codec", "model.attention", "sample.sampler", "eval.data")
             for argv in (["--config", tmp_path / "evil.yaml"], [f"--{key}={json.dumps(evil)}"]):
                 if is_part:  # its name and options are checked when it is built, below
                     with contextlib.suppress(SystemExit):

@@ -198,7 +198,7 @@ def followed(tmp_path_factory):
             halfway = {std: {k: v.clone() for k, v in average.weights.items()} for std, average in wanted.items()}
         if step % EVERY == 0:
             parts = {ema.name_of(std): {**model.state_dict(), **average.weights} for std, average in kept.items()}
-            record = {"config": {"seed": 1}, "shape": {}, "ema_stds": STDS}
+            record = {"config": {"seed": 1, "process": {"name": "flow"}}, "shape": {}, "ema_stds": STDS}
             checkpoint.save(checkpoint.folder_of(run, step, checkpoint.SNAPSHOTS), step, parts, record)
     torch.set_rng_state(torch_state)
     ends = {STEPS // 2: halfway, STEPS: {std: average.weights for std, average in wanted.items()}}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,11 +36,19 @@ DATA = {
     "images": "--codec.name pixels",
     "latents": "--codec.name vae --codec.path {root}/vae --latents {root}/latents",
 }
+RECOGNISER = (
+    "--process.name classify --data.name folder --data.image_size 16 --data.images {root}/images --codec.name pixels "
+    "--eval.data.images {root}/others --eval.every 3 --model.name deit_tiny --model.patch_size 4 --model.hidden_size 16 --model.depth 2 "
+    "--model.num_heads 2 --model.drop_path 0.3 --train.batch_size 8 --train.accumulate 2 --train.lr 1e-2 "
+    "--train.weight_decay 0.1 --train.max_grad_norm 0.5 --train.num_workers 0 --train.log_every 2 "
+    "--train.checkpoint_every 3 --train.tracker none"
+)
 STEPS = 6  # of 8 of 11 images: the third step is in the middle of an epoch
 
 
 def argv(root, run, data, num_steps, extra=""):
-    text = f"{SETTINGS} {DATA[data]} --run_dir {root}/{run} --train.num_steps {num_steps} {extra}"
+    what = RECOGNISER if data == "recogniser" else f"{SETTINGS} {DATA[data]}"
+    text = f"{what} --run_dir {root}/{run} --train.num_steps {num_steps} {extra}"
     return text.format(root=root).split()
 
 
@@ -52,6 +61,7 @@ def root(tmp_path_factory):
         folder = root / "images" / "abc"[i % 3]
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    shutil.copytree(root / "images", root / "others")
     torch.manual_seed(0)
     AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -66,7 +76,7 @@ def root(tmp_path_factory):
 
     todo = {kind: [] for kind in ("one", "two", "sharded")}
     for kind, jobs in todo.items():
-        for data in DATA if kind != "sharded" else ["images"]:
+        for data in [*DATA, "recogniser"] if kind != "sharded" else ["images", "recogniser"]:
             for name, steps in (("whole", STEPS), ("parts", 3), ("parts", STEPS)):
                 jobs.append(argv(root, f"{kind}-{data}-{name}", data, steps))
     measured = f"--fid.every 3 --fid.num 23 --fid.reference {root}/images --fid.extractor classifier "
@@ -95,7 +105,7 @@ def root(tmp_path_factory):
     command += ["tests/processes.py", str(root / "jobs.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stdout.count("done: 6 steps") == 7  # said once, not by each process
+    assert done.stdout.count("done: 6 steps") == 11  # said once, not by each process
     assert done.stdout.count("every step works; nothing was kept") == 2
     assert not list(root.glob("*-dry")) + list(root.glob(".dry-run-*"))
     in_one_process(train.main, [moved_down])
@@ -144,7 +154,8 @@ def lines(root, run):
     return {line.pop("step"): line for line in found}
 
 
-CASES = [("one", "images"), ("one", "latents"), ("two", "images"), ("two", "latents"), ("sharded", "images")]
+CASES = [(kind, data) for kind in ("one", "two") for data in (*DATA, "recogniser")]
+CASES += [("sharded", "images"), ("sharded", "recogniser")]
 
 
 @pytest.mark.parametrize("kind, data", CASES)
@@ -158,11 +169,11 @@ def test_n_and_n_steps_are_2n_steps_bit_for_bit(root, kind, data):
     expected, found = lines(root, whole), lines(root, parts)
     assert list(expected) == [2, 4, 6]
     assert expected == found
-    preview = f"previews/step-{STEPS:08d}.png"
-    assert (root / whole / preview).read_bytes() == (root / parts / preview).read_bytes()
+    made = "eval.jsonl" if data == "recogniser" else f"previews/step-{STEPS:08d}.png"
+    assert (root / whole / made).read_bytes() == (root / parts / made).read_bytes()
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", [*DATA, "recogniser"])
 def test_two_processes_make_the_run_of_one(root, data):
     """The same data order, times, noise, dropped labels: the same losses, to rounding, and the same files."""
     check_close(root, f"one-{data}-whole", f"two-{data}-whole")
@@ -173,9 +184,10 @@ def test_two_processes_make_the_run_of_one(root, data):
     assert files[0] == files[1]
 
 
-def test_sharded_weights_make_the_run_of_whole_ones(root):
-    check_close(root, "one-images-whole", "sharded-images-whole")
-    assert checkpoint.read_record(checkpoint.find(root / "sharded-images-whole"))["step"] == STEPS
+@pytest.mark.parametrize("data", ["images", "recogniser"])
+def test_sharded_weights_make_the_run_of_whole_ones(root, data):
+    check_close(root, f"one-{data}-whole", f"sharded-{data}-whole")
+    assert checkpoint.read_record(checkpoint.find(root / f"sharded-{data}-whole"))["step"] == STEPS
 
 
 def test_shards_change_no_precision(root):
@@ -222,10 +234,12 @@ def check_close(root, one, two, steps=(2, 4, 6)):
     for step in a:
         for key in ("loss", "grad_norm"):
             assert a[step][key] == pytest.approx(b[step][key], rel=1e-4)
-        for x, y in zip(a[step]["loss_by_t"], b[step]["loss_by_t"], strict=True):
+        for x, y in zip(a[step].get("loss_by_t", []), b[step].get("loss_by_t", []), strict=True):
             assert x == pytest.approx(y, rel=1e-3) if x is not None else y is None
     a, b = tensors(root, one), tensors(root, two)
     assert a.keys() == b.keys()
     for k in a:
         if k.startswith(("model ", "ema")) and k.split()[1] != "pos_embed":
+            if k.endswith("qkv.bias"):  # that of the keys changes no softmax, so its gradient is rounding alone
+                a[k], b[k] = (torch.cat([z.chunk(3)[0], z.chunk(3)[2]]) for z in (a[k], b[k]))
             assert (a[k] - b[k]).norm() <= 2e-3 * a[k].norm() + 1e-5, k

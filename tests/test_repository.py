@@ -24,7 +24,7 @@ from vca_engine.images import codecs, datasets
 from vca_engine.images.labels import DataInfo
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("vca", "dit_vca", "sit_vca", "vca_engine", "fid", "demo", "benchmarks")
+PACKAGES = ("vca", "dit_vca", "sit_vca", "vca_engine", "fid", "classify", "demo", "benchmarks")
 SCRIPTS = ("train", "sample", "visualise", "export", "app", "cache_latents")
 OURS = {*PACKAGES, *SCRIPTS}
 FILES = [f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))] + [ROOT / f"{s}.py" for s in SCRIPTS]
@@ -63,7 +63,8 @@ MAY_IMPORT = {  # room -> rooms; all may import themselves and, but for the netw
     "vca_engine.config": {"vca"},
     "vca_engine.images": {"vca_engine.config"},
     "vca_engine.weights": {"vca_engine.config", "vca_engine.images", *NETWORKS},
-    "vca_engine.assemble": PEERS | NETWORKS,
+    "classify": {"vca"},
+    "vca_engine.assemble": PEERS | NETWORKS | {"classify"},
     "vca_engine.sampling": PEERS | NETWORKS | {"vca_engine.assemble"},
     "vca_engine.training": PEERS | NETWORKS | {"vca_engine.assemble", "vca_engine.sampling"},
     "fid": {"vca_engine.images"},
@@ -185,6 +186,12 @@ def test_every_config_builds_its_model_process_and_sampler(file):
         codec = SimpleNamespace(downsample=8 if name == "folder" else 4, channels=4)
     shape = DataInfo(size, channels, [str(k) for k in range(classes)])
     process = assemble.process(config)
+    assemble.check_settings(config)
+    if not assemble.is_generator(config):
+        with torch.device("meta"):
+            model = assemble.network(config, shape, codec)
+            assert model(torch.empty(2, channels, size, size)).shape == (2, classes)
+        return
     assemble.sampler(config, process)
     with torch.device("meta"):
         model = assemble.network(config, shape, codec)

@@ -1,22 +1,34 @@
 """A Config as objects: process, sampler, codec, data, network. Only here do names in a YAML file become objects."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import dit_vca
 import sit_vca
+from classify import Classification
 from dit_vca import Diffusion, DiT
 from sit_vca import PATHS, TIMES, SiT, Transport
 from vca import ATTENTIONS, Sampler, Transformer, create, defaults_of, lookup, nearest, options_of, parse_size
-from vca_engine.config.schema import Config
+from vca_engine.config.schema import Config, to_dict
 from vca_engine.images.codecs import CODECS
 from vca_engine.images.datasets import DATASETS, ImageDataset
 from vca_engine.images.labels import DataInfo
+from vca_engine.records import differences
 
-Process = Diffusion | Transport
+Process = Diffusion | Transport | Classification
+OF_GENERATORS = (  # settings that change nothing in a recogniser
+    *("latents", "cache", "sample", "fid"),
+    *(f"model.{key}" for key in ("size", "mlp_ratio", "class_dropout_prob")),
+    *(f"train.{key}" for key in ("sample_every", "preload", "channels_last", "grad_checkpointing")),
+)
+OF_RECOGNISERS = ("model.name", "model.drop_path", "eval")
 
 
 @dataclass(frozen=True)
@@ -25,20 +37,70 @@ class ProcessKind:
 
     Args:
         process: Its class.
-        network: The class of its network.
-        samplers: Name -> class `(process, *, ...)`.
+        network: (config, info, codec) -> its network.
+        samplers: Name -> class `(process, *, ...)`; none where it does not make images.
         published_sampler: Name of the sampler of the published tables.
+        unused: Settings, or groups of them, that change nothing.
     """
 
     process: type
-    network: type[Transformer]
+    network: Callable[[Config, DataInfo, Any], nn.Module]
     samplers: Mapping[str, type]
-    published_sampler: str
+    published_sampler: str | None
+    unused: tuple[str, ...] = OF_RECOGNISERS
+
+
+def _generator(cls: type[Transformer], config: Config, info: DataInfo, codec: Any) -> Transformer:
+    """Make a DiT or SiT for latents of images as `info` says."""
+    options = parse_size(config.model.size)
+    options |= _sizes(config)
+    side = codec.downsample * options["patch_size"]
+    if info.image_size % side:
+        raise ValueError(
+            f"images of {info.image_size}x{info.image_size} cannot be cut into patches: the codec divides the side by "
+            f"{codec.downsample}, the patch by {options['patch_size']}; choose images with sides of "
+            f"a multiple of {side}, or another --model.patch_size."
+        )
+    return cls(
+        input_size=info.image_size // codec.downsample,
+        in_channels=codec.channels,
+        num_classes=len(info.class_names),
+        mlp_ratio=config.model.mlp_ratio,
+        class_dropout_prob=config.model.class_dropout_prob,
+        attention=config.model.attention,
+        **options,
+    )
+
+
+def _recogniser(config: Config, info: DataInfo, codec: Any) -> nn.Module:
+    """Make a recogniser for images as `info` says."""
+    if find_spec("timm") is None:
+        raise ValueError("process classify needs the package timm; run: pip install timm")
+    from classify import MODELS, create  # slow to import: see docs/architecture.md, start-up
+
+    if config.model.name is None:
+        raise ValueError(f"model.name is not given; name a recogniser, one of {sorted(MODELS)}.")
+    return create(
+        config.model.name,
+        config.model.attention,
+        num_classes=len(info.class_names),
+        image_size=info.image_size,
+        in_channels=info.channels,
+        drop_path_rate=config.model.drop_path,
+        **_sizes(config),
+    )
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    """Give the sizes of the network that a config says in numbers."""
+    sizes = {key: getattr(config.model, key) for key in ("patch_size", "hidden_size", "depth", "num_heads")}
+    return {key: value for key, value in sizes.items() if value is not None}
 
 
 PROCESSES = {
-    "diffusion": ProcessKind(Diffusion, DiT, dit_vca.SAMPLERS, "ddpm"),
-    "flow": ProcessKind(Transport, SiT, sit_vca.SAMPLERS, "sde"),
+    "diffusion": ProcessKind(Diffusion, partial(_generator, DiT), dit_vca.SAMPLERS, "ddpm"),
+    "flow": ProcessKind(Transport, partial(_generator, SiT), sit_vca.SAMPLERS, "sde"),
+    "classify": ProcessKind(Classification, _recogniser, {}, None, OF_GENERATORS),
 }
 
 
@@ -60,8 +122,32 @@ def process_kind(config: Config) -> ProcessKind:
     return lookup(PROCESSES, config.process["name"], "process.name")
 
 
+def command_to_use(process: str, folder: Path) -> str:
+    """Say what to type to use the weights in a folder, as its process is."""
+    generates = bool(lookup(PROCESSES, process, "process.name").samplers)
+    use = "Sample with: python sample.py --checkpoint" if generates else "Evaluate with: python -m classify eval"
+    return f"{use} {folder}"
+
+
+def is_generator(config: Config) -> bool:
+    """Say whether the network makes images; else it names the class of one."""
+    return bool(process_kind(config).samplers)
+
+
+def check_settings(config: Config) -> None:
+    """Raise ValueError if a setting is given that the process has no use for, or a codec that it cannot use."""
+    unused = process_kind(config).unused
+    default = Config(config.run_dir, config.process, config.data, config.codec)
+    for key, (_, given) in differences(to_dict(default), to_dict(config)).items():
+        if any(f"{key}.".startswith(f"{name}.") for name in unused):
+            name = config.process["name"]
+            raise ValueError(f"{key} is {given!r}, for which process {name} has no use; leave it out.")
+    if not is_generator(config) and config.codec["name"] != "pixels":
+        raise ValueError(f"codec.name is {config.codec['name']!r}; a recogniser looks at pixels, so choose pixels.")
+
+
 def process(config: Config) -> Process:
-    """Make the process, `diffusion` or `flow`, with its options."""
+    """Make the process, `diffusion`, `flow` or `classify`, with its options."""
     return create({name: kind.process for name, kind in PROCESSES.items()}, config.process, "process")
 
 
@@ -115,31 +201,50 @@ def images(config: Config) -> ImageDataset:
     return create(DATASETS, config.data, "data")
 
 
-def network(config: Config, info: DataInfo, codec: Any) -> Transformer:
-    """Make the network, DiT or SiT, for latents of images as `info` says.
+def images_to_evaluate(config: Config, info: DataInfo) -> ImageDataset | None:
+    """Open the dataset that a recogniser is evaluated on; its labels are those of `info`, by the names of the classes.
 
     Raises:
-        ValueError: The image size is not a multiple of the codec's factor times the patch size.
+        ValueError: It has another class, or images of another kind, than the network was made for.
     """
-    options = parse_size(config.model.size)
-    overrides = {key: getattr(config.model, key) for key in ("patch_size", "hidden_size", "depth", "num_heads")}
-    options |= {key: value for key, value in overrides.items() if value is not None}
-    side = codec.downsample * options["patch_size"]
-    if info.image_size % side:
-        raise ValueError(
-            f"images of {info.image_size}x{info.image_size} cannot be cut into patches: the codec divides the side by "
-            f"{codec.downsample}, the patch by {options['patch_size']}; choose images with sides of "
-            f"a multiple of {side}, or another --model.patch_size."
-        )
-    return process_kind(config).network(
-        input_size=info.image_size // codec.downsample,
-        in_channels=codec.channels,
-        num_classes=len(info.class_names),
-        mlp_ratio=config.model.mlp_ratio,
-        class_dropout_prob=config.model.class_dropout_prob,
-        attention=config.model.attention,
-        **options,
-    )
+    spec = config.eval.data
+    if spec is None:
+        return None
+    if spec.get("name", config.data["name"]) == config.data["name"]:
+        spec = {**config.data, **spec}
+    defaults = defaults_of(lookup(DATASETS, spec["name"], "eval.data.name"))
+    if {**defaults, **spec} == {**defaults, **config.data}:
+        raise ValueError("eval.data is data itself, which tells nothing; name others, e.g. --eval.data.images DIR.")
+    try:
+        found = create(DATASETS, spec, "data")
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"eval.{error}") from None
+    for name, number in {"image_size": info.image_size, "channels": info.channels}.items():
+        if getattr(found, name) != number:
+            raise ValueError(f"eval.data has {name} {getattr(found, name)}, and data {number}; choose the same.")
+    try:
+        found.rename_classes(info.class_names)
+    except ValueError as error:
+        raise ValueError(f"eval.data does not fit data: {error}") from None
+    return found
+
+
+def network(config: Config, info: DataInfo, codec: Any) -> nn.Module:
+    """Make the network, DiT, SiT or a recogniser, for images as `info` says.
+
+    Raises:
+        ValueError: Sizes that do not fit, say of images that the patches do not divide.
+    """
+    return process_kind(config).network(config, info, codec)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """List the blocks of a network, each of which is compiled by itself."""
+    if isinstance(network, Transformer):
+        return list(network.blocks)
+    from classify.swap import find_blocks  # slow to import: see docs/architecture.md, start-up
+
+    return [place.blocks[place.index] for place in find_blocks(network)]
 
 
 def describe_process(config: Config) -> dict[str, Any]:
@@ -192,7 +297,7 @@ def sampler_help() -> str:
     """List the samplers and their options, for the --help of sample.py."""
     return _table(
         "samplers and their options, e.g. --sampler.num_steps 50, --sampler.name sde --sampler.last_step tweedie:",
-        {f"of a {name}": kind.samplers for name, kind in PROCESSES.items()},
+        {f"of a {name}": kind.samplers for name, kind in PROCESSES.items() if kind.samplers},
     )
 
 
@@ -205,7 +310,7 @@ def options_help() -> str:
         "data": DATASETS,
         "codec": CODECS,
         "model.attention": ATTENTIONS,
-        **{f"sample.sampler ({name})": kind.samplers for name, kind in PROCESSES.items()},
+        **{f"sample.sampler ({name})": kind.samplers for name, kind in PROCESSES.items() if kind.samplers},
     }
     example = "names and their options, e.g. --process.name flow --process.path vp, --sample.sampler.num_steps 50:"
     return _table(example, registries)

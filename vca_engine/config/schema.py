@@ -40,6 +40,9 @@ class ModelConfig(Strict):
     """The network.
 
     Args:
+        name: Of a recogniser, with process classify: deit_tiny, pvt_tiny, swin_tiny, cswin_tiny, ... (classify.MODELS).
+        drop_path: Of a recogniser: probability, in training, that its last block is left out for an image; less in
+            those before.
         size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads.
         patch_size: Side of a patch, instead of the one in size.
         hidden_size: Width, instead of the size's.
@@ -50,6 +53,8 @@ class ModelConfig(Strict):
         attention: Attention layer by name (vca, mhsa, differential, agent, linear) with its options.
     """
 
+    name: str | None = None
+    drop_path: Share = 0.0
     size: str = "S/2"
     patch_size: Size | None = None
     hidden_size: Size | None = None
@@ -71,8 +76,11 @@ class TrainConfig(Strict):
         lr: Learning rate of AdamW.
         betas: Its two betas.
         weight_decay: Its weight decay.
-        warmup_steps: Steps over which the learning rate rises linearly from 0.
-        schedule: After that: constant, or cosine to 0 at num_steps.
+        warmup_lr: Learning rate at the start of the warm-up.
+        warmup_steps: Steps over which the learning rate rises linearly from warmup_lr.
+        schedule: After that: constant, or cosine to min_lr at num_steps.
+        min_lr: Learning rate at the end of the cosine.
+        cooldown_steps: Last steps of num_steps, all of them with min_lr; the cosine ends before them.
         max_grad_norm: Gradients are scaled down to this norm; not given means never.
         max_skipped: A step whose loss or gradient is not finite is skipped; after so many in a row training stops.
         ema_decay: Decay of the averaged weights, which are the ones that are sampled.
@@ -105,8 +113,11 @@ class TrainConfig(Strict):
     lr: Annotated[float, Field(gt=0, le=100)] = 1e-4
     betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
+    warmup_lr: Annotated[float, Field(ge=0, le=100)] = 0.0
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    min_lr: Annotated[float, Field(ge=0, le=100)] = 0.0
+    cooldown_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     max_grad_norm: Annotated[float, Field(gt=0, le=10**6)] | None = None
     max_skipped: Steps = 10
     ema_decay: Share = 0.9999
@@ -133,6 +144,21 @@ class TrainConfig(Strict):
         super().__post_init__()
         different = len({f"{std:g}" for std in self.ema_stds}) == len(self.ema_stds)
         require(different, "train.ema_stds", self.ema_stds, "choose different numbers")
+        for name in ("warmup_lr", "min_lr"):
+            value = getattr(self, name)
+            require(value <= self.lr, f"train.{name}", value, f"choose at most train.lr, {self.lr:g}")
+        if self.warmup_lr and not self.warmup_steps:
+            raise ValueError("train.warmup_lr is given, but no train.warmup_steps; give both, or neither.")
+        if self.schedule == "constant" and (self.min_lr or self.cooldown_steps):
+            given = "min_lr" if self.min_lr else "cooldown_steps"
+            raise ValueError(f"train.{given} is of the cosine schedule; give --train.schedule cosine, or leave it out.")
+        steps = self.warmup_steps + self.cooldown_steps
+        require(
+            not self.cooldown_steps or steps < self.num_steps,
+            "train.cooldown_steps",
+            self.cooldown_steps,
+            f"warm-up and cool-down have to leave some of the {self.num_steps:,} steps to the cosine",
+        )
         if self.keep_every and not self.keep_checkpoints:
             raise ValueError(
                 "train.keep_every is given, but all checkpoints are kept; give train.keep_checkpoints, too."
@@ -237,6 +263,29 @@ class FidConfig(Strict):
 
 
 @dataclass(frozen=True)
+class EvalConfig(Strict):
+    """How a recogniser is measured in training: with its averaged weights, on images that it does not learn from.
+
+    Args:
+        data: These images, by name with their options, where they differ from data: images DIR, or split test. Not
+            given means that nothing is measured.
+        every: Training steps between two evaluations; not given means at the end only.
+        crop: Share of the shorter side of an image that is shown: 0.875 is 224 of 256 pixels.
+    """
+
+    data: Spec | None = None
+    every: Steps | None = None
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every is not None and self.data is None:
+            raise ValueError(
+                "eval.every is given, but no eval.data; name the images to evaluate on: --eval.data.images DIR."
+            )
+
+
+@dataclass(frozen=True)
 class CacheConfig(Strict):
     """How cache_latents.py encodes images.
 
@@ -263,7 +312,7 @@ class Config(Strict):
 
     Args:
         run_dir: Folder of the run: checkpoints, previews, metrics. The same command goes on where it stopped.
-        process: Process by name with its options: diffusion (a DiT) or flow (a SiT).
+        process: Process by name with its options: diffusion (a DiT), flow (a SiT) or classify (a recogniser).
         data: Images by name with their options: folder (images: a folder or .zip; image_size), mnist, digits.
         codec: Codec by name with its options: vae (path or hub name) or pixels.
         init: Weights to start from: a run, or one of its checkpoints; a .safetensors or published .pt file; a folder of
@@ -276,6 +325,7 @@ class Config(Strict):
         train: The optimisation.
         sample: How images are drawn.
         fid: How they are measured.
+        eval: How a recogniser is measured.
     """
 
     run_dir: FilePath
@@ -290,6 +340,7 @@ class Config(Strict):
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     fid: FidConfig = field(default_factory=FidConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,18 +5,21 @@ A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vca_engine.config.reading import FilePath
 from vca_engine.images import ImageFiles, UnreadableImageError, check_side, from_uint8
 from vca_engine.images.labels import check_label_range, classes_of
+from vca_engine.images.pixels import read_image
 
 
 class ImageDataset(Dataset):
@@ -51,18 +54,39 @@ class ImageDataset(Dataset):
             UnreadableImageError: The image is none; says what to do.
         """
         index, flip = key
-        try:
+        with _saying_what_to_do(" cache_latents.py --cache.on_error skip finds all such files and leaves them out."):
             image = from_uint8(self.pixels(index))  # (C, H, W)
-        except UnreadableImageError as error:
-            raise UnreadableImageError(
-                f"{error} Mend it, or put another image of its class in its place, and run the same command again. "
-                "cache_latents.py --cache.on_error skip finds all such files and leaves them out."
-            ) from None
         return image.flip(-1) if flip else image, int(self.labels[index])
+
+    def picture(self, index: int) -> Image.Image:
+        """Read the whole of image `index`, RGB or grey, in a size of its own.
+
+        Raises:
+            UnreadableImageError: The image is none; says what to do.
+        """
+        with _saying_what_to_do():
+            return self.whole(index)
 
     def pixels(self, index: int) -> np.ndarray:
         """Read image `index`, (H, W, C) uint8."""
         raise NotImplementedError
+
+    def rename_classes(self, class_names: list[str]) -> None:
+        """Number the classes as in a list that has all of their names.
+
+        Raises:
+            ValueError: It lacks one of them.
+        """
+        number = {name: k for k, name in enumerate(class_names)}
+        if unknown := sorted({*self.class_names} - {*class_names}):
+            raise ValueError(f"the class {unknown[0]!r} is none of {len(class_names)}, e.g. {class_names[0]!r}.")
+        self.labels = np.array([number[name] for name in self.class_names])[self.labels]
+        self.class_names, self.num_classes = class_names, len(class_names)
+
+    def whole(self, index: int) -> Image.Image:
+        """Read the whole of image `index`, RGB or grey."""
+        pixels = self.pixels(index)
+        return Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
 
     def name(self, index: int) -> str:
         """Say what a message calls image `index`."""
@@ -174,8 +198,27 @@ class Folder(ImageDataset):
         """
         return self.files.pixels(self.names[index], self.image_size)
 
+    def whole(self, index: int) -> Image.Image:
+        """Read image `index` as RGB, in its own size.
+
+        Raises:
+            UnreadableImageError: No image, a damaged or an animated one.
+        """
+        return self.files.decode(self.names[index], read_image)
+
 
 DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}
+
+
+@contextmanager
+def _saying_what_to_do(more: str = "") -> Iterator[None]:
+    """Add to the error of an image that cannot be read what to do about it, and what more there is to say."""
+    try:
+        yield
+    except UnreadableImageError as error:
+        raise UnreadableImageError(
+            f"{error} Mend it, or put another image of its class in its place, and run the same command again.{more}"
+        ) from None
 
 
 def _need(module: str, package: str, dataset: str) -> str:

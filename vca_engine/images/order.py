@@ -59,3 +59,12 @@ class EndlessBatches(Sampler):
         order = torch.randperm(self.num_images, generator=generator)
         flips = torch.randint(2, (self.num_images,), generator=generator).bool() & self.flip
         return order.tolist(), flips.tolist()
+
+
+class NumberedBatches(EndlessBatches):
+    """The same batches of (index, flip, position), for data whose views are a function of where they stand."""
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool, int]]]:
+        """Give batch after batch, without end."""
+        for number, batch in enumerate(super().__iter__(), self.start):
+            yield [(*key, position) for key, position in zip(batch, self.positions(number), strict=True)]

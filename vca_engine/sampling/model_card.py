@@ -59,11 +59,12 @@ def facts_of(record: Mapping[str, Any], weights: str) -> dict[str, Any]:
     of = f"{record['step']:,} of {config['train']['num_steps']:,}, batch size {config['train']['batch_size']}"
     known = f", kind {codec['kind']}, SHA-256 of the weights {codec['weights'][:16]}" if "weights" in codec else ""
     images = f", {record['num_images']:,} images" if "num_images" in record else ""
+    sizes = [model.get("name") or model["size"], *(f"{k} {model[k]}" for k in _SIZES if model.get(k) is not None)]
     return {
         "weights": weights,
         "training steps": of,
         "process": _spec(config["process"]),
-        "size": ", ".join([model["size"], *(f"{k} {model[k]}" for k in _SIZES if model.get(k) is not None)]),
+        "size": ", ".join(sizes),
         "attention": _spec(model["attention"]),
         "images": f"{shape['image_size']}x{shape['image_size']}, {shape['channels']} channels",
         "classes": f"{len(names)}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}",

@@ -92,6 +92,11 @@ class Pipeline(TrainedModel):
         device = torch.device(device or chosen_device("auto"))
         set_tf32(tf32)
         model = load_model(path, weights, process, vae)
+        if not assemble.is_generator(model.config):
+            raise ValueError(
+                f"{str(path)!r} holds a recogniser, {model.config.model.name}, which draws no images; evaluate it "
+                f"with: python -m classify eval {path}"
+            )
         model.network.to(device)
         model.codec.to(device)
         if compile:

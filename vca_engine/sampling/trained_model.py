@@ -34,7 +34,7 @@ class TrainedModel:
         config: What it was trained with, as far as that is known; `config.sample` are its defaults of drawing.
         info: Size and channels of its images, and the names of its classes.
         network: In evaluation mode.
-        process: Diffusion or flow.
+        process: Diffusion, flow or classification.
         codec: Latents to images.
         source: Where the weights come from, JSON values: path, kind, step, part, ...
         folder: Where samples go unless it is said.
@@ -127,7 +127,8 @@ def load_model(path: str | Path, weights: str, process: str | Spec | None, vae: 
         found, folder = path, Path("runs", str(path).rpartition("/")[2])
     model, fields = config.model, ("patch_size", "hidden_size", "depth", "num_heads")
     changed = ", ".join(f"{key} {getattr(model, key)}" for key in fields if getattr(model, key))
-    size = f"{model.size} ({changed})" if changed else model.size
+    size = model.name or model.size  # of a recogniser, or of a generator
+    size = f"{size} ({changed})" if changed else size
     source = {**known, "path": str(found), "size": size, "attention": model.attention["name"]}
     network.eval().requires_grad_(False)
     return TrainedModel(config, info, network, assemble.process(config), codec, source, folder)

@@ -26,6 +26,8 @@ from vca_engine.training.run import Run
 from vca_engine.weights import checkpoint
 from vca_engine.weights.checkpoint import SNAPSHOTS
 
+FEW_IMAGES = 64  # of each process, to measure
+
 
 def dry_run(
     config: Config,
@@ -53,6 +55,8 @@ def dry_run(
         raise ValueError(f"run_dir {config.run_dir!r} cannot be made: {str(parent)!r} is not yours to write.")
     with tempfile.TemporaryDirectory(dir=parent, prefix=".dry-run-") as temporary:
         run, outputs = prepare(_two_steps(config, f"{temporary}/run", accelerator.num_processes), accelerator)
+        if run.evaluated_data:
+            run.evaluated_data.labels = run.evaluated_data.labels[: FEW_IMAGES * accelerator.num_processes]
         with contextlib.redirect_stdout(io.StringIO()) as said, outputs:
             if train(run, outputs):
                 raise SystemExit(STOPPED)
@@ -85,8 +89,11 @@ def dry_run(
 def _two_steps(config: Config, run_dir: str, num_processes: int) -> Config:
     """Shorten a config to two steps, in which everything happens once."""
     periods = {"num_steps": 2, "log_every": 1, "checkpoint_every": 2, "snapshot_every": 2, "sample_every": 2}
+    periods["cooldown_steps"] = 0
     train = dataclasses.replace(config.train, **periods, tracker="none")
-    measured = dataclasses.replace(config.fid, num=min(config.fid.num, 64 * num_processes))
+    measured = config.fid
+    if measured.every:
+        measured = dataclasses.replace(measured, num=min(measured.num, FEW_IMAGES * num_processes))
     return dataclasses.replace(config, run_dir=run_dir, train=train, fid=measured)
 
 
@@ -95,14 +102,17 @@ def _table_rows(config: Config, run: Run, rate: float) -> dict[str, str]:
     cfg, world = config.train, run.accelerator.num_processes
     images = cfg.num_steps * cfg.batch_size
     with torch.device("meta"):
-        products = multiply_adds(assemble.network(config, run.info, run.codec))
+        size = run.info.image_size
+        image = None if run.is_generator else torch.zeros(1, run.info.channels, size, size)
+        products = multiply_adds(assemble.network(config, run.info, run.codec), image)
+    pictures = ", and previews" if run.is_generator else ""
     return {
         "network": f"{type(run.network).__name__}, {run.num_parameters:,} parameters, {products / 1e9:.2f} GFLOPs a "
         "sample (multiply-adds of a forward pass, as papers count)",
         "data": f"{len(run.data):,} images of {run.num_classes:,} classes, {run.info.image_size}x{run.info.image_size}",
         "run": f"{cfg.num_steps:,} steps of {cfg.batch_size} images ({world} processes x {cfg.accumulate} x "
         f"{cfg.batch_size // world // cfg.accumulate}): {images:,} images, {images / len(run.data):,.1f} epochs",
-        "time": f"{rate:,.1f} images/s in the second step: {images / rate / 3600:,.1f} hours, and previews",
+        "time": f"{rate:,.1f} images/s in the second step: {images / rate / 3600:,.1f} hours{pictures}",
     }
 
 
@@ -124,26 +134,29 @@ def _memory(config: Config, run: Run, activations: int) -> str:
 def _files_kept(config: Config) -> tuple[int, int]:
     """Count the checkpoints and the snapshots that are there at most."""
     cfg = config.train
-    # One more is written before an old one goes, and the best FID's is spared.
-    num = len(cfg.kept()) + bool(cfg.keep_checkpoints) + bool(cfg.keep_checkpoints and config.fid.every)
+    # One more is written before an old one goes, and the best FID's or accuracy's is spared.
+    more = 1 + bool(config.fid.every or config.eval.data) if cfg.keep_checkpoints else 0
+    num = len(cfg.kept()) + more
     return num, math.ceil(cfg.num_steps / cfg.snapshot_every) if cfg.ema_stds else 0
 
 
-def multiply_adds(network: nn.Module) -> int:
-    """Count the multiply-adds of the products of a forward pass of one sample: what papers call the FLOPs of a DiT.
+def multiply_adds(network: nn.Module, image: Tensor | None = None) -> int:
+    """Count the multiply-adds of the products of a forward pass of one sample: what papers call the FLOPs of a network.
 
     Args:
-        network: On the meta device.
+        network: On the meta device; a DiT or SiT, or else one that takes an image.
+        image: (1, C, H, W) on the meta device, for that.
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import: see docs/architecture.md, start-up
 
-    x, t, y = (
-        torch.zeros(1, network.in_channels, *network.input_size, device="meta"),
-        torch.zeros(1, device="meta"),
-        torch.zeros(1, dtype=torch.long, device="meta"),
-    )
+    if image is None:
+        with torch.device("meta"):
+            x = torch.zeros(1, network.in_channels, *network.input_size)
+            inputs = x, torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    else:
+        inputs = (image,)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(x, t, y)
+        network.eval()(*inputs)
     return counter.get_total_flops() // 2
 
 

@@ -109,7 +109,7 @@ class Log:
 
 
 def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw the logged means of the loss and their running mean, and beside it the running mean in each bin of t.
+    """Draw the logged means of the loss and their running mean; beside it, of a generator, that in each bin of t.
 
     Args:
         lines: Of metrics.jsonl.
@@ -129,43 +129,54 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
 
     steps, loss = np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
     window = 2 * (len(loss) // 40) + 1
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
-    figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.16)
+    by_t = [row if isinstance(row := line.get("loss_by_t"), list) else [] for line in lines]
+    num = max(map(len, by_t))
+    if num:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
+        figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.16)
+        table = np.full((len(lines), num), np.nan)
+        for values, row in zip(table, by_t, strict=True):
+            values[: len(row)] = [value if _is_finite(value) else np.nan for value in row]
+        _plot_by_t(right, steps, table, window)
+    else:
+        figure, left = plt.subplots(figsize=(7, 4.5), layout="constrained")
     left.plot(steps, loss, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
     if window > 1:
         left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
     low, high = np.quantile(loss, [0, 0.98])
     # Without the loss of the first steps, which would hide the rest.
     left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
-    by_t = [row if isinstance(row := line.get("loss_by_t"), list) else [] for line in lines]
-    num = max(map(len, by_t))
-    table = np.full((len(lines), num), np.nan)
-    for values, row in zip(table, by_t, strict=True):
-        values[: len(row)] = [value if _is_finite(value) else np.nan for value in row]
-    for k, colour in enumerate(plt.get_cmap("viridis")(np.linspace(0, 0.95, num))):
-        there = ~np.isnan(table[:, k])
-        if there.any():
-            label, marker = f"t {k / num:g} to {(k + 1) / num:g}", "." if there.sum() < 3 else None
-            line = {"color": colour, "linewidth": 1.5, "marker": marker, "label": label}
-            right.plot(steps[there], smooth(table[there, k], window), **line)
-    right.set_yscale("log")
-    right.yaxis.set_major_formatter("{x:g}")
-    small = np.nanmax(table, initial=1) < 10 * np.nanmin(table, initial=np.inf)
-    right.yaxis.set_minor_formatter("{x:g}" if small else "")
     left.set_title(f"{file.resolve().parent.name}: training loss")
-    right.set_title(f"in ten parts of the range of t{f', running mean of {window}' if window > 1 else ''}")
-    for axes in (left, right):
+    for axes in figure.axes:
         axes.set(xlabel="optimizer step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     left.legend(fontsize="small", loc="upper right")
-    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
     try:
         with written_aside(file) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
     finally:
         plt.close(figure)
+
+
+def _plot_by_t(axes: Any, steps: np.ndarray, table: np.ndarray, window: int) -> None:
+    """Draw the running mean of a table (lines, bins) of losses, at steps (lines,), in each bin of t."""
+    from matplotlib import colormaps
+
+    num = table.shape[1]
+    for k, colour in enumerate(colormaps["viridis"](np.linspace(0, 0.95, num))):
+        there = ~np.isnan(table[:, k])
+        if there.any():
+            label, marker = f"t {k / num:g} to {(k + 1) / num:g}", "." if there.sum() < 3 else None
+            line = {"color": colour, "linewidth": 1.5, "marker": marker, "label": label}
+            axes.plot(steps[there], smooth(table[there, k], window), **line)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    small = np.nanmax(table, initial=1) < 10 * np.nanmin(table, initial=np.inf)
+    axes.yaxis.set_minor_formatter("{x:g}" if small else "")
+    axes.set_title(f"in ten parts of the range of t{f', running mean of {window}' if window > 1 else ''}")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,11 +1,12 @@
-"""Files that a training run writes: checkpoints, snapshots, previews, distances, and the log."""
+"""Files that a training run writes: checkpoints, snapshots, previews, distances or accuracies, and the log."""
 
+import contextlib
 import functools
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
+from torch import Tensor
 from tqdm import tqdm
 
 from vca_engine import assemble
@@ -21,10 +23,11 @@ from vca_engine.config.schema import Config, save_yaml, to_dict
 from vca_engine.distributed import gather
 from vca_engine.files import hold, remove_temporary, write_text
 from vca_engine.images import NonFiniteError
+from vca_engine.images.loader import load
 from vca_engine.images.pictures import grid, save_film, save_picture
 from vca_engine.sampling.classes import evenly_spaced_classes, find_class, random_label
 from vca_engine.signals import StopSignal
-from vca_engine.training.distances import BEST_FILE, DISTANCES_FILE, best_of, show_distances
+from vca_engine.training.distances import BEST_FILE, DISTANCES_FILE, EVALUATIONS_FILE, best_of, show_distances
 from vca_engine.training.log import Log, plot_losses, read_metrics, start_tracker
 from vca_engine.training.resume import CONFIG_FILE, write_resumed_from
 from vca_engine.training.run import Run
@@ -57,29 +60,30 @@ class Outputs:
         self.run, self.config, self.cfg, self.folder = run, run.config, run.cfg, run.folder
         self.resume, self.evaluator, self.plot_distance = resume, evaluator, plot_distance
         self.main = run.accelerator.is_main_process
+        self.results_file = self.folder / (DISTANCES_FILE if run.is_generator else EVALUATIONS_FILE)
         rows = run.config.sample.classes or evenly_spaced_classes(range(run.num_classes))  # of the previews
         self.classes = [find_class(k, run.info.class_names) for k in rows]
         if evaluator:
             evaluator.prepare()
         self.log: Log | None = None  # there within the block
-        self.results: list[dict[str, Any]] = []  # the lines of fid.jsonl
+        self.results: list[dict[str, Any]] = []  # the lines of that file
         self.not_finite: set[str] = set()  # which of what was due could not be made of the weights
         self.lock: FileLock | None = None
 
     def __enter__(self) -> Self:
         """Take the run's folder, and say what begins."""
-        run, accelerator = self.run, self.run.accelerator
+        run = self.run
         if self.main:
             self.lock = lock_folder(self.folder)
             save_yaml(self.config, self.folder / CONFIG_FILE)
             mend(self.folder, self.plot_distance)
-            self.results = read_metrics(self.folder / DISTANCES_FILE)
+            self.results = read_metrics(self.results_file)
             if run.continues_another and self.resume != "auto":  # else it is noted already
                 write_resumed_from(self.folder, self.resume, run.start)
         if self.cfg.tracker != "none":
-            start_tracker(accelerator, self.cfg.tracker, self.folder, run.step, to_dict(self.config))
+            start_tracker(run.accelerator, self.cfg.tracker, self.folder, run.step, to_dict(self.config))
         if self.main:
-            self.log = Log(self.folder, run.step, run.step < self.cfg.num_steps, accelerator.trackers)
+            self.log = Log(self.folder, run.step, run.step < self.cfg.num_steps, run.accelerator.trackers)
             print("\n".join([str(run), *run.messages]), flush=True)
         return self
 
@@ -103,6 +107,8 @@ class Outputs:
         values = self.run.meter.line(partial)
         rate = round(steps * self.cfg.batch_size / (time.perf_counter() - since), 2)  # the device is done, too
         before, most = values.pop("skipped_before"), values.pop("most_in_a_row")
+        if not self.run.is_generator:
+            del values["loss_by_t"]
         values |= {"partial": True} if partial else {}
         values |= {"lr": self.run.optimizer.param_groups[0]["lr"], "images": step * self.cfg.batch_size}
         values |= {"images_per_second": rate, "memory_gib": round(peak_memory(self.run.device) / 2**30, 3)}
@@ -153,6 +159,8 @@ class Outputs:
             self.snapshot()
         if "preview" in missing:
             self.preview()
+        if "evaluation" in missing:
+            return self.evaluate(stop)
         return self.measure(stop) if "fid" in missing else True
 
     def check_finished(self, due: list[str]) -> None:
@@ -172,17 +180,16 @@ class Outputs:
         """Draw a grid with the averaged weights, a row a class."""
         with self.run.averaged_weights():
             if self.main:
-                error = self.log.attempt(preview_file(self.folder, self.run.step).name, self._draw_preview)
+                file = preview_file(self.folder, self.run.step)
+                error = self.log.attempt(file.name, _save_preview, self.run, self.classes, file, self.log)
                 self.not_finite |= {"preview"} if isinstance(error, NonFiniteError) else set()
         self.run.accelerator.wait_for_everyone()
 
     def measure(self, stop: StopSignal) -> bool:
         """Draw `fid.num` images with the averaged weights, as sample.py would, and measure them; no image is kept.
 
-        Where images of any process are not finite, there is a warning in the place of a number.
-
-        Returns:
-            False if a signal stopped it.
+        Where images of any process are not finite, there is a warning in the place of a number. Return False if a
+        signal stopped it.
         """
         run, num = self.run, self.config.fid.num
         with run.averaged_weights():
@@ -194,25 +201,23 @@ class Outputs:
                 self.log.warn(f"the FID of step {run.step}", failures[0])
                 self.not_finite.add("fid")
             return True
-        sample = {
-            "weights": {"part": "ema", "step": run.step},
-            **assemble.describe_sampling(self.config),
-            "codec": run.codec.identity,
-            **{"labels": "random", "classes": "all", "num": num, "nfe": run.image_sampler.nfe},
-            **{"precision": "no", "tf32": self.cfg.tf32 and run.device.type == "cuda"},
-        }
-        result = self.evaluator.compute(num, labels_mode="random", quantize="dit", step=run.step, sample=sample)
+        options = {"labels_mode": "random", "quantize": "dit", "step": run.step, "sample": describe_sample(run)}
+        result = self.evaluator.compute(num, **options)
         if self.main:
-            self._add_result(result)
-            self.log.attempt("what the removal of old checkpoints changes", self._prune)  # of what was the best
-            tqdm.write(f"step {run.step}, {num} images: {result}")
+            self._add_result(result.to_dict(), result.values, str(result))
         run.accelerator.wait_for_everyone()
         return True
 
-    def _draw_preview(self) -> None:
-        picture = draw_preview(self.run, self.classes)
-        save_picture([picture], preview_file(self.folder, self.run.step))
-        self.log.add_preview(self.run.step, picture)
+    def evaluate(self, stop: StopSignal) -> bool:
+        """Measure how often a recogniser's averaged weights are right. Return False if a signal stopped it."""
+        with self.run.averaged_weights():
+            counts = count_correct(self.run, stop)
+        if counts is None:
+            return False
+        if self.main:
+            result = accuracies(self.run, *counts.tolist())
+            self._add_result(result, {name: result[name] for name in ("top1", "top5")})
+        return True
 
     def _prune(self) -> None:
         """Remove old checkpoints, but for those of the best distances."""
@@ -220,14 +225,16 @@ class Outputs:
             spare = {entry["step"] for entry in best_of(self.results).values()}
             checkpoint.prune(self.folder, self.cfg.keep_checkpoints, self.cfg.keep_every, spare)
 
-    def _add_result(self, result: Any) -> None:
-        """Add a `fid.Result` to fid.jsonl, with those that a full disk did not take before; and to what shows them."""
-        file, num = self.folder / DISTANCES_FILE, self.config.fid.num
-        self.results = [r for r in self.results if r["step"] < self.run.step] + [result.to_dict()]
-        text = "".join(json.dumps(record) + "\n" for record in self.results)
-        self.log.attempt("fid.jsonl", write_text, file, text)
-        self.log.add_scalars(self.run.step, {f"{name}-{num}": value for name, value in result.values.items()})
+    def _add_result(self, result: dict[str, Any], values: Mapping[str, Any], said: str = "") -> None:
+        """Add a line, with its measures by name, to the results and to what shows them; print it as `said`."""
+        self.results = [r for r in self.results if r["step"] < self.run.step] + [result]
+        text = "".join(json.dumps(record) + "\n" for record in self.results)  # with those that a full disk refused
+        self.log.attempt(self.results_file.name, write_text, self.results_file, text)
+        self.log.add_scalars(self.run.step, {f"{name}-{result['num_samples']}": v for name, v in values.items()})
         self.log.attempt("best.json or fid.png", show_distances, self.folder, self.results, self.plot_distance)
+        self.log.attempt("what the removal of old checkpoints changes", self._prune)  # of what was the best
+        said = said or ", ".join(f"{name} {value:.2f} %" for name, value in values.items())
+        tqdm.write(f"step {result['step']}, {result['num_samples']} images: {said}")
 
 
 def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None:
@@ -238,7 +245,7 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
         plot_distance: See `Outputs`.
     """
     checkpoint.recover(folder)
-    previews, distances = folder / "previews", folder / DISTANCES_FILE
+    previews = folder / "previews"
     for place in (folder, previews):
         remove_temporary(place)
     try:
@@ -246,10 +253,19 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
             plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
         if _is_older(previews / "progress.gif", *previews.glob("step-*.png")):
             save_film(previews)
+        distances, evaluations = folder / DISTANCES_FILE, folder / EVALUATIONS_FILE
         if _is_older(folder / "fid.png", distances) or _is_older(folder / BEST_FILE, distances):
             show_distances(folder, read_metrics(distances), plot_distance)
+        if _is_older(folder / BEST_FILE, evaluations):
+            show_distances(folder, read_metrics(evaluations))
     except OSError as error:
         tqdm.write(f"warning: {error}")
+
+
+def _save_preview(run: Run, classes: list[int], file: Path, log: Log) -> None:
+    picture = draw_preview(run, classes)
+    save_picture([picture], file)
+    log.add_preview(run.step, picture)
 
 
 def draw_preview(run: Run, classes: list[int]) -> np.ndarray:
@@ -291,6 +307,56 @@ def draw_into(evaluator: Any, run: Run, num: int, stop: StopSignal) -> tuple[boo
                 continue
             evaluator.update(torch.from_numpy(images), index, [label(i) for i in index])
     return False, failed
+
+
+def describe_sample(run: Run) -> dict[str, Any]:
+    """Say what the images that a run measures are, as sample.py does: JSON values."""
+    return {
+        "weights": {"part": "ema", "step": run.step},
+        **assemble.describe_sampling(run.config),
+        "codec": run.codec.identity,
+        **{"labels": "random", "classes": "all", "num": run.config.fid.num, "nfe": run.image_sampler.nfe},
+        **{"precision": "no", "tf32": run.cfg.tf32 and run.device.type == "cuda"},
+    }
+
+
+def accuracies(run: Run, first: int, first_five: int, num: int) -> dict[str, Any]:
+    """Make a line of eval.jsonl from the counts of `count_correct`."""
+    options = run.config.eval
+    return {
+        "step": run.step,
+        **{"top1": round(100 * first / num, 4), "top5": round(100 * first_five / num, 4), "num_samples": num},
+        "weights": "ema",
+        "reference": {key: value for key, value in options.data.items() if key != "images"},
+        "protocol": f"crop {options.crop:g}, bicubic",
+    }
+
+
+@torch.no_grad()
+def count_correct(run: Run, stop: StopSignal) -> Tensor | None:
+    """Count images of all processes by what the averaged weights, which the network has now, say of them.
+
+    Args:
+        run: Of a recogniser.
+        stop: A signal ends it early.
+
+    Returns:
+        (3,): those whose class is the first, is among the first five, and all; None if a signal stopped it.
+    """
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    num, size = len(run.evaluated_data), run.cfg.batch_size // run.cfg.accumulate // world
+    batches = [range(first, min(first + size, num)) for first in range(rank * size, num, world * size)]
+    views = run.process.evaluation_views(run.evaluated_data, run.config.eval.crop)
+    options = {"num_workers": run.cfg.workers(), "minutes": run.cfg.timeout, "pin": run.device.type == "cuda"}
+    counts = torch.zeros(3, dtype=torch.int64, device=run.device)
+    with contextlib.closing(load(views, batches, **options)) as loaded:
+        for _ in range(0, num, world * size):
+            if stop.share():
+                return None
+            if batch := next(loaded, None):  # the last round may be of fewer processes
+                x, y = (z.to(run.device, non_blocking=True) for z in batch)
+                counts += run.process.count_correct(run.averaged_network(x).float(), y)
+    return run.accelerator.reduce(counts, reduction="sum")
 
 
 def _is_older(file: Path, *sources: Path) -> bool:
@@ -338,7 +404,7 @@ def unfinished(
     Args:
         config: Of the run.
         step: Optimizer steps done.
-        due: Of `snapshot`, `preview` and `fid`.
+        due: Of `snapshot`, `preview`, `fid` and `evaluation`.
         accelerator: The processes.
         but: Those of `due` not to look for, in the main process.
     """
@@ -347,9 +413,11 @@ def unfinished(
     if accelerator.is_main_process:
         folder = Path(config.run_dir)
         lines = read_metrics(folder / DISTANCES_FILE)
+        evaluated = [line["step"] for line in read_metrics(folder / EVALUATIONS_FILE)]
         done = {
             "snapshot": (folder_of(folder, step, SNAPSHOTS) / checkpoint.RECORD).is_file(),
             "preview": preview_file(folder, step).exists(),
+            "evaluation": step in evaluated,
             "fid": any((line["step"], line.get("num_samples")) == (step, config.fid.num) for line in lines),
         }
         due = [name for name in due if not (done[name] or name in but)]

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vca_engine import assemble
 from vca_engine.config.cli import report_errors
 from vca_engine.files import typed_path
 from vca_engine.training.ema import gamma_of, name_of
@@ -185,9 +186,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     made = reconstruct(args.run, args.std, args.step, args.out)
+    use = assemble.command_to_use(checkpoint.read_record(made.folder)["config"]["process"]["name"], made.folder)
     print(
         f"wrote {made.folder}: width {args.std:g} at step {made.step}, from {made.num_snapshots} snapshots, whose "
-        f"profile is {made.error:.2%} from the wanted one. Sample with: python sample.py --checkpoint {made.folder}"
+        f"profile is {made.error:.2%} from the wanted one. {use}"
     )
     if made.error > LARGE_ERROR:
         width = "subtracts more than it averages" if made.std is None else f"has width {made.std:.3g}"

@@ -16,6 +16,7 @@ MAY_CHANGE = {  # settings that a resumed run may change: no step depends on the
     "run_dir",
     "sample",
     "fid",
+    "eval",
     "data.images",  # moved data, a moved autoencoder or cache; said when it happens
     "codec.path",
     "latents",

@@ -19,7 +19,7 @@ from vca_engine.distributed import full_tensor
 from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import LatentDataset
 from vca_engine.images.loader import load, to_device
-from vca_engine.images.order import EndlessBatches
+from vca_engine.images.order import EndlessBatches, NumberedBatches
 from vca_engine.precision import mixed_precision, set_tf32
 from vca_engine.records import differences, listed
 from vca_engine.sampling.guidance import guidance_of
@@ -31,6 +31,7 @@ from vca_engine.weights import checkpoint
 from vca_engine.weights.adapt import initialise
 from vca_engine.weights.checkpoint import CHECKPOINTS
 from vca_engine.weights.files import attention_of
+from vca_engine.weights.recogniser import initialise_recogniser
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -65,10 +66,12 @@ class Run:
     Attributes:
         config: Its settings, with every option of the attention; `cfg` is its group `train`.
         step: Optimizer steps done.
-        data: Images, or cached latents; `info` says what a network has to know of them.
+        data: Images, or cached latents; `info` says what a network has to know of them. `views` is what training reads
+            of them, and `evaluated_data` what a recogniser is evaluated on, if it is.
         model: The network as it is trained, wrapped or sharded; `network` is the same without the wrapper.
         averages: Name of a file -> average of the weights; `ema` is the one that images are drawn with.
-        image_sampler: Draws images with a copy of the network, whose weights are there within `averaged_weights`.
+        averaged_network: A copy of the network, to be used within `averaged_weights`.
+        image_sampler: Draws images with that; None of a recogniser.
         messages: Sentences to print at the start.
 
     Raises:
@@ -77,6 +80,7 @@ class Run:
 
     def __init__(self, config: Config, accelerator: Accelerator, start: Path | None = None) -> None:
         self.config, self.cfg, self.folder = config, config.train, Path(config.run_dir)
+        self.is_generator = assemble.is_generator(config)
         self.accelerator, self.device, self.start = accelerator, accelerator.device, start
         set_tf32(self.cfg.tf32)
         self.data = LatentDataset(config.latents) if config.latents else assemble.images(config)
@@ -86,12 +90,17 @@ class Run:
             self.codec.to(memory_format=torch.channels_last)
         if config.latents:
             self.data.check(assemble.needed_latents(config, self.codec))
+        self.step, self.messages = 0, [] if config.latents else [*self.data.notes]
         self.process = assemble.process(config)
-        sampler = assemble.sampler(config, self.process)
+        sampler = assemble.sampler(config, self.process) if self.is_generator else None
         network = self._make_network()
+        self.views, self.evaluated_data = self.data, None
+        if not self.is_generator:
+            self.views = self.process.training_views(self.data, config.seed)
+            self.evaluated_data = assemble.images_to_evaluate(config, self.info)
+            self.messages += [f"eval.data: {note}" for note in self.evaluated_data.notes] if self.evaluated_data else []
         self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
 
-        self.step, self.messages = 0, [] if config.latents else [*self.data.notes]
         record = checkpoint.read_record(start) if start else {"step": 0}
         if start:
             self._check_data(record)
@@ -100,9 +109,12 @@ class Run:
             if self.continues_another:
                 self.messages.append(f"resumes {start}")
         elif config.init:
-            adapted = initialise(network, config.init, self.info.class_names)
+            start_from = initialise if self.is_generator else initialise_recogniser
+            adapted = start_from(network, config.init, self.info.class_names)
             self.messages.append(f"starts from {config.init}: {adapted}")
-        self.image_sampler = self._make_image_sampler(network, sampler)
+        self.averaged_network = copy.deepcopy(network).eval().requires_grad_(False).to(self.device)
+        self.image_sampler = self._make_image_sampler(sampler) if sampler else None
+        _drop_weights(self.averaged_network)
         self._prepare(network)
         self.ema = Ema(self.network, constant(self.cfg.ema_decay, self.cfg.ema_warmup))
         widths = {name_of(std): Ema(self.network, power(std)) for std in self.cfg.ema_stds}
@@ -113,7 +125,7 @@ class Run:
                 ema.load(checkpoint.read(start, name))
             checkpoint.load_optimizer(start, self.network, self.optimizer)
             self.meter.load(checkpoint.read(start, "meter")["rows"], record["skipped"])
-        self.order = self._make_order()
+        self.order = _make_order(self)
         if self.cfg.batch_size > len(self.data):
             given, num = self.cfg.batch_size, len(self.data)
             text = f"note: train.batch_size {given} is more than the {num:,} images; a step is {given / num:.2f} epochs"
@@ -123,7 +135,7 @@ class Run:
 
     def __str__(self) -> str:
         return (
-            f"{self.folder}: {type(self.image_sampler.network).__name__}, {self.num_parameters:,} parameters; "
+            f"{self.folder}: {type(self.averaged_network).__name__}, {self.num_parameters:,} parameters; "
             f"{len(self.data):,} images, {self.num_classes:,} classes; {self.cfg.num_steps:,} steps of "
             f"{self.cfg.batch_size} images, {self.step:,} done; {self.accelerator.num_processes} x {self.device.type}, "
             f"precision {self.accelerator.mixed_precision}"
@@ -133,19 +145,20 @@ class Run:
         """Read batches from this step on: images (B, C, H, W) or moments, labels (B,), and positions (B,)."""
         workers = self.cfg.workers(cached=self.config.latents is not None)
         pin = self.device.type == "cuda" and not self.cfg.preload
-        loaded = load(self.data, self.order, num_workers=workers, minutes=self.cfg.timeout, pin=pin)
+        loaded = load(self.views, self.order, num_workers=workers, minutes=self.cfg.timeout, pin=pin)
         return to_device(loaded, self.order, self.device)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Give the image sampler the averaged weights, on every process, in the block. All processes call this."""
-        self.image_sampler.weights = f"ema of step {self.step}"
-        for name, p in self.image_sampler.network.named_parameters():
+        """Let `averaged_network` have the averaged weights, on every process, in the block. All processes call this."""
+        if self.image_sampler:
+            self.image_sampler.weights = f"ema of step {self.step}"
+        for name, p in self.averaged_network.named_parameters():
             p.data = full_tensor(self.ema.weights[name])
         try:
             yield
         finally:
-            _drop_weights(self.image_sampler.network)
+            _drop_weights(self.averaged_network)
 
     @property
     def continues_another(self) -> bool:
@@ -187,53 +200,38 @@ class Run:
         self.config = dataclasses.replace(config, model=model)
         return network
 
-    def _make_image_sampler(self, network: nn.Module, sampler: Sample) -> ImageSampler:
-        """Make what draws previews and the images to measure, on a copy of the network without weights."""
-        network = copy.deepcopy(network).eval().requires_grad_(False).to(self.device)
-        image_sampler = ImageSampler(
-            network,
+    def _make_image_sampler(self, sampler: Sample) -> ImageSampler:
+        """Make what draws previews and the images to measure."""
+        return ImageSampler(
+            self.averaged_network,
             sampler,
             self.codec.decode,
             seed=self.config.sample.seed,
             guidance=guidance_of(self.config.sample),
             noise_level=self.process.noise_level,
         )
-        _drop_weights(network)
-        return image_sampler
 
     def _prepare(self, network: nn.Module) -> None:
         """Bring the network to its device, wrap or shard it, and make its optimizer."""
         cfg = self.cfg
-        network.grad_checkpointing = cfg.grad_checkpointing
         if cfg.compile:
-            for block in network.blocks:
+            for block in assemble.blocks(network):
                 block.compile()  # in place, so the keys stay
         network = network.to(self.device)
+        parameters = list(network.parameters())
+        groups = [{"params": parameters}]
+        if not self.is_generator:  # without weight decay of gains and biases
+            groups = [{"params": [p for p in parameters if p.ndim > 1]}]
+            groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
-            network.parameters(), lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=cfg.fused
+            groups, lr=cfg.lr, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=cfg.fused
         )
         self.model, optimizer = self.accelerator.prepare(network, optimizer)
         self.network, self.optimizer = self.accelerator.unwrap_model(self.model), optimizer.optimizer
         self.model.train()
-        self.network.y_embedder.eval()  # the step drops the labels
-
-    def _make_order(self) -> EndlessBatches:
-        """Make the order in which this process reads the images, from this step on."""
-        if self.cfg.batch_size % self.cfg.accumulate:
-            larger = self.cfg.accumulate * -(-self.cfg.batch_size // self.cfg.accumulate)  # rounded up
-            raise ValueError(
-                f"train.batch_size {self.cfg.batch_size} is not a multiple of train.accumulate {self.cfg.accumulate}; "
-                f"choose another of the two, e.g. --train.batch_size {larger}."
-            )
-        return EndlessBatches(
-            len(self.data),
-            self.cfg.batch_size // self.cfg.accumulate,
-            seed=self.config.seed,
-            flip=self.data.flip,
-            start=self.step * self.cfg.accumulate,
-            rank=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
+        if self.is_generator:
+            self.network.grad_checkpointing = cfg.grad_checkpointing
+            self.network.y_embedder.eval()  # the step drops the labels
 
     def _preload(self) -> None:
         if not self.config.latents:
@@ -253,6 +251,28 @@ class Run:
             raise ValueError(
                 f"{str(self.start)!r} was trained on other data, or through another autoencoder: {listed(different)}."
             )
+
+
+def _make_order(run: Run) -> EndlessBatches:
+    """Make the order in which this process reads the images of a run, from its step on."""
+    if run.cfg.batch_size % run.cfg.accumulate:
+        larger = run.cfg.accumulate * -(-run.cfg.batch_size // run.cfg.accumulate)  # rounded up
+        raise ValueError(
+            f"train.batch_size {run.cfg.batch_size} is not a multiple of train.accumulate {run.cfg.accumulate}; "
+            f"choose another of the two, e.g. --train.batch_size {larger}."
+        )
+    order = (EndlessBatches if run.is_generator else NumberedBatches)(
+        len(run.data),
+        run.cfg.batch_size // run.cfg.accumulate,
+        seed=run.config.seed,
+        flip=run.data.flip,
+        start=run.step * run.cfg.accumulate,
+        rank=run.accelerator.process_index,
+        num_processes=run.accelerator.num_processes,
+    )
+    if not run.is_generator:
+        run.process.check_batch(len(order.positions(0)))
+    return order
 
 
 def _drop_weights(network: nn.Module) -> None:

@@ -23,12 +23,14 @@ def draws(seed: int, positions: Tensor, shape: Sequence[int]) -> tuple[Tensor, T
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """Compute the rate of the step after `step` done ones: linear warm-up, then constant or cosine to 0."""
-    warmup = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    """Compute the rate of the step after `step` done ones: linear warm-up, then constant or cosine, then cool-down."""
+    if step < cfg.warmup_steps:
+        return cfg.warmup_lr + (cfg.lr - cfg.warmup_lr) * ((step + 1) / cfg.warmup_steps)
     if cfg.schedule == "constant":
-        return cfg.lr * warmup
-    progress = max(0.0, step - cfg.warmup_steps) / max(1, cfg.num_steps - cfg.warmup_steps)
-    return cfg.lr * warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return cfg.lr
+    last = cfg.num_steps - cfg.cooldown_steps
+    progress = (step - cfg.warmup_steps) / max(1, last - cfg.warmup_steps)
+    return cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def nan_if_not_finite(loss: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def adapt(
         elif key.startswith("final_layer.linear.") and tensor.shape[1:] == initial.shape[1:]:
             tensor, what = fit_channels(tensor, initial, model.patch_size**2)
         elif key.endswith((".positive_embed", ".negative_embed")) and tensor.shape[::2] == initial.shape[::2]:
-            tensor, what = _interpolate(key, tensor, model.get_submodule(key.rpartition(".")[0]).contrast_grid)
+            grid = model.get_submodule(key.rpartition(".")[0]).contrast_grid
+            tensor, what = interpolate_embeddings(key, tensor, grid)
         if tensor.shape != initial.shape:
             raise ValueError(_misfit(key, tuple(tensor.shape), tuple(initial.shape)))
         result.state[key] = tensor
@@ -198,7 +199,7 @@ def fit_channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tens
     return new.flatten(0, 1), what
 
 
-def _interpolate(key: str, embed: Tensor, grid: tuple[int, int]) -> tuple[Tensor, str]:
+def interpolate_embeddings(key: str, embed: Tensor, grid: tuple[int, int]) -> tuple[Tensor, str]:
     """Interpolate (1, n, C) on a square grid to (1, a b, C), bilinear: nothing overshoots; smoothed if it shrinks."""
     side = math.isqrt(embed.shape[1])
     if side**2 != embed.shape[1]:
@@ -217,4 +218,4 @@ def _misfit(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> str:
 
 def _compact(names: Iterable[str]) -> list[str]:
     """Give each name once for all blocks: blocks.0.x, blocks.1.x -> blocks.*.x."""
-    return list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))
+    return list(dict.fromkeys(re.sub(r"\b(blocks|block\d|layers|stage\d)\.\d+\.", r"\1.*.", name) for name in names))

@@ -78,9 +78,8 @@ def save(final: Path, step: int, parts: Parts, record: Mapping[str, Any]) -> Non
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Name an optimizer's state, in the shapes of the model's parameters, after these: NAME/exp_avg."""
-    state = optimizer.state_dict()["state"]
-    names = [name for name, _ in model.named_parameters()]
-    return {f"{names[i]}/{key}": value for i, entry in state.items() for key, value in entry.items()}
+    state, places = optimizer.state_dict()["state"], _places(model, optimizer)
+    return {f"{name}/{key}": value for name, i in places.items() for key, value in state.get(i, {}).items()}
 
 
 def steps(run_dir: Path, kind: str = CHECKPOINTS) -> list[Path]:
@@ -267,12 +266,19 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
         ValueError: The file is truncated or not safetensors.
     """
     tensors = read(folder, "optimizer")
-    state: dict[int, dict[str, Tensor]] = {i: {} for i, _ in enumerate(model.parameters())}
-    index = {name: (i, p) for i, (name, p) in enumerate(model.named_parameters())}
+    places, parameters = _places(model, optimizer), dict(model.named_parameters())
+    state: dict[int, dict[str, Tensor]] = {i: {} for i in places.values()}
     for key, value in tensors.items():
-        i, parameter = index[key.rpartition("/")[0]]
+        name = key.rpartition("/")[0]
+        i, parameter = places[name], parameters[name]
         state[i][key.rpartition("/")[2]] = shard_like(value, parameter) if value.shape == parameter.shape else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _places(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
+    """Number the parameters of a model, by name, as the optimizer's state does: group after group."""
+    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    return {name: numbers[id(p)] for name, p in model.named_parameters()}
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import argparse
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -73,13 +73,14 @@ def locate(path: str | Path) -> Path:
         raise FileNotFoundError(f"no weights at {str(path)!r}: {error}.") from None
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path, marks: Sequence[str] = MARKS) -> Weights:
     """Read the tensors that a path holds; of several sets, the averaged ones; of diffusers, with the published keys.
 
     Args:
         path: A run's folder or one of its checkpoints; a safetensors file; a file of `torch.save` that holds a state
             dict, itself or under any name, see `wrappings`; a folder saved by a diffusers DiT or its pipeline, or by
             `DiT.save_pretrained`; or the name of such a model on the hub, e.g. facebook/DiT-XL-2-256.
+        marks: Keys of which the network in a file has one.
 
     Raises:
         FileNotFoundError: There is no such path, or a folder lacks one of its files.
@@ -91,7 +92,7 @@ def read_weights(path: str | Path) -> Weights:
         class_names = checkpoint.read_record(folder)["shape"].get("class_names")
         return Weights(checkpoint.read(folder, "ema"), "ours", class_names)
     content, kind, options = _read_folder(path) if path.is_dir() else _read_file(path)
-    tensors = checkpoint.check_finite(_network_in(content, path), path)
+    tensors = checkpoint.check_finite(_network_in(content, path, marks), path)
     if not any(key.startswith("transformer_blocks.") for key in tensors):
         return Weights(tensors, kind, options=options)
     try:
@@ -116,7 +117,8 @@ def attention_of(path: str | Path) -> dict[str, Any] | None:
     if not (file.is_file() and (path / HUB_FILE).is_file()):
         return None
     config = read_json(file)
-    return None if "_class_name" in config else before_joint(config.get("attention", "vca"))
+    of_others = {"_class_name", "architecture"} & config.keys()  # of diffusers, of timm
+    return None if of_others else before_joint(config.get("attention", "vca"))
 
 
 class _Content(NamedTuple):
@@ -207,18 +209,18 @@ def _load_torch(file: Path, memory_mapped: bool) -> Any:
         raise ValueError(f"{str(file)!r} is truncated or not a file of weights: {reason}") from None
 
 
-def _network_in(content: Any, file: Path) -> dict[str, Tensor]:
+def _network_in(content: Any, file: Path, marks: Sequence[str]) -> dict[str, Tensor]:
     """Find the weights of the network in what a file holds: of several the largest, of equal ones the averaged.
 
     Raises:
-        ValueError: There is no tensor in it, or none of a DiT or SiT.
+        ValueError: There is no tensor in it, or no network with one of `marks`.
     """
-    networks = find_networks(content)
+    networks = find_networks(content, marks)
     if not networks:
         raise ValueError(
             f"{str(file)!r} holds no state dict, itself or under one of ema, model, state_dict or any other name, of a "
-            f"DiT or SiT: no key ends in {' or '.join(MARKS)}. It holds {describe_keys(content) or 'no names'}. "
-            "Give another file, or the folder of a run."
+            f"{'DiT or SiT' if marks is MARKS else 'recogniser'}: no key ends in {' or '.join(marks)}. It holds "
+            f"{describe_keys(content) or 'no names'}. Give another file, or the folder of a run."
         )
     chosen, *others = networks
     if equal := [other for other in others if other.rank == chosen.rank and not _same(other.tensors, chosen.tensors)]:

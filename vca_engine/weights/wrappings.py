@@ -6,7 +6,7 @@ has wrapped the network in stands in the keys: before all of them (`model.`, `ne
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -42,13 +42,14 @@ class Candidate(NamedTuple):
         return self.place.rstrip(".") or "the file itself"
 
 
-def find_networks(content: Any) -> list[Candidate]:
-    """Find the weights of each DiT and SiT in what a file holds: the largest first, of equal ones the averaged.
+def find_networks(content: Any, marks: Sequence[str] = MARKS) -> list[Candidate]:
+    """Find the weights of each network in what a file holds: the largest first, of equal ones the averaged.
 
     Args:
         content: Nested mappings and lists, or a state dict.
+        marks: Keys of which each network has one.
     """
-    found = [candidate for place, state in _state_dicts(content) for candidate in _candidates(place, state)]
+    found = [candidate for place, state in _state_dicts(content) for candidate in _candidates(place, state, marks)]
     return sorted(found, key=lambda candidate: candidate.rank, reverse=True)
 
 
@@ -97,9 +98,10 @@ def _unwrapped(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
-def _candidates(place: str, state: Mapping[str, Tensor]) -> Iterator[Candidate]:
+def _candidates(place: str, state: Mapping[str, Tensor], marks: Sequence[str]) -> Iterator[Candidate]:
     """Yield the networks in one state dict; a key belongs to the longest prefix of a network that it begins with."""
-    prefixes = sorted({p for p in map(_prefix, state) if p is not None}, key=len, reverse=True)
+    prefixes = {p for p in (_prefix(key, marks) for key in state) if p is not None}
+    prefixes = sorted(prefixes, key=len, reverse=True)
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     for key, tensor in state.items():
         prefix = next((p for p in prefixes if key.startswith(p)), None)
@@ -108,9 +110,9 @@ def _candidates(place: str, state: Mapping[str, Tensor]) -> Iterator[Candidate]:
     yield from (Candidate(place + prefix, tensors) for prefix, tensors in parts.items())
 
 
-def _prefix(key: str) -> str | None:
+def _prefix(key: str, marks: Sequence[str]) -> str | None:
     """Give what stands before the mark of a network, "" or with a dot at its end; None where the key is no mark."""
-    for mark in MARKS:
+    for mark in marks:
         prefix = key.removesuffix(mark)
         if prefix != key and (not prefix or prefix.endswith(".")):
             return prefix
