@@ -6,9 +6,9 @@
     torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml --data.images DIR    (the same)
 
 Order of the data, times, noise, dropped labels, and the views and mixtures of images that a recogniser learns from are
-functions of the seed and of the image's position in the run. So
-a run that was stopped and resumed is the run that was not, also on another number of processes: with the same number on
-a CPU bit for bit, else to rounding. Ctrl-C, SIGTERM and SIGUSR1 write a checkpoint and end it with exit code 75.
+functions of the seed and of the image's position in the run. So a run that was stopped and resumed is the run that was
+not, also on another number of processes: with the same number on a CPU bit for bit, else to rounding. Ctrl-C, SIGTERM,
+SIGUSR1 and SIGHUP write a checkpoint and end it with exit code 75.
 """
 
 import contextlib

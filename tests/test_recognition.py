@@ -441,17 +441,14 @@ class TestOtherPrograms:
                 main(words)
             assert stop.value.code == 2
             said = capsys.readouterr().err
-            assert (
-                "holds a recogniser, deit_tiny, which draws no images; evaluate it with: python -m classify eval"
-                in said
-            )
+            assert "holds a recogniser, deit_tiny, which draws no images; how many it recognises is in its run" in said
         assert not (tmp_path / "out").exists()
 
     def test_another_width_of_the_average_can_be_made(self, tmp_path, capsys):
         folder = run(tmp_path / "run", 4, "--train.snapshot_every 1")
         reconstruct.main([str(folder), "--std", "0.08"])
         (made,) = (folder / "reconstructed").iterdir()
-        assert f"Evaluate with: python -m classify eval {made}" in capsys.readouterr().out
+        assert f"A recogniser is in {made}." in capsys.readouterr().out
 
 
 class TestFolders:

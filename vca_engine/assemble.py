@@ -125,8 +125,7 @@ def process_kind(config: Config) -> ProcessKind:
 def command_to_use(process: str, folder: Path) -> str:
     """Say what to type to use the weights in a folder, as its process is."""
     generates = bool(lookup(PROCESSES, process, "process.name").samplers)
-    use = "Sample with: python sample.py --checkpoint" if generates else "Evaluate with: python -m classify eval"
-    return f"{use} {folder}"
+    return f"Sample with: python sample.py --checkpoint {folder}" if generates else f"A recogniser is in {folder}."
 
 
 def is_generator(config: Config) -> bool:

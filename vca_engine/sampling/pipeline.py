@@ -94,8 +94,8 @@ class Pipeline(TrainedModel):
         model = load_model(path, weights, process, vae)
         if not assemble.is_generator(model.config):
             raise ValueError(
-                f"{str(path)!r} holds a recogniser, {model.config.model.name}, which draws no images; evaluate it "
-                f"with: python -m classify eval {path}"
+                f"{str(path)!r} holds a recogniser, {model.config.model.name}, which draws no images; how many it "
+                "recognises is in its run's eval.jsonl, if the run had eval.data."
             )
         model.network.to(device)
         model.codec.to(device)
