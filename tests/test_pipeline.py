@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +28,7 @@ from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.tables import trajectories
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import diffusers_config, to_diffusers
+from vca_engine.weights.files import read_weights
 from vca_engine.weights.published import read_published
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
@@ -558,6 +560,15 @@ def nodes(value, path=()):
 
 EVIL = {"class_path": "os.system", "init_args": {"command": "touch executed"}}
 ODD = [EVIL, "os.system", 7, -1, 2.5, None, [], True, 10**30]
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_written_and_read(tmp_path):
+    pipe = small(tmp_path / "run", sampler={"name": "ode", "method": "euler", "num_steps": 2}, per_class=1)
+    folder = tmp_path / os.fsdecode(b"saved\xff")
+    pipe.save_pretrained(folder)
+    assert "# saved?" in (folder / "README.md").read_text()
+    assert Pipeline.from_pretrained(folder).sha256 == pipe.sha256
+    assert read_weights(folder / "ema.safetensors").tensors.keys() == pipe.network.state_dict().keys()
 
 
 def test_no_value_in_a_record_is_called_or_ends_without_a_sentence(tmp_path, capsys, monkeypatch):

@@ -36,7 +36,7 @@ def model_card(
     """
     data = ModelCardData(license=license, library_name=library, tags=[*TAGS, *tags])
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items() if value is not None]
-    return "\n".join(
+    text = "\n".join(
         [
             *("---", data.to_yaml(), "---", "", f"# {title}", ""),
             *("```python", usage.strip("\n"), "```", ""),
@@ -45,6 +45,7 @@ def model_card(
             *("| | |", "|---|---|", *rows, ""),
         ]
     )
+    return text.encode(errors="replace").decode()  # the name of a folder need not be text
 
 
 def facts_of(record: Mapping[str, Any], weights: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -200,7 +201,7 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
         there = sorted(f.stem for f in folder.glob("*.safetensors"))
         raise FileNotFoundError(f"the checkpoint lacks {str(file)!r}; it has {there}. {GO_BACK}")
     try:
-        tensors = load_file(file)
+        tensors = read_safetensors(file)
     except SafetensorError as error:
         raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}. {GO_BACK}") from None
     if name != "meter":  # which has the norms of skipped steps, too
@@ -211,6 +212,19 @@ def read(folder: Path, name: str) -> dict[str, Tensor]:
             f"{str(file)!r} is damaged, or of another checkpoint: it does not have its checksum. {GO_BACK}"
         )
     return tensors
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, name -> tensor of its own shape (N, ...); its path need not be UTF-8.
+
+    Raises:
+        SafetensorError: It is something else, or damaged.
+    """
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:  # which the library cannot open
+        return safetensors.torch.load(file.read_bytes())
+    return load_file(file)
 
 
 def check_finite(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vca import before_joint
@@ -164,7 +163,7 @@ def _read_file(file: Path) -> _Content:
         head = f.read(9)
     if head[8:] == b"{":
         try:
-            return _Content(load_file(file), "safetensors")
+            return _Content(checkpoint.read_safetensors(file), "safetensors")
         except SafetensorError as error:
             raise ValueError(f"{str(file)!r} is truncated or not a safetensors file: {error}.") from None
     if head.startswith((b"PK\x03\x04", b"\x80")):
