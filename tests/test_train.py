@@ -36,7 +36,7 @@ from vca_engine.images.loader import DeadWorkerError, load
 from vca_engine.records import read_json
 from vca_engine.sampling.guidance import Guidance
 from vca_engine.sampling.pipeline import Pipeline
-from vca_engine.signals import SIGNALS, STOPPED
+from vca_engine.signals import SIGNALS, STOPPED, StopSignal
 from vca_engine.training import log as logs
 from vca_engine.training.log import Log, plot_losses, read_metrics, smooth
 from vca_engine.training.meter import Meter
@@ -171,6 +171,13 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, capsys, monke
     assert_same(tensors(run(folder, 6, options)), tensors(whole))
     assert metrics(folder) == metrics(whole)  # the line of step 4 knows of step 3, which was before the stop
     assert pictures(folder) == pictures(whole)
+
+
+def test_what_nohup_began_outlives_its_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopSignal()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
 
 
 def children(pid):

@@ -33,7 +33,7 @@ class StopSignal:
         self.group: Any = None
         self.num_processes = 0
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            if not _is_nohup(number):
                 signal.signal(number, self._receive)
 
     def begin(self, accelerator: Accelerator, minutes: int) -> None:
@@ -94,5 +94,10 @@ def end_on_signals() -> None:
         raise SystemExit(128 + number)
 
     for number in ENDING[1:]:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+        if not _is_nohup(number):
             signal.signal(number, end)
+
+
+def _is_nohup(number: int) -> bool:
+    """Say whether a signal is that of a closed terminal, which nohup has the program ignore."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
