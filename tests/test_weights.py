@@ -16,7 +16,7 @@ from dit_vca import DiT
 from sit_vca import SiT
 from vca import sincos_2d
 from vca_engine.weights import checkpoint
-from vca_engine.weights.adapt import adapt, initialise
+from vca_engine.weights.adapt import adapt, initialise, rows_by_name
 from vca_engine.weights.diffusers import from_diffusers
 from vca_engine.weights.files import locate, read_weights
 
@@ -521,3 +521,8 @@ def test_a_file_of_weights_of_a_run_that_has_diverged_is_named(tmp_path, name):
     (save_file if name.endswith("safetensors") else torch.save)(state, tmp_path / name)
     with pytest.raises(ValueError, match=rf"{name}' holds values that are not finite in blocks\.1\.mlp\.fc1\.bias: "):
         read_weights(tmp_path / name)
+
+
+def test_classes_go_by_names_that_look_the_same():
+    """An accented letter as one character, and as two; the first of names that stand twice."""
+    assert rows_by_name(["caf\u00e9", "b", "b"], ["b", "x", "cafe\u0301"]) == [(1, 0), (0, 2)]

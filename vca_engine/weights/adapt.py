@@ -33,6 +33,14 @@ class Adapted:
     missing: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
+    def take(self, key: str, tensor: Tensor, what: str) -> None:
+        """Take a tensor (N, ...) of the shape that the model has; `what` says what was done to it, if anything was."""
+        self.state[key] = tensor
+        if what:
+            self.changed[key] = what
+        else:
+            self.loaded.append(key)
+
     def __str__(self) -> str:
         """Write a line of counts, and a line each for what was changed, is missing and is unused."""
         taken = len(self.loaded) + len(self.changed)
@@ -92,11 +100,7 @@ def adapt(
             tensor, what = interpolate_embeddings(key, tensor, grid)
         if tensor.shape != initial.shape:
             raise ValueError(_misfit(key, tuple(tensor.shape), tuple(initial.shape)))
-        result.state[key] = tensor
-        if what:
-            result.changed[key] = what
-        else:
-            result.loaded.append(key)
+        result.take(key, tensor, what)
     result.unused = [key for key in tensors if key not in own]
     return result
 
@@ -139,6 +143,12 @@ def _check_depth(tensors: Mapping[str, Tensor], model: Transformer) -> None:
         )
 
 
+def rows_by_name(old_names: Sequence[str], new_names: Sequence[str]) -> list[tuple[int, int]]:
+    """List the number of each class in both lists, (old, new), for the classes that both have; in the new order."""
+    number = {composed(name): old for old, name in reversed([*enumerate(old_names)])}
+    return [(number[composed(name)], new) for new, name in enumerate(new_names) if composed(name) in number]
+
+
 def _class_rows(
     tensor: Tensor,
     initial: Tensor,
@@ -155,11 +165,7 @@ def _class_rows(
         num_classes = model.num_classes if len(tensor) == len(initial) else len(tensor) - 1
     if len(tensor) - num_classes not in (0, 1):
         raise ValueError(f"{TABLE} has {len(tensor)} rows, which do not belong to {num_classes} classes.")
-    old_names, new_names = ([composed(name) for name in each] for each in (old_names, new_names))
-    if set(old_names) & set(new_names):
-        rows = [(old_names.index(name), new) for new, name in enumerate(new_names) if name in old_names]
-    else:
-        rows = [(i, i) for i in range(min(num_classes, model.num_classes))]
+    rows = rows_by_name(old_names, new_names) or [(i, i) for i in range(min(num_classes, model.num_classes))]
     kept = len(rows)
     if has_null := len(tensor) > num_classes and model.null_class is not None:
         rows.append((num_classes, model.null_class))

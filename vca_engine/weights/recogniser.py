@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca_engine.weights.adapt import Adapted, interpolate_embeddings
+from vca_engine.weights.adapt import Adapted, interpolate_embeddings, rows_by_name
 from vca_engine.weights.files import read_weights
 
 # A key that each has: DeiT and Swin, PVT, CSwin.
@@ -48,7 +48,7 @@ def initialise_recogniser(network: nn.Module, path: str, class_names: Sequence[s
                 continue
             tensor, what = found.tensors[key].to(initial), ""
             if HEAD.fullmatch(key) and tensor.shape[1:] == initial.shape[1:]:
-                tensor, what = _class_rows(tensor, initial, found.class_names, class_names)
+                tensor, what = _head_rows(tensor, initial, found.class_names, class_names)
             elif tensor.shape == initial.shape or tensor.shape[-1] != initial.shape[-1]:
                 pass
             elif POSITIONS.fullmatch(key):
@@ -61,11 +61,7 @@ def initialise_recogniser(network: nn.Module, path: str, class_names: Sequence[s
                     f"{key} is {tuple(tensor.shape)} in the file and {tuple(initial.shape)} in the model; only another "
                     "image size or number of classes can be fitted."
                 )
-            result.state[key] = tensor
-            if what:
-                result.changed[key] = what
-            else:
-                result.loaded.append(key)
+            result.take(key, tensor, what)
     except ValueError as error:
         raise ValueError(f"the weights at {str(path)!r} do not fit: {error}") from None
     result.unused = [key for key in found.tensors if key not in own]
@@ -84,14 +80,13 @@ def _check_blocks(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         raise ValueError(f"{key} is in the {where} only; weights of another depth cannot be fitted.")
 
 
-def _class_rows(
+def _head_rows(
     tensor: Tensor, initial: Tensor, old_names: Sequence[str] | None, new_names: Sequence[str]
 ) -> tuple[Tensor, str]:
     """Fit rows of the head (old classes, ...) to `initial` (new classes, ...), and say what of them was taken."""
     if old_names is None and len(tensor) == len(initial):
         return tensor, ""
-    number = {name: k for k, name in enumerate(old_names or [])}
-    rows = [(number[name], new) for new, name in enumerate(new_names) if name in number]
+    rows = rows_by_name(old_names or (), new_names)
     if len(rows) == len(tensor) == len(initial) and all(old == new for old, new in rows):
         return tensor, ""
     result = initial.clone()
