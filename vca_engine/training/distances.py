@@ -35,11 +35,11 @@ def best_of(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     Only those by the protocol of the last are compared.
     """
     best = {}
-    for last in results:
-        if name := measure_of(last):
-            choose = min if name in DISTANCES else max
-            found = choose((r for r in results if _kind(r) == _kind(last)), key=lambda r: r[name])
-            best[f"{name}-{last['num_samples']}"] = {"value": found[name], "step": found["step"]}
+    lasts = {(name, r["num_samples"]): r for r in results if (name := measure_of(r))}
+    for (name, num), last in lasts.items():
+        choose = min if name in DISTANCES else max
+        found = choose((r for r in results if _kind(r) == _kind(last)), key=lambda r: r[name])
+        best[f"{name}-{num}"] = {"value": found[name], "step": found["step"]}
     return best
 
 
