@@ -1,5 +1,6 @@
 """One thread, and the same random numbers in every test."""
 
+import contextlib
 import signal
 from pathlib import Path
 
@@ -19,6 +20,19 @@ def _seed():
     torch.manual_seed(0)
 
 
+@contextlib.contextmanager
+def new_process():
+    """Let what accelerate remembers be as at the start of a program within the block, and the signal handlers after it."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def as_in_a_new_process(request, monkeypatch):
     """For tests that call a script's main: what accelerate remembers and the signal handlers are as at the start.
@@ -28,14 +42,8 @@ def as_in_a_new_process(request, monkeypatch):
     if "drawn" not in request.keywords:
         for module in (log, outputs):
             monkeypatch.setattr(module, "plot_losses", lambda lines, file: None)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with new_process():
+        yield
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import new_process
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -119,13 +120,10 @@ def test_odd_words_of_the_export(place, capsys, words):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of two steps, and the tensors that it has after three."""
-    from accelerate.state import AcceleratorState, GradientState
-
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     for number in (2, 3):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train.main(options_of(folder, number, "--train.tracker none --train.sample_every 1"))
+        with new_process():
+            train.main(options_of(folder, number, "--train.tracker none --train.sample_every 1"))
         if number == 2:
             shutil.copytree(folder, folder.with_name("two"))
     return folder.with_name("two"), tensors_of(folder)
@@ -155,11 +153,9 @@ def test_damaged_files_of_a_run(trained, capsys, file, damage, place_of):
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(run, folder)
     break_file(folder / file, damage, place_of)
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    if outcome(capsys, train.main, options_of(folder, 3, "--train.tracker none --train.sample_every 1")):
+    with new_process():
+        done = outcome(capsys, train.main, options_of(folder, 3, "--train.tracker none --train.sample_every 1"))
+    if done:
         found = tensors_of(folder)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items())

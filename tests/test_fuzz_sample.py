@@ -5,7 +5,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import tempfile
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import new_process
 from hypothesis import given
 from hypothesis import strategies as st
 from test_fuzz import bounded
@@ -22,7 +22,6 @@ import sample
 import train
 import visualise
 from vca_engine.sampling import writers
-from vca_engine.signals import SIGNALS
 
 SMALL = (
     "--data.name digits --codec.name pixels --process.name flow --model.hidden_size 16 --model.depth 2 --model.num_heads 2 "
@@ -36,25 +35,22 @@ pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run, what measures its images, and one of each thing that sample.py and visualise.py make of it."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     folder = tmp_path_factory.mktemp("made")
-    AcceleratorState._reset_state(True)
-    train.main([*SMALL.split(), "--run_dir", str(folder / "run")])
-    AcceleratorState._reset_state(True)
+    with new_process():
+        train.main([*SMALL.split(), "--run_dir", str(folder / "run")])
     torch.manual_seed(0)
     fid.Classifier(10, 8).eval().save(folder / "judge.safetensors")
     np.savez(folder / "real.npz", np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), dtype=np.uint8))
-    for _, command in commands(folder):
-        if command[-1] == "--interrupted":
-            with pytest.MonkeyPatch.context() as patch:
-                kind = writers.EvaluatorWriter if "r.json" in str(command) else writers.ArrayWriter
-                patch.setattr(kind, "finish", stop)
-                with pytest.raises(SystemExit):
-                    sample.main(command[:-1])
-        else:
-            (visualise if "--maps" in command else sample).main(command)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with new_process():
+        for _, command in commands(folder):
+            if command[-1] == "--interrupted":
+                with pytest.MonkeyPatch.context() as patch:
+                    kind = writers.EvaluatorWriter if "r.json" in str(command) else writers.ArrayWriter
+                    patch.setattr(kind, "finish", stop)
+                    with pytest.raises(SystemExit):
+                        sample.main(command[:-1])
+            else:
+                (visualise if "--maps" in command else sample).main(command)
     return folder
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from conftest import new_process
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +31,6 @@ from vca_engine.sampling import writers
 from vca_engine.sampling.guidance import Guidance
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.sample_record import add_to_record, require_same_settings
-from vca_engine.signals import SIGNALS
 from vca_engine.training import reconstruct as ema
 from vca_engine.weights.files import read_weights
 
@@ -47,11 +47,9 @@ pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder, which the tests only read."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    train.main([*SMALL.split(), "--run_dir", str(folder)])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with new_process():
+        train.main([*SMALL.split(), "--run_dir", str(folder)])
     return folder
 
 

@@ -3,11 +3,11 @@
 import json
 import math
 import re
-import signal
 
 import numpy as np
 import pytest
 import torch
+from conftest import new_process
 from PIL import Image
 
 import train
@@ -35,11 +35,9 @@ def run_of(tmp_path_factory):
 
     def run(attention="vca"):
         if attention not in made:
-            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             made[attention] = tmp_path_factory.mktemp("runs") / attention
-            train.main([*SMALL.split(), "--model.attention.name", attention, "--run_dir", str(made[attention])])
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            with new_process():
+                train.main([*SMALL.split(), "--model.attention.name", attention, "--run_dir", str(made[attention])])
         return made[attention]
 
     return run
