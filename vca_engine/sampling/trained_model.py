@@ -69,6 +69,12 @@ class TrainedModel:
         """The hash of the network's weights, whatever file they were in."""
         return sha256_of_weights(self.network)
 
+    def facts(self) -> dict[str, Any]:
+        """Say where the weights were, on which device they are used, and by which versions: JSON values."""
+        gpu = self.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
+        return {"checkpoint": self.source, "device": device, **checkpoint.versions()}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that holds all that `from_pretrained` needs: weights, config, autoencoder, and a model card.
 
