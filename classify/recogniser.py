@@ -86,6 +86,14 @@ class Recogniser(TrainedModel):
         found.crop, found.precision = crop or model.config.eval.crop, precision
         return found
 
+    def usage(self, name: str) -> str:
+        """Write lines of Python that use the model out of the folder, or from the hub, by its name."""
+        return (
+            "from classify import Recogniser  # in a clone of the repository, or anywhere after pip install . in it\n\n"
+            f'recogniser = Recogniser.from_pretrained("{name}")\n'
+            'probabilities = recogniser(["image.jpg"])  # (1, K), in the order of recogniser.class_names'
+        )
+
     def views(self, images: Any) -> Views:
         """Give a dataset of what the network sees of a dataset of images, (C, image_size, image_size) each."""
         return self.process.evaluation_views(images, self.crop)

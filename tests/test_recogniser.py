@@ -171,3 +171,19 @@ def test_onnx_says_the_same(folder, tmp_path, capsys):
     assert (facts["crop"], facts["mean"], facts["sha256"]) == (1, [0.5], recogniser.sha256)
     assert "is there already" in sentence(capsys, "export", folder, "--out", file)
     assert "an export is a .onnx file" in sentence(capsys, "export", folder, "--out", tmp_path / "model.pt")
+
+
+def test_a_saved_recogniser_is_the_same(folder, tmp_path):
+    """Without the folders of this machine; and it begins another training."""
+    recogniser, saved = Recogniser.from_pretrained(folder, device="cpu"), tmp_path / "saved"
+    recogniser.save_pretrained(saved)
+    again, x = Recogniser.from_pretrained(saved, device="cpu"), torch.randn(2, 1, 8, 8)
+    assert torch.equal(again.logits(x), recogniser.logits(x))
+    assert again.class_names == recogniser.class_names
+    card = (saved / "README.md").read_text()
+    assert 'recogniser = Recogniser.from_pretrained("saved")' in card
+    assert "image-classification" in card
+    assert "image-generation" not in card
+    assert str(folder.parent) not in card + (saved / "checkpoint.json").read_text()
+    program.main(["eval", str(saved), "--out", str(tmp_path / "eval"), *DEVICE])
+    assert read_json(tmp_path / "eval" / "eval.json")["weights"]["sha256"] == recogniser.sha256

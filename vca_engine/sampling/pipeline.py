@@ -152,6 +152,15 @@ class Pipeline(TrainedModel):
         """Say what else is to be known of an image: where its autoencoder and weights were, the device, versions."""
         return {"autoencoder": self.config.codec.get("path"), **super().facts()}
 
+    def usage(self, name: str) -> str:
+        """Write lines of Python that use the model out of the folder, or from the hub, by its name."""
+        scale, first = self.config.sample.cfg_scale, self.class_names[0]
+        return (
+            "from vca_engine import Pipeline  # in a clone of the repository, or anywhere after pip install . in it\n\n"
+            f'pipe = Pipeline.from_pretrained("{name}")\n'
+            f"images = pipe(class_labels=[{first!r}], guidance_scale={scale}, seed=0).images"
+        )
+
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str],

@@ -17,7 +17,7 @@ from vca_engine.config.reading import Spec, from_dict
 from vca_engine.config.schema import Config, to_dict
 from vca_engine.files import folder_written_aside, sha256_of_weights
 from vca_engine.images.labels import DataInfo
-from vca_engine.sampling.model_card import facts_of, model_card
+from vca_engine.sampling.model_card import GENERATOR, RECOGNISER, facts_of, model_card
 from vca_engine.weights import checkpoint
 from vca_engine.weights.files import locate
 from vca_engine.weights.published import read_published
@@ -74,6 +74,10 @@ class TrainedModel:
         gpu = self.device.type == "cuda"
         device = torch.cuda.get_device_name(self.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
         return {"checkpoint": self.source, "device": device, **checkpoint.versions()}
+
+    def usage(self, name: str) -> str:
+        """Write lines of Python that use the model out of the folder, or from the hub, by its name."""
+        raise NotImplementedError
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that holds all that `from_pretrained` needs: weights, config, autoencoder, and a model card.
@@ -200,10 +204,6 @@ def _saved_record(model: TrainedModel) -> dict[str, Any]:
 
 def _card(model: TrainedModel, title: str) -> str:
     """Write the README.md of a folder of the model."""
-    scale = model.config.sample.cfg_scale
-    usage = "from vca_engine import Pipeline  # in a clone of the repository, or anywhere after pip install . in it\n\n"
-    usage += f'pipe = Pipeline.from_pretrained("{title}")\n'
-    usage += f"images = pipe(class_labels=[{model.class_names[0]!r}], guidance_scale={scale}, seed=0).images"
     trained = model.source.get("step") is not None
     known = facts_of(_saved_record(model), model.source["part"])
     facts = {
@@ -212,8 +212,9 @@ def _card(model: TrainedModel, title: str) -> str:
         "from": model.source["kind"],
         "SHA-256 of the weights": model.sha256,
     }
-    tags = ["visual-contrast-attention"] if model.config.model.attention["name"] == "vca" else []
-    return model_card(title, usage, facts, tags=tags, license="apache-2.0" if trained else "other")
+    tags = [*(GENERATOR if assemble.is_generator(model.config) else RECOGNISER)]
+    tags += ["visual-contrast-attention"] if model.config.model.attention["name"] == "vca" else []
+    return model_card(title, model.usage(title), facts, tags=tags, license="apache-2.0" if trained else "other")
 
 
 def _without_folders(value: Any) -> Any:
