@@ -5,7 +5,9 @@
     python -m classify export runs/deit_tiny_vca --out model.onnx    an ONNX file, checked against the network
     python -m classify COMMAND --help                                all its settings
 
-A run knows how its images are looked at. `accelerate launch -m classify eval ...` evaluates on all GPUs.
+A run knows how its images are looked at. In the place of one, a file of published weights, whose classes are the
+folders of DIR in alphabetical order: eval deit_tiny.pth --data.images DIR --crop 0.9. `accelerate launch -m classify
+eval ...` evaluates on all GPUs.
 """
 
 import dataclasses
@@ -47,7 +49,7 @@ class EvalArguments(WeightsOptions):
 
     Args:
         data: The images, as in training where they do not differ: --data.images DIR, --data.split test. Not given means
-            eval.data of the run. Classes are found by their names.
+            eval.data of the run. Classes are found by their names; those of published weights are taken in order.
         crop: Share of the shorter side of an image that is shown: 0.875 is 224 of 256 pixels; not given means as in
             training.
         batch_size: Images that go through the network together, on each process.
@@ -122,8 +124,10 @@ def run_eval(args: EvalArguments) -> None:
     given = dataclasses.replace(config, eval=dataclasses.replace(config.eval, data=args.data or config.eval.data))
     spec = assemble.spec_to_evaluate(given)
     if spec is None:
-        raise ValueError("the run has no eval.data; name the images to evaluate on: --data.images DIR.")
-    data = assemble.images_to_evaluate(spec, recogniser.info, "data")
+        raise ValueError("the run has no eval.data; name images to evaluate on: --data.images DIR.")
+    published = recogniser.source["kind"] == "published file"  # whose classes have no names
+    data = assemble.images_to_evaluate(spec, recogniser.info, "data", by_name=not published)
+    recogniser.info = dataclasses.replace(recogniser.info, class_names=data.class_names)
     out = Path(args.out or recogniser.folder / f"eval-step-{step:08d}")
     asked = {
         "weights": {"sha256": recogniser.sha256, "part": recogniser.source["part"], "step": step},

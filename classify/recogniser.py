@@ -15,14 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from classify.process import Views
+from classify.published import read_published_recogniser
 from vca_engine import assemble
 from vca_engine.files import content_of, written_aside
 from vca_engine.images.files import naming
 from vca_engine.images.pixels import check_beginning, read_image
 from vca_engine.precision import chosen_device, set_tf32
 from vca_engine.sampling.trained_model import TrainedModel, load_model
-from vca_engine.weights import checkpoint
-from vca_engine.weights.files import locate
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -53,11 +52,13 @@ class Recogniser(TrainedModel):
         tf32: bool = True,
         compile: bool = False,
     ) -> Self:
-        """Load a recogniser that train.py has trained.
+        """Load a recogniser.
 
         Args:
-            path: A run's folder (its newest checkpoint), or one of its checkpoints; or a name on the hub of one.
-            weights: ema, ema-0.05 and the like, or model.
+            path: A run's folder (its newest checkpoint), one of its checkpoints, or a folder that `save_pretrained`
+                wrote; a file of published weights of a network with its own attention, under timm's or the published
+                keys; or a name on the hub of one of these.
+            weights: Of a run: ema, ema-0.05 and the like, or model.
             crop: See `Recogniser`; not given means as in training.
             device: Not given means the GPU if there is one.
             precision: no (float32) or bf16.
@@ -70,12 +71,7 @@ class Recogniser(TrainedModel):
         """
         device = torch.device(device or chosen_device("auto"))
         set_tf32(tf32)
-        if checkpoint.newest(locate(path)) is None:
-            raise ValueError(
-                f"{str(path)!r} holds no checkpoint of train.py. To use weights of others, begin a run with them: "
-                f"train.py --init {path}."
-            )
-        model = load_model(path, weights, None, None)
+        model = load_model(path, weights, read=read_published_recogniser)
         if assemble.is_generator(model.config):
             raise ValueError(f"{str(path)!r} holds no recogniser; sample.py draws with it.")
         model.network.to(device)

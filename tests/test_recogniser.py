@@ -7,11 +7,12 @@ from functools import partialmethod
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import train
-from classify import Recogniser
+from classify import Recogniser, create
 from classify import __main__ as program
 from classify.evaluation import Evaluation
 from vca_engine.images.datasets import Digits
@@ -143,7 +144,7 @@ class TestPredict:
         assert "there is no image 'none.png'" in sentence(capsys, "predict", folder, "none.png", *DEVICE)
         assert "required: images" in sentence(capsys, "predict", folder)
         assert "did you mean 'predict'" in sentence(capsys, "predikt", folder)
-        assert "holds no checkpoint of train.py" in sentence(capsys, "predict", images / "some", images / "c.png")
+        assert "some' holds no weights" in sentence(capsys, "predict", images / "some", images / "c.png")
 
 
 def test_compiled_it_says_the_same(folder, monkeypatch):
@@ -187,3 +188,49 @@ def test_a_saved_recogniser_is_the_same(folder, tmp_path):
     assert str(folder.parent) not in card + (saved / "checkpoint.json").read_text()
     program.main(["eval", str(saved), "--out", str(tmp_path / "eval"), *DEVICE])
     assert read_json(tmp_path / "eval" / "eval.json")["weights"]["sha256"] == recogniser.sha256
+
+
+class TestPublished:
+    """Weights with timm's or the published keys, random ones: they say themselves which network they are of."""
+
+    @pytest.fixture
+    def images(self, tmp_path):
+        """Two folders of colour images, each in another size than the network's."""
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (300, 260, 3), dtype=np.uint8)
+            (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
+        return tmp_path / "images"
+
+    @pytest.mark.parametrize(
+        ("name", "side", "theirs"),
+        [("deit_tiny", 384, "deit_tiny_patch16_224"), ("swin_tiny", 224, "swin_tiny_patch4_window7_224")],
+    )
+    def test_timm_weights_give_timm_outputs(self, name, side, theirs, tmp_path, images):
+        """To 1e-6: the same operations; float32 softmax of views that timm's own transform makes."""
+        network = timm.create_model(theirs, num_classes=2, img_size=side).eval()
+        state = network.state_dict()
+        if name == "swin_tiny":
+            state["layers.0.blocks.1.attn_mask"] = torch.zeros(1)  # as in files of old
+        torch.save({"model": state}, tmp_path / "weights.pth")
+        recogniser = Recogniser.from_pretrained(tmp_path / "weights.pth", crop=0.9, device="cpu")
+        assert (recogniser.config.model.name, recogniser.info.image_size) == (name, side)
+        transform = timm.data.create_transform(side, interpolation="bicubic", crop_pct=0.9)
+        files = sorted(images.rglob("*.png"))
+        x = torch.stack([transform(Image.open(file)) for file in files])
+        with torch.no_grad():
+            expected = network(x).softmax(dim=1)
+        torch.testing.assert_close(recogniser(files), expected, rtol=0, atol=1e-6)
+
+    def test_classes_go_in_order(self, tmp_path, images, capsys):
+        torch.save(create("pvt_tiny", "own", num_classes=2).state_dict(), tmp_path / "pvt.pth")
+        words = ["--data.images", str(images), "--out", str(tmp_path / "out"), "--num_workers", "0", *DEVICE]
+        program.main(["eval", str(tmp_path / "pvt.pth"), *words])
+        assert [row["class"] for row in rows_of(tmp_path / "out" / "classes.csv")] == ["a", "b"]
+        torch.save(create("pvt_tiny", "own", num_classes=3).state_dict(), tmp_path / "pvt.pth")
+        said = sentence(capsys, "eval", tmp_path / "pvt.pth", *words)
+        assert "data has 2 classes, and the network 3." in said
+        torch.save(create("pvt_tiny", "vca", num_classes=3).state_dict(), tmp_path / "pvt.pth")
+        said = sentence(capsys, "eval", tmp_path / "pvt.pth", *words)
+        assert "with its own attention" in said
+        assert "pvt_tiny is nearest" in said

@@ -69,7 +69,13 @@ MAY_IMPORT = {  # room -> rooms; all may import themselves and, but for the netw
     "vca_engine.training": PEERS | NETWORKS | {"vca_engine.assemble", "vca_engine.sampling"},
     "fid": {"vca_engine.images"},
 }
-OF_CLASSIFY_PROGRAM = ("__main__", "recogniser", "evaluation", "pictures")  # files; they use what uses the rest of it
+OF_CLASSIFY_PROGRAM = (
+    "__main__",
+    "recogniser",
+    "published",
+    "evaluation",
+    "pictures",
+)  # files; they use what uses the rest of it
 PROGRAMS_MAY = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["benchmarks"] = PROGRAMS_MAY | {*SCRIPTS}
 

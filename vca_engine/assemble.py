@@ -214,13 +214,14 @@ def spec_to_evaluate(config: Config) -> dict[str, Any] | None:
     return {**config.data, **spec}
 
 
-def images_to_evaluate(spec: Spec, info: DataInfo, where: str = "eval.data") -> ImageDataset:
-    """Open a dataset that a recogniser is evaluated on; its labels are those of `info`, by the names of the classes.
+def images_to_evaluate(spec: Spec, info: DataInfo, where: str = "eval.data", by_name: bool = True) -> ImageDataset:
+    """Open a dataset that a recogniser is evaluated on, with its labels.
 
     Args:
         spec: The dataset by name with its options.
         info: Of what the network was made for.
         where: What a message calls the spec: eval.data, or data.
+        by_name: Number its classes as those of `info`, by their names; else it has as many, in the same order.
 
     Raises:
         FileNotFoundError: It is not there.
@@ -235,6 +236,10 @@ def images_to_evaluate(spec: Spec, info: DataInfo, where: str = "eval.data") -> 
             raise ValueError(
                 f"{where} has {name} {getattr(found, name)}, and the network takes {number}; choose the same."
             )
+    if not by_name:
+        if found.num_classes != len(info.class_names):
+            raise ValueError(f"{where} has {found.num_classes} classes, and the network {len(info.class_names)}.")
+        return found
     try:
         found.rename_classes(info.class_names)
     except ValueError as error:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,28 @@ class TrainedModel:
         return str(address)
 
 
-def load_model(path: str | Path, weights: str, process: str | Spec | None, vae: str | None) -> TrainedModel:
-    """Load a model on the CPU; see `Pipeline.from_pretrained` for the arguments and errors."""
+def load_model(
+    path: str | Path,
+    weights: str,
+    process: str | Spec | None = None,
+    vae: str | None = None,
+    read: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]] = read_published,
+) -> TrainedModel:
+    """Load a model on the CPU; see `Pipeline.from_pretrained` for the arguments and errors.
+
+    Args:
+        path: A run, a checkpoint, or weights of others.
+        weights: Of a run: ema, ...
+        process: Of weights of others, where they do not say it.
+        vae: The autoencoder, where it is not where it was.
+        read: (path, process) -> record and tensors of weights of others.
+    """
     local = locate(path)
     ours = checkpoint.newest(local)
     if ours is None:
         if weights != "ema":
             raise ValueError(f"weights is {weights!r}, but {str(local)!r} holds one set of weights; leave it out.")
-        record, tensors = read_published(local, process)
+        record, tensors = read(local, process)
     else:
         if process:
             raise ValueError(f"process is {process!r}, but {str(local)!r} says itself what it is; leave it out.")
