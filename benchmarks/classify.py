@@ -1,12 +1,12 @@
 """Whole recognisers: images a second and memory of inference and training, with their own attention and with VCA.
 
     python -m benchmarks.classify --models deit_tiny --sizes 224 --rounds 2           # a look
-    python -m benchmarks.classify                                                     # one CPU core
-    python -m benchmarks.classify --device cuda --compile --batch 128 --rounds 15 \
+    python -m benchmarks.classify                                                     # one CPU core: 11 minutes
+    python -m benchmarks.classify --device cuda --compile --batch 64 --rounds 15 \
         --out benchmarks/results/classify_gpu.json
 
 - inference: one evaluation of a batch.
-- training: a step of what train.py does to a recogniser, but for the views and mixtures of the images: drop path of 0.1,
+- training: a step of what train.py does to a recogniser, without the views and mixtures of images: drop path of 0.1,
   smoothed cross-entropy, backward, the norm of the gradient, AdamW, an average of the weights.
 
 bf16 on a GPU, and with --compile compiled blocks. `vca` takes turns with the network's own attention, `own`, after a
