@@ -120,7 +120,7 @@ class PVT(nn.Module):
         for stage, (blocks, side) in enumerate(zip(self.stages, self.sides, strict=True), start=1):
             x = getattr(self, f"patch_embed{stage}")(x)  # (B, N, C)
             if self.cls_token is not None and stage == len(DIMS):
-                x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, C)
+                x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+N, C)
             x = x + getattr(self, f"pos_embed{stage}")
             for block in blocks:
                 x = block(x)
