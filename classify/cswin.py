@@ -157,7 +157,7 @@ class CSwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of images: (B, C, image_size, image_size) -> (B, num_classes)."""
-        check_images(x, self.in_channels, self.image_size)
+        check_images(x, (self.in_channels, self.image_size, self.image_size))
         x = self.stage1_conv_embed(x)  # (B, N, C)
         for stage, blocks in enumerate(self.stages):
             if stage > 0:

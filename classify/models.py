@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any, Self
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
-from classify.block import DropPath
+from classify.block import DropPath, check_images
 from classify.cswin import STRIPES, CSwin
 from classify.pvt import PVT
 from classify.swap import find_blocks, put_attention
@@ -98,7 +98,13 @@ def _cswin(*depths: int) -> Recogniser:
 
 
 def _of_timm(name: str, *, image_size: int, in_channels: int, **sizes: Any) -> nn.Module:
-    return timm.create_model(name, img_size=image_size, in_chans=in_channels, **sizes)
+    network = timm.create_model(name, img_size=image_size, in_chans=in_channels, **sizes)
+    network.patch_embed.register_forward_pre_hook(_check_inputs)
+    return network
+
+
+def _check_inputs(patch_embed: timm.layers.PatchEmbed, inputs: tuple[Tensor]) -> None:
+    check_images(inputs[0], (patch_embed.proj.in_channels, *patch_embed.img_size))
 
 
 MODELS = {

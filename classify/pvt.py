@@ -116,7 +116,7 @@ class PVT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of images: (B, C, image_size, image_size) -> (B, num_classes)."""
-        check_images(x, self.in_channels, self.image_size)
+        check_images(x, (self.in_channels, self.image_size, self.image_size))
         for stage, (blocks, side) in enumerate(zip(self.stages, self.sides, strict=True), start=1):
             x = getattr(self, f"patch_embed{stage}")(x)  # (B, N, C)
             if self.cls_token is not None and stage == len(DIMS):
