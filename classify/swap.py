@@ -9,6 +9,7 @@ The layer takes over `qkv` and `proj`, so what a network has learned stays where
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def swap_attention(model: nn.Module, attention: Spec = "vca", *, blocks: Iterabl
     """Put another attention into blocks of a network, in place.
 
     The new layers look at the whole map of their stage: no windows, shift, mask, bias or spatial reduction. They take
-    over `qkv` and `proj`; `mhsa` in a vision transformer therefore changes no output.
+    over `qkv` and `proj`; `mhsa` in a vision transformer therefore changes no output. They are built for the size of
+    images that the network has now, so its `set_input_size` raises ValueError from now on.
 
     Args:
         model: A vision transformer of timm whose blocks have timm's plain `Attention` (ViT, DeiT, DINOv2, with or
@@ -81,6 +83,8 @@ def put_attention(model: nn.Module, specs: Mapping[int, Spec]) -> nn.Module:
             blocks[i] = Block(layer, block.norm1, block.norm2, block.mlp, block.drop_path1, block.drop_path2)
         else:
             block.attn = layer
+    if layers and hasattr(model, "set_input_size"):  # of timm; it would change all but the layers
+        model.set_input_size = partial(_refuse_input_size, type(model).__name__)
     return model
 
 
@@ -100,6 +104,14 @@ def find_blocks(model: nn.Module) -> list[Place]:
     else:
         raise ValueError(f"{type(model).__name__} has no blocks of a vision transformer; {ALLOWED}.")
     return [Place(blocks, i, grid, p) for blocks, grid, p in stages for i in range(len(blocks))]
+
+
+def _refuse_input_size(name: str, *given: Any, **options: Any) -> None:
+    raise ValueError(
+        f"set_input_size was called, but {name} has layers of swap_attention, which are built for one size: make the "
+        "network anew, timm.create_model(..., img_size=SIZE) and then swap_attention, or classify.create(..., "
+        "image_size=SIZE)."
+    )
 
 
 def _layer(model: nn.Module, place: Place, index: int, spec: Spec) -> nn.Module:

@@ -1,5 +1,6 @@
 """The recognisers: their numbers against the paper's, their own attention against timm and formulas, and swapping."""
 
+import copy
 import functools
 import importlib
 import re
@@ -488,6 +489,20 @@ def test_the_own_attention_of_timms_networks_can_be_given_another_size(name, siz
     assert model(torch.empty(1, 3, larger, larger, device="meta")).shape == (1, 3)
     with pytest.raises(ValueError, match=rf"made for images \(B, 3, {larger}, {larger}\)"):
         model(torch.empty(1, 3, size, size, device="meta"))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "swin_tiny"])
+def test_layers_that_were_swapped_in_keep_their_size(name):
+    model, x = create(name, num_classes=3, image_size=32).eval(), torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    for network in (model, copy.deepcopy(model)):
+        with pytest.raises(
+            ValueError, match=r"^set_input_size was called, but .*Transformer has layers of swap_attention"
+        ):
+            network.set_input_size(img_size=(64, 64))
+        assert torch.equal(network(x), expected)
+    before = swap_attention(timm.create_model("vit_tiny_patch16_224", img_size=32), "vca", blocks=[])
+    before.set_input_size(img_size=(64, 64))  # nothing was swapped
 
 
 @pytest.mark.parametrize("name", ["swin_tiny", "cswin_tiny"])
