@@ -85,7 +85,7 @@ def drop_paths(rate: float, num_blocks: int) -> list[float]:
     return [rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
 
 
-def initialise(model: nn.Module) -> None:
+def initialise_linear_layers(model: nn.Module) -> None:
     """Draw the weights of all linear layers from a truncated normal, std 0.02, and set their biases to zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -126,7 +126,7 @@ def keep_own() -> None:
     """Stand for the network's own attention, which has no options here."""
 
 
-CHOICES = {"own": keep_own, **ATTENTIONS}
+ATTENTION_CHOICES = {"own": keep_own, **ATTENTIONS}
 
 
 def create(
@@ -159,7 +159,7 @@ def create(
     """
     recogniser = lookup(MODELS, name, "model").changed(name, **changes)
     spec = dict(attention) if isinstance(attention, Mapping) else {"name": attention}
-    own = lookup(CHOICES, spec.get("name"), "attention") is keep_own
+    own = lookup(ATTENTION_CHOICES, spec.get("name"), "attention") is keep_own
     for option, value in {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{option} is {value!r}; choose a whole number of at least 1.")
@@ -173,7 +173,7 @@ def create(
             f"choose {sizes}."
         )
     if own:
-        create_entry(CHOICES, spec, "attention")  # it takes no options
+        create_entry(ATTENTION_CHOICES, spec, "attention")  # it takes no options
     sizes = {"image_size": image_size, "num_classes": num_classes, "in_channels": in_channels}
     network = recogniser.network(**sizes, drop_path_rate=drop_path_rate, **({} if own else recogniser.swapped))
     network.attention = spec

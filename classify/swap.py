@@ -22,7 +22,7 @@ from classify.cswin import CSwin, StripeBlock
 from classify.pvt import PVT, SpatialReductionAttention
 from vca import ATTENTIONS, create
 
-Spec = str | Mapping[str, Any]  # a name in ATTENTIONS, or {"name": ..., option: value}
+AttentionSpec = str | Mapping[str, Any]  # a name in ATTENTIONS, or {"name": ..., option: value}
 ALLOWED = (
     "swap_attention takes a Swin of timm, a PVT or CSwin of classify, or a vision transformer of timm with its plain "
     "Attention, e.g. timm.create_model('vit_small_patch16_224')"
@@ -46,7 +46,9 @@ class Place:
     num_prefix_tokens: int
 
 
-def swap_attention(model: nn.Module, attention: Spec = "vca", *, blocks: Iterable[int] | None = None) -> nn.Module:
+def swap_attention(
+    model: nn.Module, attention: AttentionSpec = "vca", *, blocks: Iterable[int] | None = None
+) -> nn.Module:
     """Put another attention into blocks of a network, in place.
 
     The new layers look at the whole map of their stage: no windows, shift, mask, bias or spatial reduction. They take
@@ -72,7 +74,7 @@ def swap_attention(model: nn.Module, attention: Spec = "vca", *, blocks: Iterabl
     return put_attention(model, dict.fromkeys(chosen, attention))
 
 
-def put_attention(model: nn.Module, specs: Mapping[int, Spec]) -> nn.Module:
+def put_attention(model: nn.Module, specs: Mapping[int, AttentionSpec]) -> nn.Module:
     """Put an attention of its own into each of some blocks, as `swap_attention` does: number of a block -> spec."""
     places = find_blocks(model)
     layers = {index: _layer(model, places[index], index, spec) for index, spec in specs.items()}
@@ -114,7 +116,7 @@ def _refuse_input_size(name: str, *given: Any, **options: Any) -> None:
     )
 
 
-def _layer(model: nn.Module, place: Place, index: int, spec: Spec) -> nn.Module:
+def _layer(model: nn.Module, place: Place, index: int, spec: AttentionSpec) -> nn.Module:
     """Make the layer that takes the place of the attention of block `index`."""
     block = place.blocks[place.index]
     old = block if isinstance(block, StripeBlock) else getattr(block, "attn", None)
