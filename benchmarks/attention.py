@@ -23,9 +23,7 @@ import argparse
 import itertools
 import json
 import math
-import os
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,7 +37,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import aim, run_parts, take_turns, wall
+from benchmarks.report import aim, run_parts, take_turns, use_device
 from vca import ATTENTIONS
 
 HEADS = {384: 6, 768: 12, 1152: 16}  # of S, B and XL
@@ -72,12 +70,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/attention_speed.png"))
     parser.add_argument("--draw", action="store_true", help="measure nothing, draw the plot of --out")
     args = parser.parse_args()
-    args.cpu = args.device == "cpu"
-    if args.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        torch.set_num_threads(1)
+    use_device(args, 10)
     torch._dynamo.config.recompile_limit = 1000  # one `forward` for all forms
-    args.now, args.times = (time.process_time, 1) if args.cpu else (wall, 10)
     args.tokens = args.tokens or (4096 if args.cpu else 65536)
     if not args.draw:
         run_parts(parser, {"layer": layer}, args, ("torch", "numpy"))

@@ -22,28 +22,19 @@ others use it, too.
 
 import argparse
 import copy
-import itertools
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm.layers
 import torch
 from torch import nn
 
-from benchmarks.report import aim, child_command, peak_kib, run_parts, take_turns, wall
+from benchmarks.report import aim, compare, peak_mib, peak_of_child, prepared, run_parts, training_job, use_device
 from dit_vca.diffusion import Diffusion
 from vca import ATTENTIONS, Transformer, parse_size
-from vca_engine.precision import set_tf32
-from vca_engine.training.ema import Ema, constant
-from vca_engine.training.step import clip
 
 ALL = ("S/2:256", "B/2:256", "XL/2:256", "S/2:512", "B/2:512", "XL/2:512", "S/2:1024")
 PUBLISHED = "mhsa, as published"
@@ -63,20 +54,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/model_cpu.json"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.cpu = args.device == "cpu"
-    if args.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        torch.set_num_threads(1)
-    args.now, args.times = (time.process_time, 1) if args.cpu else (wall, 5)
+    use_device(args, 5)
     if args.child:
-        print(json.dumps(peak_mib(args, **json.loads(args.child))))
+        part, case, name = json.loads(args.child).values()
+        print(json.dumps(peak_mib(args, JOBS[part](args, case, name))))
         return
     run_parts(parser, {"training": training, "sampling": sampling, "profile": shares}, args, ("torch", "timm", "numpy"))
 
 
 def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Training steps of each case."""
-    found = {case: compare(args, "training", case) for case in args.cases}
+    found = {case: compare_attentions(args, "training", case) for case in args.cases}
     speed = {case: one[PUBLISHED]["time over mhsa, quartiles"][1] for case, one in found.items() if PUBLISHED in one}
     least = 1.0 if args.cpu else 3.0
     aims = [aim(f"speed of mhsa over {PUBLISHED}, {k}", v, least) for k, v in speed.items()]
@@ -85,7 +73,7 @@ def training(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def sampling(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Evaluations of the network with guidance, of each case."""
-    return {**{case: compare(args, "sampling", case) for case in args.cases}, "aims": []}
+    return {**{case: compare_attentions(args, "sampling", case) for case in args.cases}, "aims": []}
 
 
 def shares(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -107,34 +95,20 @@ def shares(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"case": args.cases[0], **found, "aims": []}
 
 
-def compare(args: argparse.Namespace, part: str, case: str) -> dict[str, Any]:
-    """Each contender in turn with `mhsa`, two at a time, for more of XL/2 do not fit a GPU."""
+def compare_attentions(args: argparse.Namespace, part: str, case: str) -> dict[str, Any]:
+    """Each contender in turn with `mhsa`."""
     others = ["mhsa, again", *(name for name in args.attentions if name != "mhsa")]
     others += [PUBLISHED] if part == "training" else []
-    found: dict[str, Any] = {"batch": args.batch, "depth": args.depth or parse_size(case.split(":")[0])["depth"]}
-    base = []
-    for name in others:
-        try:
-            seconds, median = in_turns(args, part, case, "mhsa", name)
-        except torch.OutOfMemoryError:
-            found[name] = "out of memory"
-            continue
-        base += seconds["mhsa"]
-        over = np.quantile(np.divide(seconds[name], seconds["mhsa"]), [0.25, 0.5, 0.75])
-        rate = args.batch / float(median[name])
-        found[name] = {"images per second": rate, "time over mhsa, quartiles": over.tolist(), "seconds": seconds}
-        print(f"{part}, {case}, {name}: {rate:.3g} images/s, {over.round(3)} of mhsa's", file=sys.stderr, flush=True)
-    if base:
-        found["mhsa"] = {"images per second": args.batch / float(np.median(base))}
-    for name, row in found.items():
-        if isinstance(row, dict) and "again" not in name:
-            row["peak MiB"] = child(args, part=part, case=case, name=name)
-    return found
-
-
-def in_turns(args: argparse.Namespace, part: str, case: str, *names: str) -> tuple[dict, dict]:
-    """Seconds of each, and their medians; nothing of them is left."""
-    return take_turns({k: JOBS[part](args, case, k) for k in names}, args.rounds, args.times, args.now)
+    depth = args.depth or parse_size(case.split(":")[0])["depth"]
+    found = compare(
+        args,
+        f"{part}, {case}",
+        lambda name: JOBS[part](args, case, name),
+        lambda name: peak_of_child("model", part=part, case=case, name=name),
+        "mhsa",
+        others,
+    )
+    return {"batch": args.batch, "depth": depth, **found}
 
 
 def network_of(args: argparse.Namespace, case: str, attention: str) -> Transformer:
@@ -159,27 +133,9 @@ def train_job(args: argparse.Namespace, case: str, name: str) -> Callable:
     """A training step with one average of the weights."""
     if name == PUBLISHED:
         return published_job(args, case)
-    set_tf32(True)
-    network = network_of(args, case, name.removesuffix(", again")).to(args.device)
-    if args.compile:
-        for block in network.blocks:
-            block.compile()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-    average, steps = Ema(network, constant(0.9999, False)), itertools.count(1)
+    network = network_of(args, case, name).to(args.device)
     process, (x, noise, y, t) = Diffusion(), inputs_of(args, network, args.batch)
-
-    def model(*given: Any) -> Any:
-        with torch.autocast(args.device, torch.bfloat16, enabled=not args.cpu):
-            return network(*given).float()
-
-    def job() -> None:
-        process.loss(model, x, y, t=t, noise=noise).mean().backward()
-        clip(network.parameters(), None)
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update(network, next(steps))
-
-    return job
+    return training_job(args, network, lambda model: process.loss(model, x, y, t=t, noise=noise).mean())
 
 
 def published_job(args: argparse.Namespace, case: str) -> Callable:
@@ -210,39 +166,19 @@ def published_job(args: argparse.Namespace, case: str) -> Callable:
 
 def sample_job(args: argparse.Namespace, case: str, name: str) -> Callable:
     """One evaluation with guidance: the network sees each image twice, once with the null class."""
-    network = network_of(args, case, name.removesuffix(", again")).to(args.device).eval()
-    if args.compile:
-        for block in network.blocks:
-            block.compile()
+    network = network_of(args, case, name).to(args.device).eval()
     x, _, y, t = inputs_of(args, network, args.batch)
     given = x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([y, torch.full_like(y, network.null_class)])
+    model = prepared(args, network)
 
     @torch.no_grad()
     def job() -> None:
-        with torch.autocast(args.device, torch.bfloat16, enabled=not args.cpu):
-            network(*given)
+        model(*given)
 
     return job
 
 
 JOBS = {"training": train_job, "sampling": sample_job}
-
-
-def child(args: argparse.Namespace, **job: str) -> float | str:
-    """`peak_mib` of a process of its own."""
-    words = ["--device", args.device, "--batch", args.batch, "--child", json.dumps(job)]
-    words += ["--depth", args.depth] if args.depth else []
-    words += ["--compile"] if args.compile else []
-    done = subprocess.run(child_command("model", *words), capture_output=True, text=True)
-    return f"exit code {done.returncode}" if done.returncode else json.loads(done.stdout.splitlines()[-1])
-
-
-def peak_mib(args: argparse.Namespace, part: str, case: str, name: str) -> float:
-    """MiB at the peak of two calls: of the GPU's memory, or of this process."""
-    job = JOBS[part](args, case, name)
-    job()
-    job()
-    return peak_kib() / 2**10 if args.cpu else torch.cuda.max_memory_allocated() / 2**20
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 import fid
-from benchmarks.report import aim, child_command, peak_kib, run_parts, take_turns, wall
+from benchmarks.report import aim, child_command, peak_kib, run_parts, take_turns, use_device, wall
 from vca_engine import assemble
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, SampleConfig
@@ -77,17 +77,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sample_cpu.json"))
     parser.add_argument("--child", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.cpu = args.device == "cpu"
-    if args.cpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        torch.set_num_threads(1)
+    use_device(args, 5)
     if args.child:
         print(json.dumps(measured(args.child)))
         return
-    args.size, args.now = (
-        args.size or (["tiny"] if args.cpu else ["B/2", "XL/2"]),
-        time.process_time if args.cpu else wall,
-    )
+    args.size = args.size or (["tiny"] if args.cpu else ["B/2", "XL/2"])
     parts = {name: globals()[name] for name in ("drawing", "switches", "guidance", "decoding", "memory", "writing")}
     run_parts(parser, parts, args, ("torch", "diffusers", "torchdiffeq", "numpy"))
 

@@ -85,7 +85,7 @@ def drop_paths(rate: float, num_blocks: int) -> list[float]:
     return [rate * index / max(num_blocks - 1, 1) for index in range(num_blocks)]
 
 
-def initialise(model: nn.Module) -> None:
+def initialise_linear_layers(model: nn.Module) -> None:
     """Draw the weights of all linear layers from a truncated normal, std 0.02, and set their biases to zero."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -94,10 +94,14 @@ def initialise(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def check_images(x: Tensor, channels: int, image_size: int) -> None:
-    """Raise ValueError unless images are (B, channels, image_size, image_size)."""
-    if x.ndim != 4 or tuple(x.shape[1:]) != (channels, image_size, image_size):
-        raise ValueError(f"x is {tuple(x.shape)}; this model takes (B, {channels}, {image_size}, {image_size}).")
+def check_images(x: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless images x are (B, C, H, W), with `shape` (C, H, W)."""
+    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(shape):
+        channels, height, width = shape
+        raise ValueError(
+            f"x is {tuple(x.shape)}; this model was made for images (B, {channels}, {height}, {width}): resize them, "
+            "or make it with another image_size or in_channels."
+        )
 
 
 def to_tokens(image: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from classify.block import DropPath, check_images, drop_paths, initialise, to_image, to_tokens
+from classify.block import DropPath, check_images, drop_paths, initialise_linear_layers, to_image, to_tokens
 
 HEADS = 2, 4, 8, 16
 STRIPES = 1, 2, 7, math.inf  # width of a stripe in each stage; the last looks at the whole map
@@ -148,7 +148,7 @@ class CSwin(nn.Module):
             self.add_module(f"stage{stage}", nn.ModuleList(blocks))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
-        initialise(self)
+        initialise_linear_layers(self)
 
     @property
     def stages(self) -> list[nn.ModuleList]:
@@ -157,7 +157,7 @@ class CSwin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of images: (B, C, image_size, image_size) -> (B, num_classes)."""
-        check_images(x, self.in_channels, self.image_size)
+        check_images(x, (self.in_channels, self.image_size, self.image_size))
         x = self.stage1_conv_embed(x)  # (B, N, C)
         for stage, blocks in enumerate(self.stages):
             if stage > 0:

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any, Self
 
 import timm
-from torch import nn
+from torch import Tensor, nn
 
-from classify.block import DropPath
+from classify.block import DropPath, check_images
 from classify.cswin import STRIPES, CSwin
 from classify.pvt import PVT
 from classify.swap import find_blocks, put_attention
@@ -98,7 +98,13 @@ def _cswin(*depths: int) -> Recogniser:
 
 
 def _of_timm(name: str, *, image_size: int, in_channels: int, **sizes: Any) -> nn.Module:
-    return timm.create_model(name, img_size=image_size, in_chans=in_channels, **sizes)
+    network = timm.create_model(name, img_size=image_size, in_chans=in_channels, **sizes)
+    network.patch_embed.register_forward_pre_hook(_check_inputs)
+    return network
+
+
+def _check_inputs(patch_embed: timm.layers.PatchEmbed, inputs: tuple[Tensor]) -> None:
+    check_images(inputs[0], (patch_embed.proj.in_channels, *patch_embed.img_size))
 
 
 MODELS = {
@@ -120,7 +126,7 @@ def keep_own() -> None:
     """Stand for the network's own attention, which has no options here."""
 
 
-CHOICES = {"own": keep_own, **ATTENTIONS}
+ATTENTION_CHOICES = {"own": keep_own, **ATTENTIONS}
 
 
 def create(
@@ -153,7 +159,7 @@ def create(
     """
     recogniser = lookup(MODELS, name, "model").changed(name, **changes)
     spec = dict(attention) if isinstance(attention, Mapping) else {"name": attention}
-    own = lookup(CHOICES, spec.get("name"), "attention") is keep_own
+    own = lookup(ATTENTION_CHOICES, spec.get("name"), "attention") is keep_own
     for option, value in {"num_classes": num_classes, "image_size": image_size, "in_channels": in_channels}.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{option} is {value!r}; choose a whole number of at least 1.")
@@ -167,7 +173,7 @@ def create(
             f"choose {sizes}."
         )
     if own:
-        create_entry(CHOICES, spec, "attention")  # it takes no options
+        create_entry(ATTENTION_CHOICES, spec, "attention")  # it takes no options
     sizes = {"image_size": image_size, "num_classes": num_classes, "in_channels": in_channels}
     network = recogniser.network(**sizes, drop_path_rate=drop_path_rate, **({} if own else recogniser.swapped))
     network.attention = spec

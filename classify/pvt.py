@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from classify.block import Block, DropPath, check_images, drop_paths, initialise, to_image, to_tokens
+from classify.block import Block, DropPath, check_images, drop_paths, initialise_linear_layers, to_image, to_tokens
+from vca.transformer import PatchEmbedding
 
 DIMS = 64, 128, 320, 512  # channels of the four stages
 HEADS = 1, 2, 5, 8
 MLP_RATIOS = 8, 8, 4, 4
 REDUCTIONS = 8, 4, 2, 1
-PATCHES = 4, 2, 2, 2  # pixels, or tokens of the stage before, along the side of a token
+PATCH_SIZES = 4, 2, 2, 2  # pixels, or tokens of the stage before, along the side of a token
 
 
 class SpatialReductionAttention(nn.Module):
@@ -48,17 +49,16 @@ class SpatialReductionAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class PatchEmbedding(nn.Module):
-    """p x p patches, mapped to C channels and normalised: (B, c, H*p, W*p) -> (B, H*W, C)."""
+class StagePatchEmbedding(PatchEmbedding):
+    """p x p patches of an image or of the stage before, mapped to C channels and normalised."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        super().__init__(patch_size, in_channels, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed patches: (B, c, H*p, W*p) -> (B, H*W, C)."""
-        return self.norm(to_tokens(self.proj(x)))
+        return self.norm(super().forward(x))
 
 
 class PVT(nn.Module):
@@ -92,19 +92,19 @@ class PVT(nn.Module):
         self.sides: list[int] = []  # of the map of tokens in each stage
         paths = iter(drop_paths(drop_path_rate, sum(depths)))
         side, channels = image_size, in_channels
-        for stage, (dim, depth, patch) in enumerate(zip(DIMS, depths, PATCHES, strict=True), start=1):
+        for stage, (dim, depth, patch) in enumerate(zip(DIMS, depths, PATCH_SIZES, strict=True), start=1):
             side //= patch
             self.sides.append(side)
             num_tokens = side**2 + (class_token and stage == len(DIMS))
             blocks = [self._block(stage - 1, side, next(paths)) for _ in range(depth)]
-            self.add_module(f"patch_embed{stage}", PatchEmbedding(patch, channels, dim))
+            self.add_module(f"patch_embed{stage}", StagePatchEmbedding(patch, channels, dim))
             self.register_parameter(f"pos_embed{stage}", nn.Parameter(torch.empty(1, num_tokens, dim)))
             self.add_module(f"block{stage}", nn.ModuleList(blocks))
             channels = dim
         self.cls_token = nn.Parameter(torch.empty(1, 1, channels)) if class_token else None
         self.norm = nn.LayerNorm(channels, eps=1e-6) if class_token else None
         self.head = nn.Linear(channels, num_classes)
-        initialise(self)
+        initialise_linear_layers(self)
         for name, parameter in self.named_parameters():
             if name == "cls_token" or name.startswith("pos_embed"):
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -116,11 +116,11 @@ class PVT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of images: (B, C, image_size, image_size) -> (B, num_classes)."""
-        check_images(x, self.in_channels, self.image_size)
+        check_images(x, (self.in_channels, self.image_size, self.image_size))
         for stage, (blocks, side) in enumerate(zip(self.stages, self.sides, strict=True), start=1):
             x = getattr(self, f"patch_embed{stage}")(x)  # (B, N, C)
             if self.cls_token is not None and stage == len(DIMS):
-                x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, C)
+                x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1+N, C)
             x = x + getattr(self, f"pos_embed{stage}")
             for block in blocks:
                 x = block(x)

@@ -9,6 +9,7 @@ The layer takes over `qkv` and `proj`, so what a network has learned stays where
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from classify.cswin import CSwin, StripeBlock
 from classify.pvt import PVT, SpatialReductionAttention
 from vca import ATTENTIONS, create
 
-Spec = str | Mapping[str, Any]  # a name in ATTENTIONS, or {"name": ..., option: value}
+AttentionSpec = str | Mapping[str, Any]  # a name in ATTENTIONS, or {"name": ..., option: value}
 ALLOWED = (
     "swap_attention takes a Swin of timm, a PVT or CSwin of classify, or a vision transformer of timm with its plain "
     "Attention, e.g. timm.create_model('vit_small_patch16_224')"
@@ -45,11 +46,14 @@ class Place:
     num_prefix_tokens: int
 
 
-def swap_attention(model: nn.Module, attention: Spec = "vca", *, blocks: Iterable[int] | None = None) -> nn.Module:
+def swap_attention(
+    model: nn.Module, attention: AttentionSpec = "vca", *, blocks: Iterable[int] | None = None
+) -> nn.Module:
     """Put another attention into blocks of a network, in place.
 
     The new layers look at the whole map of their stage: no windows, shift, mask, bias or spatial reduction. They take
-    over `qkv` and `proj`; `mhsa` in a vision transformer therefore changes no output.
+    over `qkv` and `proj`; `mhsa` in a vision transformer therefore changes no output. They are built for the size of
+    images that the network has now, so its `set_input_size` raises ValueError from now on.
 
     Args:
         model: A vision transformer of timm whose blocks have timm's plain `Attention` (ViT, DeiT, DINOv2, with or
@@ -70,7 +74,7 @@ def swap_attention(model: nn.Module, attention: Spec = "vca", *, blocks: Iterabl
     return put_attention(model, dict.fromkeys(chosen, attention))
 
 
-def put_attention(model: nn.Module, specs: Mapping[int, Spec]) -> nn.Module:
+def put_attention(model: nn.Module, specs: Mapping[int, AttentionSpec]) -> nn.Module:
     """Put an attention of its own into each of some blocks, as `swap_attention` does: number of a block -> spec."""
     places = find_blocks(model)
     layers = {index: _layer(model, places[index], index, spec) for index, spec in specs.items()}
@@ -81,6 +85,8 @@ def put_attention(model: nn.Module, specs: Mapping[int, Spec]) -> nn.Module:
             blocks[i] = Block(layer, block.norm1, block.norm2, block.mlp, block.drop_path1, block.drop_path2)
         else:
             block.attn = layer
+    if layers and hasattr(model, "set_input_size"):  # of timm; it would change all but the layers
+        model.set_input_size = partial(_refuse_input_size, type(model).__name__)
     return model
 
 
@@ -102,7 +108,15 @@ def find_blocks(model: nn.Module) -> list[Place]:
     return [Place(blocks, i, grid, p) for blocks, grid, p in stages for i in range(len(blocks))]
 
 
-def _layer(model: nn.Module, place: Place, index: int, spec: Spec) -> nn.Module:
+def _refuse_input_size(name: str, *given: Any, **options: Any) -> None:
+    raise ValueError(
+        f"set_input_size was called, but {name} has layers of swap_attention, which are built for one size: make the "
+        "network anew, timm.create_model(..., img_size=SIZE) and then swap_attention, or classify.create(..., "
+        "image_size=SIZE)."
+    )
+
+
+def _layer(model: nn.Module, place: Place, index: int, spec: AttentionSpec) -> nn.Module:
     """Make the layer that takes the place of the attention of block `index`."""
     block = place.blocks[place.index]
     old = block if isinstance(block, StripeBlock) else getattr(block, "attn", None)

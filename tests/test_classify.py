@@ -1,5 +1,6 @@
 """The recognisers: their numbers against the paper's, their own attention against timm and formulas, and swapping."""
 
+import copy
 import functools
 import importlib
 import re
@@ -445,10 +446,63 @@ def test_what_cannot_be_created_is_said(name, options, message):
         on_meta(name, **{"attention": "vca", **options})
 
 
-@pytest.mark.parametrize("name", ["pvt_tiny", "cswin_tiny"])
-def test_images_of_another_size_are_refused(name):
-    with pytest.raises(ValueError, match=r"x is \(1, 3, 64, 32\); this model takes \(B, 3, 32, 32\)\."):
-        create(name, image_size=32)(torch.randn(1, 3, 64, 32))
+@pytest.mark.parametrize("attention", ["own", "vca"])
+@pytest.mark.parametrize("name", TINY)
+def test_images_of_another_size_are_refused(name, attention):
+    size = 224 if (name, attention) == ("swin_tiny", "own") else 32
+    model = create(name, attention, image_size=size)
+    for shape in [(1, 3, 2 * size, 2 * size), (1, 3, size, size + 8), (1, 1, size, size), (3, size, size)]:
+        said = (
+            f"x is {shape}; this model was made for images (B, 3, {size}, {size}): resize them, or make it with another "
+            "image_size or in_channels."
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+            model(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: create("deit_tiny", image_size=32, patch_size=16, depth=1, hidden_size=12, num_heads=2),
+        lambda: PVT(image_size=32, depths=(1, 1, 1, 1)),
+    ],
+    ids=["DeiT, which timm makes", "PVT"],
+)
+def test_a_compiled_or_exported_network_checks_its_images_too(build):
+    model, x = build().eval(), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)  # the same operations
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=r"^x is \(2, 3, 64, 64\); this model was made for images \(B, 3, 32, 32\)"):
+        torch.compile(model, backend="eager")(torch.randn(2, 3, 64, 64))
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
+    torch.testing.assert_close(exported(x), expected)
+    assert exported(torch.randn(5, 3, 32, 32)).shape == (5, 1000)
+
+
+@pytest.mark.parametrize(("name", "size", "larger"), [("deit_tiny", 32, 64), ("swin_tiny", 224, 448)])
+def test_the_own_attention_of_timms_networks_can_be_given_another_size(name, size, larger):
+    model = on_meta(name, "own", num_classes=3, image_size=size).eval()
+    model.set_input_size(img_size=(larger, larger))
+    assert model(torch.empty(1, 3, larger, larger, device="meta")).shape == (1, 3)
+    with pytest.raises(ValueError, match=rf"made for images \(B, 3, {larger}, {larger}\)"):
+        model(torch.empty(1, 3, size, size, device="meta"))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "swin_tiny"])
+def test_layers_that_were_swapped_in_keep_their_size(name):
+    model, x = create(name, num_classes=3, image_size=32).eval(), torch.randn(1, 3, 32, 32)
+    expected = model(x)
+    for network in (model, copy.deepcopy(model)):
+        with pytest.raises(
+            ValueError, match=r"^set_input_size was called, but .*Transformer has layers of swap_attention"
+        ):
+            network.set_input_size(img_size=(64, 64))
+        assert torch.equal(network(x), expected)
+    before = swap_attention(timm.create_model("vit_tiny_patch16_224", img_size=32), "vca", blocks=[])
+    before.set_input_size(img_size=(64, 64))  # nothing was swapped
 
 
 @pytest.mark.parametrize("name", ["swin_tiny", "cswin_tiny"])

@@ -1,5 +1,6 @@
 """Recognisers are trained as generators are: one step, one checkpoint, exact resume; timm's recipe without its state."""
 
+import copy
 import itertools
 import json
 import random
@@ -20,12 +21,14 @@ import sample
 import train
 from classify import Classification, create
 from classify.block import DropPath, draw_paths
+from vca import VisualContrastAttention
 from vca_engine import assemble
 from vca_engine.config.cli import parse
 from vca_engine.config.schema import Config, TrainConfig
 from vca_engine.images.datasets import Digits
 from vca_engine.images.labels import DataInfo
 from vca_engine.training import reconstruct
+from vca_engine.training.dry_run import count_saved
 from vca_engine.training.step import learning_rate
 from vca_engine.weights import checkpoint
 from vca_engine.weights.recogniser import initialise_recogniser
@@ -173,6 +176,66 @@ class TestDropPath:
         assert torch.equal(path.eval()(x), x)
 
 
+class TestGradientCheckpointing:
+    """The backward pass computes each block again, with the same branches left out."""
+
+    @staticmethod
+    def gradients(network, x, changed=lambda network: None):
+        """Those of the squares of the logits, and the bytes that were kept for them."""
+        network = copy.deepcopy(network)
+        changed(network)
+        draw_paths(network, 1, torch.arange(2))
+        paths = [m for m in network.modules() if isinstance(m, DropPath) and m.rate]
+        assert any((path.u < path.rate).any() for path in paths)
+        with count_saved(network) as saved:
+            loss = network(x).square().sum()
+        loss.backward()
+        return {name: p.grad for name, p in network.named_parameters()}, saved.num_bytes
+
+    @pytest.mark.parametrize("attention", ["own", "vca"])
+    @pytest.mark.parametrize("name", ["deit_tiny", "pvt_tiny", "swin_tiny", "cswin_tiny"])
+    def test_it_changes_the_memory_and_no_bit_of_a_gradient(self, name, attention):
+        """The same operations on the same numbers."""
+        size = 224 if (name, attention) == ("swin_tiny", "own") else 32
+        network = create(name, attention, num_classes=3, image_size=size, drop_path_rate=0.3)
+        x = torch.randn(2, 3, size, size)
+        expected, all_kept = self.gradients(network, x)
+        found, kept = self.gradients(network, x, assemble.recompute_blocks)
+        assert_same(found, expected)
+        assert kept < all_kept / 3
+
+    def test_torch_compile_sees_the_blocks(self):
+        """All of them in a few graphs; gradients to 1e-5 of the largest, since sums may run in another order."""
+        torch._dynamo.reset()
+        graphs = torch._dynamo.utils.counters["stats"]
+        before = graphs["unique_graphs"]
+
+        def changed(network):
+            assemble.recompute_blocks(network)
+            for block in assemble.blocks(network):
+                block.compile(backend="aot_eager")
+
+        network = create("deit_tiny", num_classes=3, image_size=32, drop_path_rate=0.3)
+        x = torch.randn(2, 3, 32, 32)
+        expected, all_kept = self.gradients(network, x)
+        found, kept = self.gradients(network, x, changed)
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+        assert kept < all_kept / 3
+        assert 1 <= graphs["unique_graphs"] - before <= 3  # the first block has no drop path
+
+    def test_a_run_with_it_is_the_run_without_it(self, tmp_path, monkeypatch):
+        """And each of its two layers is computed once more in each of three steps."""
+        calls, forward = [], VisualContrastAttention.forward
+        monkeypatch.setattr(
+            VisualContrastAttention, "forward", lambda *given, **more: calls.append(1) or forward(*given, **more)
+        )
+        a, without = run(tmp_path / "a", 3), len(calls)
+        b = run(tmp_path / "b", 3, "--train.grad_checkpointing true")
+        assert_same(tensors(a), tensors(b))
+        assert len(calls) == 2 * without + 2 * 3
+
+
 class TestViews:
     def test_a_view_is_a_function_of_seed_and_position(self):
         views = Classification(min_area=0.3, augment="none").training_views(Digits(), seed=1)
@@ -292,7 +355,7 @@ MISTAKES = [
     ("--fid.reference x.npz --fid.every 5", "fid.every is 5, for which process classify has no use; leave it out."),
     ("--latents lat", "latents is 'lat', for which process classify has no use; leave it out."),
     ("--cache.batch_size 3", "cache.batch_size is 3, for which process classify has no use; leave it out."),
-    ("--train.grad_checkpointing true", "train.grad_checkpointing is True, for which process classify has no use"),
+    ("--train.preload true", "train.preload is True, for which process classify has no use; leave it out."),
     ("--codec.name vae --codec.path x", "codec.name is 'vae'; a recogniser looks at pixels, so choose pixels."),
     ("--model.patch_size 3", "image_size is 8, which the patches of deit_tiny with attention vca do not divide"),
     ("--model.name swin_tiny", "swin_tiny takes no patch_size; only a deit_tiny, deit_small or deit_base does."),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dit_vca
 import sit_vca
@@ -27,7 +28,7 @@ Process = Diffusion | Transport | Classification
 OF_GENERATORS = (  # settings that change nothing in a recogniser
     *("latents", "cache", "sample", "fid"),
     *(f"model.{key}" for key in ("size", "mlp_ratio", "class_dropout_prob")),
-    *(f"train.{key}" for key in ("sample_every", "preload", "channels_last", "grad_checkpointing")),
+    *(f"train.{key}" for key in ("sample_every", "preload", "channels_last")),
 )
 OF_RECOGNISERS = ("model.name", "model.drop_path", "eval")
 
@@ -263,6 +264,24 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     from classify.swap import find_blocks  # slow to import: see docs/architecture.md, start-up
 
     return [place.blocks[place.index] for place in find_blocks(network)]
+
+
+def recompute_blocks(network: nn.Module) -> None:
+    """Keep no activation inside a block for the backward pass, which computes the block again: gradient checkpointing.
+
+    Args:
+        network: Changed in place. Copies that are made of it afterwards do the same.
+    """
+    if isinstance(network, Transformer):
+        network.grad_checkpointing = True
+        return
+    for block in blocks(network):
+        block.forward = partial(_recomputed, block.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that the backward pass calls again; torch.compile sees both, since this is no code of torch."""
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def describe_process(config: Config) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fid.metrics.metric import Metric, Side
-from fid.metrics.rows import blocks, check_k, check_pair, smallest
+from fid.metrics.rows import check_k, check_pair, distance_blocks, smallest
 from fid.options import Options
 
 
@@ -46,7 +46,7 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5, device: Any = None)
     real, fake = check_pair(real, fake, (k + 1, 1), f"coverage with k={k}", device)
     radii = smallest(real, real, k + 1, "fp32")[0][:, k]
     pairs, covered = 0, torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for i, _, distances in blocks(real, fake, "fp32"):
+    for i, _, distances in distance_blocks(real, fake, "fp32"):
         inside = distances < radii[i, None]
         pairs += int(inside.sum())
         covered[i] |= inside.any(dim=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fid.metrics.metric import Metric, Side
-from fid.metrics.rows import ARITHMETICS, BLOCK, blocks, check_k, check_pair, smallest
+from fid.metrics.rows import ARITHMETICS, BLOCK, check_k, check_pair, distance_blocks, smallest
 from fid.options import Options
 
 
@@ -67,7 +67,7 @@ def precision_recall(
     real_radii, fake_radii = (smallest(rows, rows, k + 1, arithmetic, block)[0][:, k] for rows in (real, fake))
     real_found = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     fake_found = torch.zeros(len(fake), dtype=torch.bool, device=real.device)
-    for i, j, distances in blocks(real, fake, arithmetic, block):
+    for i, j, distances in distance_blocks(real, fake, arithmetic, block):
         real_found[i] |= (distances <= fake_radii[j]).any(dim=1)
         fake_found[j] |= (distances <= real_radii[i, None]).any(dim=0)
     return int(fake_found.sum()) / len(fake), int(real_found.sum()) / len(real)

@@ -39,7 +39,9 @@ def nearest_rows(queries: Tensor, rows: Tensor, k: int = 1, device: Any = None) 
     return distances.cpu(), found.gather(1, order).cpu()
 
 
-def blocks(u: Tensor, v: Tensor, arithmetic: str, block: int | None = None) -> Iterator[tuple[slice, slice, Tensor]]:
+def distance_blocks(
+    u: Tensor, v: Tensor, arithmetic: str, block: int | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield all squared distances between (A, D) and (B, D), a block each, with the rows and columns they are for."""
     block = block or BLOCK
     for i in range(0, len(u), block):
@@ -53,7 +55,7 @@ def smallest(u: Tensor, v: Tensor, k: int, arithmetic: str, block: int | None = 
     found = []
     for part in u.split(block or BLOCK):
         values, indices = [], []
-        for _, columns, distances in blocks(part, v, arithmetic, block):
+        for _, columns, distances in distance_blocks(part, v, arithmetic, block):
             least = distances.topk(min(k, distances.shape[1]), largest=False)
             values.append(least.values)
             indices.append(least.indices + columns.start)

@@ -27,7 +27,7 @@ from vca_engine.files import remove_temporary, require_free, sha256_of, written_
 from vca_engine.images import UnreadableImageError, from_uint8
 from vca_engine.images.codecs import sample_posterior
 from vca_engine.images.datasets import ImageDataset
-from vca_engine.images.latents import CACHE_FORMAT, LABELS_FILE, MANIFEST, check_settings, file_size
+from vca_engine.images.latents import CACHE_FORMAT, LABELS_FILE, MANIFEST, check_made_with, file_size
 from vca_engine.images.loader import load
 from vca_engine.records import differences, listed, read_json, write_json
 
@@ -428,7 +428,7 @@ def reopen(path: str, expected: dict[str, Any]) -> None:
     partial = folder.with_name(folder.name + ".partial")
     require_free(partial)
     manifest = read_json(folder / MANIFEST)
-    check_settings(path, manifest["settings"], expected)
+    check_made_with(path, manifest["settings"], expected)
     for shard in manifest["shards"]:
         file = folder / shard.pop("file")
         shape = (shard["num_images"], 1 + manifest["settings"]["flip"], *manifest["shape"])

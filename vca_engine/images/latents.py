@@ -145,7 +145,7 @@ class LatentDataset(Dataset):
         Raises:
             ValueError: They are not; says what differs.
         """
-        check_settings(self.path, self.manifest["settings"], expected)
+        check_made_with(self.path, self.manifest["settings"], expected)
 
     def verify(self) -> Iterator[int]:
         """Read all of it, and give the number of images of shard after shard.
@@ -206,7 +206,7 @@ class LatentDataset(Dataset):
         return self._maps[shard]
 
 
-def check_settings(path: str, settings: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_made_with(path: str, settings: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise ValueError, which says what differs, unless the latents at `path` were made with what is expected."""
     if found := differences({key: settings.get(key) for key in expected}, expected):
         raise ValueError(

@@ -215,6 +215,8 @@ class Run:
     def _prepare(self, network: nn.Module) -> None:
         """Bring the network to its device, wrap or shard it, and make its optimizer."""
         cfg = self.cfg
+        if cfg.grad_checkpointing:
+            assemble.recompute_blocks(network)
         if cfg.compile:
             for block in assemble.blocks(network):
                 block.compile()  # in place, so the keys stay
@@ -231,7 +233,6 @@ class Run:
         self.network, self.optimizer = self.accelerator.unwrap_model(self.model), optimizer.optimizer
         self.model.train()
         if self.is_generator:
-            self.network.grad_checkpointing = cfg.grad_checkpointing
             self.network.y_embedder.eval()  # the step drops the labels
 
     def _preload(self) -> None:

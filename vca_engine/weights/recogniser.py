@@ -12,7 +12,7 @@ from vca_engine.weights.adapt import Adapted, interpolate_embeddings, rows_by_na
 from vca_engine.weights.files import read_weights
 
 # A key that each has: DeiT and Swin, PVT, CSwin.
-MARKS = ("patch_embed.proj.weight", "patch_embed1.proj.weight", "stage1_conv_embed.0.weight")
+RECOGNISER_MARKS = ("patch_embed.proj.weight", "patch_embed1.proj.weight", "stage1_conv_embed.0.weight")
 HEAD = re.compile(r"head\.(fc\.)?(weight|bias)")
 POSITIONS = re.compile(r"pos_embed\d?|.*\.relative_position_bias_table")  # maps of positions, as rows
 OF_A_BLOCK = ".mlp.fc1.weight"  # of every block of all of them
@@ -37,7 +37,7 @@ def initialise_recogniser(network: nn.Module, path: str, class_names: Sequence[s
         FileNotFoundError: There is no such path.
         ValueError: It holds no weights, or those of another network.
     """
-    found = read_weights(path, MARKS)
+    found = read_weights(path, RECOGNISER_MARKS)
     own = network.state_dict()
     result = Adapted(state=own)
     try:
