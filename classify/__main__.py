@@ -3,6 +3,7 @@
     python -m classify eval runs/deit_tiny_vca --data.images DIR     top-1, top-5, each class, a picture of the mistakes
     python -m classify predict runs/deit_tiny_vca cat.jpg dog.jpg    the most probable classes
     python -m classify export runs/deit_tiny_vca --out model.onnx    an ONNX file, checked against the network
+    python -m classify compare RUN RUN ... --out accuracy.png        a table over seeds, and their curves
     python -m classify COMMAND --help                                all its settings
 
 A run knows how its images are looked at. In the place of one, a file of published weights, whose classes are the
@@ -13,7 +14,7 @@ eval ...` evaluates on all GPUs.
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,7 @@ from accelerate import PartialState
 from PIL import Image
 from pydantic import Field
 
+from classify.compare import compare
 from classify.evaluation import Evaluation, evaluate, write_tables
 from classify.pictures import draw_confusion
 from classify.recogniser import Recogniser, read_picture
@@ -103,17 +105,30 @@ class ExportArguments(Strict):
     out: FilePath | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareArguments(Strict):
+    """Runs to compare.
+
+    Args:
+        runs: Folders of train.py, which may stand without the name; those that differ in nothing but the seed are a
+            group.
+        out: Picture to write, .png, .pdf or .svg; all numbers come beside it, into a file that ends in .json.
+    """
+
+    runs: list[FilePath] = field(default_factory=list)
+    out: FilePath = "accuracy.png"
+
+
 @report_errors("classify")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first word names."""
     words = list(sys.argv[1:] if argv is None else map(str, argv))
     if not words or words[0] in ("-h", "--help"):
-        print(__doc__.strip())
+        print(f"usage: python -m classify COMMAND ...\n\n{__doc__.strip()}")
         return
-    arguments, run = lookup(COMMANDS, words[0], "command")
+    arguments, run, unnamed = lookup(COMMANDS, words[0], "command")
     texts = {"prog": f"python -m classify {words[0]}", "description": arguments.__doc__.partition("\n")[0]}
-    others = "images" if arguments is PredictArguments else None
-    run(parse(arguments, words[1:], **texts, first="checkpoint", others=others, parts=assemble.parts()))
+    run(parse(arguments, words[1:], **texts, **unnamed, parts=assemble.parts()))
 
 
 def run_eval(args: EvalArguments) -> None:
@@ -227,10 +242,18 @@ def run_export(args: ExportArguments) -> None:
     )
 
 
-COMMANDS = {
-    "eval": (EvalArguments, run_eval),
-    "predict": (PredictArguments, run_predict),
-    "export": (ExportArguments, run_export),
+def run_compare(args: CompareArguments) -> None:
+    """Print the table, and draw the picture."""
+    out = Path(args.out)
+    print(compare(args.runs, out))
+    print(f"\nwrote {out} and {out.with_suffix('.json')}")
+
+
+COMMANDS = {  # its settings, what it does, and what words without the name of a setting are
+    "eval": (EvalArguments, run_eval, {"first": "checkpoint"}),
+    "predict": (PredictArguments, run_predict, {"first": "checkpoint", "others": "images"}),
+    "export": (ExportArguments, run_export, {"first": "checkpoint"}),
+    "compare": (CompareArguments, run_compare, {"others": "runs"}),
 }
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from classify.models import MODELS, create
 from vca_engine.weights.files import read_weights
 from vca_engine.weights.published import names_of_classes
 from vca_engine.weights.recogniser import HEAD, MARKS
@@ -49,6 +48,8 @@ def read_published_recogniser(path: Path, process: None = None) -> tuple[dict[st
 
 def _network_of(tensors: Mapping[str, Tensor], num_classes: int | None, path: Path) -> tuple[str, int]:
     """Find the name and the image size of the network in `MODELS` that has exactly these tensors."""
+    from classify.models import MODELS, create  # slow to import: see docs/architecture.md, start-up
+
     shapes, nearest = {key: tensor.shape for key, tensor in tensors.items()}, {}
     channels = next(tensors[key].shape[1] for key in MARKS if key in tensors)
     for name, recogniser in MODELS.items():

@@ -69,13 +69,8 @@ MAY_IMPORT = {  # room -> rooms; all may import themselves and, but for the netw
     "vca_engine.training": PEERS | NETWORKS | {"vca_engine.assemble", "vca_engine.sampling"},
     "fid": {"vca_engine.images"},
 }
-OF_CLASSIFY_PROGRAM = (
-    "__main__",
-    "recogniser",
-    "published",
-    "evaluation",
-    "pictures",
-)  # files; they use what uses the rest of it
+# Files of that folder; they use what uses the rest of it.
+OF_CLASSIFY_PROGRAM = ("__main__", "recogniser", "published", "evaluation", "pictures", "compare")
 PROGRAMS_MAY = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["benchmarks"] = PROGRAMS_MAY | {*SCRIPTS}
 

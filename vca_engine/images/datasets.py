@@ -133,11 +133,11 @@ class Digits(PackedImages):
     """
 
     def __init__(self, *, split: str = "train") -> None:
-        _need("sklearn", "scikit-learn", "digits")
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        super().__init__((digits.images * (255 / 16)).round().astype(np.uint8), digits.target, split, num_test=500)
+        # The file itself: to import scikit-learn takes as long as to import torch.
+        folder = Path(_need("sklearn", "scikit-learn", "digits")).parent / "datasets" / "data"
+        table = np.loadtxt(folder / "digits.csv.gz", delimiter=",")  # (1797, 64 + label), grey levels 0 to 16
+        images = (table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        super().__init__(images, table[:, -1], split, num_test=500)
 
 
 class MNIST(PackedImages):

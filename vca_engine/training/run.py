@@ -171,6 +171,7 @@ class Run:
         return {
             "config": to_dict(self.config),
             **self._made_of(),
+            "num_parameters": self.num_parameters,
             "resumed_from": read_resumed_from(self.folder),
             **checkpoint.versions(),
         }
