@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vca_engine.weights.files import read_weights
 from vca_engine.weights.published import names_of_classes
-from vca_engine.weights.recogniser import HEAD, MARKS
+from vca_engine.weights.recogniser import HEAD, RECOGNISER_MARKS
 
 SIDES = (224, 384, 448, 512)  # of published networks, in pixels
 BUFFERS = ("relative_position_index", "attn_mask")  # of Swin, in files of old: they follow from its sizes
@@ -29,11 +29,11 @@ def read_published_recogniser(path: Path, process: None = None) -> tuple[dict[st
         FileNotFoundError: There is no such file.
         ValueError: It holds something else.
     """
-    tensors = read_weights(path, MARKS).tensors
+    tensors = read_weights(path, RECOGNISER_MARKS).tensors
     tensors = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in BUFFERS}
     head = next((len(tensor) for key, tensor in tensors.items() if HEAD.fullmatch(key)), None)
     name, image_size = _network_of(tensors, head, path)
-    channels = next(tensors[key].shape[1] for key in MARKS if key in tensors)
+    channels = next(tensors[key].shape[1] for key in RECOGNISER_MARKS if key in tensors)
     model = {"name": name, "attention": {"name": "own"}}
     record = {
         "config": {
@@ -51,7 +51,7 @@ def _network_of(tensors: Mapping[str, Tensor], num_classes: int | None, path: Pa
     from classify.models import MODELS, create  # slow to import: see docs/architecture.md, start-up
 
     shapes, nearest = {key: tensor.shape for key, tensor in tensors.items()}, {}
-    channels = next(tensors[key].shape[1] for key in MARKS if key in tensors)
+    channels = next(tensors[key].shape[1] for key in RECOGNISER_MARKS if key in tensors)
     for name, recogniser in MODELS.items():
         for side in (side for side in SIDES if recogniser.fits(side, own=True)):
             with torch.device("meta"):
