@@ -59,7 +59,10 @@ def _network_of(tensors: Mapping[str, Tensor], num_classes: int | None, path: Pa
                 own = {key: t.shape for key, t in create(name, "own", **sizes).state_dict().items()}
             if own == shapes:
                 return name, side
-            nearest[name] = min(nearest.get(name, len(shapes) + len(own)), len({*own.items()} ^ {*shapes.items()}))
+            different = len({*own.items()} ^ {*shapes.items()})
+            nearest[name] = min(nearest.get(name, different), different)
+            if own.keys() != shapes.keys():
+                break  # nor will it be one of another size
     raise ValueError(
         f"{str(path)!r} holds a network that is none of {sorted(MODELS)} with its own attention, of {SIDES} pixels; "
         f"{min(nearest, key=nearest.get)} is nearest. A network that train.py has trained is used from its run."

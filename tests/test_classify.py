@@ -361,8 +361,8 @@ def test_the_lines_of_the_docs_run(monkeypatch):
     """But for the download of weights."""
     create_model = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create_model(name, **options))
-    blocks = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
-    assert len(blocks) == 2
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if "logits" in block]
+    assert len(blocks) == 2  # another is of a run, see test_recogniser.py
     for block in blocks:
         names = {}
         exec(block, names)

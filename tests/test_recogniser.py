@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 from functools import partialmethod
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -137,6 +139,19 @@ class TestPredict:
             assert list(row["classes"].values()) == pytest.approx(p.topk(3).values.tolist(), rel=1e-5)  # float32
         best = expected[2].max().item()
         assert f"c.png: {expected[2].argmax()} {100 * best:.1f} %, " in capsys.readouterr().out
+
+    def test_the_lines_of_the_docs_run(self, folder, images):
+        text = Path("docs/classify.md").read_text(encoding="utf-8")
+        (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Recogniser" in block)
+        for there, here in {
+            "runs/deit_tiny_vca": folder,
+            "cat.jpg": images / "c.png",
+            "dog.jpg": images / "some/a.png",
+        }.items():
+            block = block.replace(there, str(here))
+        names = {}
+        exec(block, names)
+        torch.testing.assert_close(names["probabilities"], by_hand(folder)[[2, 0]].softmax(dim=1))
 
     def test_mistakes(self, folder, images, capsys):
         (images / "d.png").write_bytes(b"text")
