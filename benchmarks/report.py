@@ -163,6 +163,7 @@ def prepared(args: argparse.Namespace, network: nn.Module) -> Callable:
 
     set_tf32(True)
     if args.compile:
+        torch._dynamo.config.recompile_limit = 1000  # one `forward` for all contenders: after eight torch would give up
         for block in assemble.blocks(network):
             block.compile()
 
