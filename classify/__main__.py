@@ -39,8 +39,8 @@ from vca_engine.images.pixels import read_image
 from vca_engine.precision import chosen_device
 from vca_engine.records import differences, listed, read_json, write_json
 
-RECORD = "eval.json"
-FILES = (RECORD, "classes.csv", "predictions.csv", "confusion.png")
+EVALUATION_RECORD = "eval.json"
+FILES = (EVALUATION_RECORD, "classes.csv", "predictions.csv", "confusion.png")
 MOST_CLASSES = 20  # of which each is printed
 Crop = Annotated[float, Field(gt=0, le=1)]
 
@@ -161,24 +161,25 @@ def run_eval(args: EvalArguments) -> None:
     title = f"{recogniser.folder.resolve().name}, step {step:,}: top-1 {found['top1']:.2f} % of {len(data):,} images"
     write_tables(evaluation, data, out)
     draw_confusion(evaluation.confusion(), recogniser.class_names, out / "confusion.png", title)
-    write_json(out / RECORD, {**found, **asked, **facts})
+    write_json(out / EVALUATION_RECORD, {**found, **asked, **facts})
     print(
-        f"{recogniser}\n\n{render(evaluation)}\n\n{rate:,.1f} images/s of the network. Wrote {out}: {', '.join(FILES)}"
+        f"{recogniser}\n\n{render_evaluation(evaluation)}\n\n{rate:,.1f} images/s of the network. Wrote {out}: "
+        f"{', '.join(FILES)}"
     )
 
 
 def check_free(out: Path, asked: dict[str, Any]) -> None:
     """Raise ValueError if another evaluation, or something else, stands where one will be written."""
-    if not (out / RECORD).exists():
+    if not (out / EVALUATION_RECORD).exists():
         if there := [name for name in FILES if (out / name).exists()]:
             raise ValueError(f"{str(out / there[0])!r} is there already; choose another --out.")
         return
-    known = read_json(out / RECORD)
+    known = read_json(out / EVALUATION_RECORD)
     if different := differences({key: known.get(key) for key in asked}, asked):
         raise ValueError(f"{str(out)!r} holds an evaluation with {listed(different, most=40)}; choose another --out.")
 
 
-def render(evaluation: Evaluation) -> str:
+def render_evaluation(evaluation: Evaluation) -> str:
     """Write the accuracies, and the classes with their own: all of few, the worst of many."""
     found, rows = evaluation.accuracies(), [row for row in evaluation.classes() if row["images"]]
     text = f"top-1 {found['top1']:.2f} ± {found['top1_se']:.2f} %"

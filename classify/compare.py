@@ -26,7 +26,7 @@ from vca_engine.weights import checkpoint
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SUFFIXES = (".png", ".pdf", ".svg")
+PICTURE_SUFFIXES = (".png", ".pdf", ".svg")
 EXAMPLE = "python -m classify compare runs/own-0 runs/own-1 runs/vca-0 runs/vca-1"
 
 
@@ -112,8 +112,8 @@ def compare(runs: Sequence[str | Path], out: Path) -> str:
         OSError: A file cannot be read or written.
         ValueError: A folder is no run of a recogniser with evaluations, or two runs were evaluated on something else.
     """
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"the picture {str(out)!r} has to end in one of {', '.join(SUFFIXES)}.")
+    if out.suffix not in PICTURE_SUFFIXES:
+        raise ValueError(f"the picture {str(out)!r} has to end in one of {', '.join(PICTURE_SUFFIXES)}.")
     if not runs:
         raise ValueError(f"there is nothing to compare; name the folders of runs, e.g. {EXAMPLE}.")
     found = [read_run(Path(folder)) for folder in runs]
@@ -129,7 +129,7 @@ def compare(runs: Sequence[str | Path], out: Path) -> str:
     with written_aside(out) as temporary:
         figure.savefig(temporary, format=out.suffix[1:], dpi=150)
     write_json(out.with_suffix(".json"), to_record(groups, pairs))
-    return render(groups, pairs)
+    return render_table(groups, pairs)
 
 
 def read_run(folder: Path) -> EvaluatedRun:
@@ -294,7 +294,7 @@ class PairedDifference:
         )
 
 
-def render(groups: Sequence[Group], pairs: Sequence[PairedDifference]) -> str:
+def render_table(groups: Sequence[Group], pairs: Sequence[PairedDifference]) -> str:
     """Write the table as text, with what has to be known to read it."""
     seen = groups[0].runs[0].evaluated_on
     images = ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in seen["eval.data"].items())

@@ -22,7 +22,7 @@ from vca_engine.images.loader import load
 
 @dataclass
 class Evaluation:
-    """What a recogniser says of images with known classes.
+    """The answers of a recogniser to images with known classes.
 
     Args:
         class_names: Of the K classes.

@@ -27,7 +27,7 @@ from vca.transformer import resolved_attention
 
 
 @dataclass(frozen=True)
-class Recogniser:
+class RecogniserKind:
     """A network, and where another attention than its own stands in it.
 
     Attributes:
@@ -80,21 +80,21 @@ class Recogniser:
         return [*itertools.islice(smaller, 1), *itertools.islice(larger, 1)]
 
 
-def _deit(size: str, depths: tuple[int, ...], contrast: tuple[int | None, ...]) -> Recogniser:
-    return Recogniser(partial(_of_timm, f"deit_{size}_patch16_224"), 16, depths, contrast)
+def _deit(size: str, depths: tuple[int, ...], contrast: tuple[int | None, ...]) -> RecogniserKind:
+    return RecogniserKind(partial(_of_timm, f"deit_{size}_patch16_224"), 16, depths, contrast)
 
 
-def _pvt(*depths: int) -> Recogniser:
-    return Recogniser(partial(PVT, depths=depths), 32, depths, (3, 4, 7, 7), swapped={"class_token": False})
+def _pvt(*depths: int) -> RecogniserKind:
+    return RecogniserKind(partial(PVT, depths=depths), 32, depths, (3, 4, 7, 7), swapped={"class_token": False})
 
 
-def _swin(size: str, *depths: int) -> Recogniser:
+def _swin(size: str, *depths: int) -> RecogniserKind:
     network = partial(_of_timm, f"swin_{size}_patch4_window7_224")
-    return Recogniser(network, 32, depths, (3, 4, 7, None), windows=(7, 7, 7, 7))
+    return RecogniserKind(network, 32, depths, (3, 4, 7, None), windows=(7, 7, 7, 7))
 
 
-def _cswin(*depths: int) -> Recogniser:
-    return Recogniser(partial(CSwin, depths=depths), 32, depths, (3, 4, None, None), windows=STRIPES)
+def _cswin(*depths: int) -> RecogniserKind:
+    return RecogniserKind(partial(CSwin, depths=depths), 32, depths, (3, 4, None, None), windows=STRIPES)
 
 
 def _of_timm(name: str, *, image_size: int, in_channels: int, **sizes: Any) -> nn.Module:
@@ -188,7 +188,7 @@ def create(
     return network
 
 
-def _specs(network: nn.Module, recogniser: Recogniser, spec: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _specs(network: nn.Module, recogniser: RecogniserKind, spec: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Give each block that gets another attention its spec, with a contrast grid at most as large as its map."""
     sides = [side for side, depth in zip(recogniser.contrast, recogniser.depths, strict=True) for _ in range(depth)]
     has_grid = "contrast_grid" in options_of(ATTENTIONS[spec["name"]])

@@ -23,7 +23,7 @@ from vca_engine.images.pixels import check_beginning, read_image
 from vca_engine.precision import chosen_device, set_tf32
 from vca_engine.sampling.trained_model import TrainedModel, load_model
 
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Recogniser(TrainedModel):
@@ -134,8 +134,8 @@ class Recogniser(TrainedModel):
             ValueError: A package is missing; says how to get it.
             OSError: It cannot be written.
         """
-        if missing := [name for name in NEEDED if find_spec(name) is None]:
-            raise ValueError(f"the export needs the package {missing[0]}; run: pip install {' '.join(NEEDED)}.")
+        if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
+            raise ValueError(f"the export needs the package {missing[0]}; run: pip install {' '.join(ONNX_PACKAGES)}.")
         import onnxruntime
 
         info, network = self.info, self.network.float()
