@@ -16,7 +16,7 @@ TINY = "-tiny"
 ABOUT = ("title", "measure", "about", "like", "tiny")  # keys of a part that are no settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A config of the paper's tables.
 
@@ -143,6 +143,8 @@ def _row(name: str, parts: dict[str, Any], published: float | None, original: fl
         settings += [part["tiny"] for part in chain if "tiny" in part]
         run_dir = f"runs/tiny/{name.removesuffix(TINY)}"
     known = {key: value for part in chain for key, value in part.items() if key in ("measure", "about")}
+    if name.endswith(TINY) and known["measure"] == "FID-50K":
+        known["measure"] = "Frechet distance"
     title = ", ".join(part["title"] for part in chain if "title" in part)
     return Row(name, title, **known, settings=(*settings, {"run_dir": run_dir}), published=published, original=original)
 

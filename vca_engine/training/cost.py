@@ -1,6 +1,7 @@
 """What a network and its training take, by counting and by arithmetic: multiply-adds, memory and disk."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -16,6 +17,9 @@ SHAPES = {"digits": (8, 1, 10), "mnist": (32, 1, 10)}  # image size, channels an
 IMAGENET = 3, 1000  # channels and classes of a folder that was not looked at
 STABLE_DIFFUSION = SimpleNamespace(downsample=8, channels=4)  # in the place of its autoencoder, which may not be there
 BYTES = 4  # of a weight, an average of it, and each of AdamW's two moments
+IMAGES_OF_IMAGENET, IMAGES_OF_FID = 1_281_167, 50_000
+EVALUATIONS = 250  # of the network for an image, by the published samplers without guidance
+BYTES_OF_LATENT = 2 * 2 * 4 * 2  # of a place in it: mirrored or not, mean and deviation, channels, bytes of float16
 BACKWARD = 2  # multiply-adds of a backward pass over those of the forward pass: with respect to inputs, and to weights
 
 
@@ -118,6 +122,35 @@ def flops_of_training(config: Config, cost: Cost) -> float:
     """Compute the floating-point operations of the products of a whole training; a multiply-add is two."""
     images = config.train.num_steps * config.train.batch_size
     return 2.0 * (1 + BACKWARD) * cost.multiply_adds * images
+
+
+def estimate(configs: Mapping[str, Config], speed: float, price: float | None) -> Iterator[str]:
+    """Write a line for each config: GPU-hours, disk and money of a training, with the images of an FID; and their sums.
+
+    Args:
+        configs: What a line is called -> the config.
+        speed: Operations that a GPU does in a second.
+        price: Of a GPU-hour, if it is known.
+    """
+    yield f"{'config':<24}{'GPU-hours':>14}{'disk':>14}" + f"{'price':>14}" * bool(price)
+    lines, sizes = {}, set()
+    for name, config in configs.items():
+        cost, images = cost_of(config), 0
+        if assemble.is_generator(config):
+            images = IMAGES_OF_FID * EVALUATIONS
+            sizes.add(shape_of(config)[0] // STABLE_DIFFUSION.downsample)
+        hours = (flops_of_training(config, cost) + 2 * cost.multiply_adds * images) / speed / 3600
+        lines[name] = hours, disk_of(config, cost.parameters)
+    if sizes:
+        lines["latents"] = 0.0, sum(IMAGES_OF_IMAGENET * BYTES_OF_LATENT * side**2 for side in sizes)
+    lines["all"] = sum(hours for hours, _ in lines.values()), sum(disk for _, disk in lines.values())
+    for name, (hours, disk) in lines.items():
+        yield f"{name:<24}{hours:>14,.1f}{gib(disk):>14}" + (f"{hours * price:>14,.0f}" if price else "")
+    yield (
+        "A backward pass is taken to cost two forward passes, and an image of an FID "
+        f"{EVALUATIONS} evaluations of the network.\nNot counted: the autoencoder, Inception, loading, previews and "
+        "evaluations. Disk: all checkpoints and snapshots that are kept."
+    )
 
 
 def gib(num_bytes: float) -> str:
