@@ -14,6 +14,7 @@ others. The rows stand in configs/paper.yaml.
 
 import contextlib
 import functools
+import re
 import shlex
 import shutil
 import subprocess
@@ -252,7 +253,7 @@ def plan_of(row: Row, args: ReproduceArguments) -> Plan:
 
 
 def run_rows(rows: Sequence[Row], args: ReproduceArguments) -> list[str]:
-    """Do all rows, write the table after each, and list those that failed."""
+    """Do all rows, write the table after each, draw the curves, and list the rows that failed."""
     failed = []
     for i, row in enumerate(rows):
         say = functools.partial(print, f"[{i + 1}/{len(rows)}] {row.name}:", flush=True)
@@ -265,6 +266,7 @@ def run_rows(rows: Sequence[Row], args: ReproduceArguments) -> list[str]:
             say(error)
             failed.append(row.name)
         write_results(args)
+    draw_curves(args)
     return failed
 
 
@@ -321,14 +323,21 @@ def folder_of_tables(args: ReproduceArguments) -> Path:
 
 
 def write_results(args: ReproduceArguments) -> None:
-    """Write the whole table, and the curves of its rows if there are any."""
+    """Write the whole table."""
     title, about = f"{args.table}: reproduced beside published", "Rows without a number were not run here."
     if args.scale == "tiny":
         title = f"{args.table} at a tiny scale: NOT the paper's numbers"
         about = "Small networks after a few steps on handwritten digits: they show that the commands work, no more."
-    rows, place = chosen_rows(args, whole=True), folder_of_tables(args) / args.table
-    write_table(place.with_name(f"{place.name}.md"), title, about, results(rows, args))
-    plot_curves(place, {row.name: Path(config_of("--config", row.name).run_dir) for row in rows})
+    found = results(chosen_rows(args, whole=True), args)
+    write_table(folder_of_tables(args) / f"{args.table}.md", title, about, found)
+
+
+def draw_curves(args: ReproduceArguments) -> None:
+    """Draw the curves of the rows of the whole table, of those that have lines of measurements."""
+    rows = chosen_rows(args, whole=True)
+    plot_curves(
+        folder_of_tables(args) / args.table, {row.name: Path(config_of("--config", row.name).run_dir) for row in rows}
+    )
 
 
 def print_estimate(rows: Sequence[Row], args: ReproduceArguments) -> None:
@@ -353,13 +362,13 @@ def submit(rows: Sequence[Row], args: ReproduceArguments, words: Sequence[str]) 
     """
     head, rest = (ROOT / "configs" / "slurm.sh").read_text(encoding="utf-8").split("srun ", 1)
     command, tail = rest.split("code=$?", 1)
-    command = command.replace("\\\n", " ").replace("python train.py", "python").rpartition(" train ")[0]
+    command = re.sub(r"\\\n\s*", "", command).replace("python train.py", "python").rpartition(" train ")[0]
     options = [line for line in head.splitlines() if line[:2] != "# " and "--job-name" not in line]
     names = [row.name.removesuffix(TINY) for row in rows]
     again = shlex.join([*words, "--submit", "false"])
     lines = [
         options[0],
-        "# A job for each row, made by reproduce.py --submit of configs/slurm.sh; goes on by itself when its time is up.",
+        "# A job a row, made by reproduce.py --submit of configs/slurm.sh; goes on by itself when its time is up.",
         f"#SBATCH --job-name={args.table}",
         f"#SBATCH --array=0-{len(names) - 1}",
         *options[1:],

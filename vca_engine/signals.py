@@ -90,10 +90,16 @@ def uninterrupted() -> Iterator[None]:
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
-    """Run a program whose output goes to the end of a file, and return its exit code, or `STOPPED` after a signal.
+    """Run a program whose output goes to the end of a file.
 
     Signals are left to it, so that it can save what it has: those to this process are passed on, but for Ctrl-C, which
     the terminal sends to both. For the main thread.
+
+    Returns:
+        Its exit code; `STOPPED` if this process got one of `SIGNALS`, or if the program ended by one.
+
+    Raises:
+        OSError: There is no such program, or the file cannot be written.
     """
     received = []
 
@@ -111,7 +117,8 @@ def run_logged(command: Sequence[str], log: Path) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-    return STOPPED if received else code
+    by_signal = {sign for number in SIGNALS for sign in (-number, 128 + number)}
+    return STOPPED if received or code in by_signal else code
 
 
 def end_on_signals() -> None:

@@ -10,7 +10,7 @@ from vca_engine import assemble
 from vca_engine.config.paper import Row
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, to_dict
-from vca_engine.files import write_text
+from vca_engine.files import is_older, write_text
 from vca_engine.records import differences, listed, read_json
 from vca_engine.sampling.figures import NARROW, new_figure, save_figure, styled
 from vca_engine.training.cost import cost_of, gib, memory_of_weights, network_of
@@ -162,30 +162,28 @@ def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
 
 
 @styled
-def plot_curves(path: Path, folders: Mapping[str, Path]) -> bool:
-    """Draw the distance or the accuracy of runs against the step, as path.png and path.pdf.
+def plot_curves(path: Path, folders: Mapping[str, Path]) -> None:
+    """Draw the distance or the accuracy of runs against the step, as path.png and path.pdf, where there is news.
 
     Args:
         path: Without an ending.
         folders: What a line is called -> the folder of the run.
-
-    Returns:
-        Whether there is anything to draw.
     """
+    files = [(name, folder / file) for name, folder in folders.items() for file in (DISTANCES_FILE, EVALUATIONS_FILE)]
+    if not is_older(path.with_name(f"{path.name}.png"), *(file for _, file in files)):
+        return
     curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for name, folder in folders.items():
-        for file in (DISTANCES_FILE, EVALUATIONS_FILE):
-            if lines := [line for line in read_metrics(folder / file) if measure_of(line)]:
-                curves.setdefault(measure_of(lines[-1]), {})[name] = lines
+    for name, file in files:
+        for line in read_metrics(file):
+            if measure := measure_of(line):
+                curves.setdefault(measure, {}).setdefault(name, []).append(line)
     if not curves:
-        return False
+        return
     figure, axes = new_figure(NARROW * len(curves), 2.4, 1, len(curves))
     for ax, (measure, runs) in zip(axes[0], curves.items(), strict=True):
         for name, lines in runs.items():
-            lines = [line for line in lines if measure_of(line) == measure]
             ax.plot([line["step"] for line in lines], [line[measure] for line in lines], marker=".", label=name)
         ax.set_xlabel("training step")
         ax.set_ylabel({"fid": "FID", "fd": "Frechet distance", "top1": "top-1, %"}[measure])
         ax.legend()
     save_figure(figure, path)
-    return True
