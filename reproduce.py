@@ -31,7 +31,7 @@ from pydantic import Field
 from vca import create, lookup
 from vca_engine import assemble
 from vca_engine.config.cli import ROOT, parse, report_errors
-from vca_engine.config.paper import TINY, Row, find_row, read_tables
+from vca_engine.config.paper import TINY, PaperRow, find_row, read_tables
 from vca_engine.config.reading import FilePath, Spec, Strict
 from vca_engine.config.schema import Config
 from vca_engine.files import hold, write_text, written_aside
@@ -42,7 +42,7 @@ from vca_engine.training.distances import EVALUATIONS_FILE
 from vca_engine.training.results import (
     Measured,
     check_run,
-    check_settings,
+    check_same_settings,
     list_rows,
     measured,
     plot_curves,
@@ -54,18 +54,18 @@ Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 @dataclass(frozen=True)
 class EvaluationImages(Strict):
-    """What recognisers are evaluated on.
+    """Images that recognisers are evaluated on.
 
     Args:
-        data: These images, --eval.data.images DIR.
+        data: --eval.data.images DIR.
     """
 
     data: Spec | None = None
 
 
 @dataclass(frozen=True)
-class Reference(Strict):
-    """What the images of generators are compared with.
+class ReferenceFiles(Strict):
+    """Files that measure the images of generators.
 
     Args:
         reference: Statistics or images, e.g. VIRTUAL_imagenet256_labeled.npz of ADM.
@@ -106,7 +106,7 @@ class ReproduceArguments(Strict):
     scale: Literal["paper", "tiny"] = "paper"
     data: Spec | None = None
     eval: EvaluationImages = field(default_factory=EvaluationImages)
-    fid: Reference = field(default_factory=Reference)
+    fid: ReferenceFiles = field(default_factory=ReferenceFiles)
     settings: FilePath | None = None
     latents: FilePath = "runs/latents"
     out: FilePath | None = None
@@ -142,7 +142,7 @@ class Plan:
         steps: Name -> command, and whether it is done.
     """
 
-    row: Row
+    row: PaperRow
     config: Config
     file: Path
     num: int | None
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(f"reproduce.py: not done: {', '.join(failed)}; the same command tries again.")
 
 
-def chosen_rows(args: ReproduceArguments, *, whole: bool = False) -> list[Row]:
+def chosen_rows(args: ReproduceArguments, *, whole: bool = False) -> list[PaperRow]:
     """List those rows of the table that are wanted, or the whole table.
 
     Raises:
@@ -184,7 +184,7 @@ def chosen_rows(args: ReproduceArguments, *, whole: bool = False) -> list[Row]:
     return [find_row(name + TINY * (args.scale == "tiny")) for name in names]
 
 
-def words_of(row: Row, args: ReproduceArguments) -> list[str]:
+def words_of(row: PaperRow, args: ReproduceArguments) -> list[str]:
     """Give the options by which train.py and cache_latents.py get the settings of a row."""
     words = ["--config", row.name] + (["--config", args.settings] if args.settings else [])
     given = {"data": args.data} | ({"eval.data": args.eval.data} if row.measure == "top-1" else {})
@@ -196,7 +196,7 @@ def config_of(*words: str) -> Config:
     return parse(Config, words, prog="reproduce.py", description="", parts=assemble.parts())
 
 
-def check_places(rows: Sequence[Row], args: ReproduceArguments) -> None:
+def check_places(rows: Sequence[PaperRow], args: ReproduceArguments) -> None:
     """Check that images and reference are there, before the first step.
 
     Raises:
@@ -221,7 +221,7 @@ def check_places(rows: Sequence[Row], args: ReproduceArguments) -> None:
                 )
 
 
-def plan_of(row: Row, args: ReproduceArguments) -> Plan:
+def plan_of(row: PaperRow, args: ReproduceArguments) -> Plan:
     """Find the settings of a row, and list its commands.
 
     Raises:
@@ -229,7 +229,7 @@ def plan_of(row: Row, args: ReproduceArguments) -> Plan:
     """
     words, launch = words_of(row, args), shlex.split(args.launcher)
     own, config = config_of("--config", row.name), config_of(*words)
-    check_settings(own, config, repr(args.settings or shlex.join(words)))
+    check_same_settings(own, config, repr(args.settings or shlex.join(words)))
     if config.run_dir != own.run_dir:
         raise ValueError(f"{args.settings!r} has run_dir {config.run_dir!r}; each row has its own, {own.run_dir!r}.")
     step, folder = check_run(config), Path(config.run_dir)
@@ -252,7 +252,7 @@ def plan_of(row: Row, args: ReproduceArguments) -> Plan:
     return Plan(row, config, file, num, steps)
 
 
-def run_rows(rows: Sequence[Row], args: ReproduceArguments) -> list[str]:
+def run_rows(rows: Sequence[PaperRow], args: ReproduceArguments) -> list[str]:
     """Do all rows, write the table after each, draw the curves, and list the rows that failed."""
     failed = []
     for i, row in enumerate(rows):
@@ -305,7 +305,7 @@ def save_images(name: str, file: Path) -> None:
         np.save(opened, images.repeat(3, axis=-1))
 
 
-def results(rows: Sequence[Row], args: ReproduceArguments) -> dict[Row, Measured | str]:
+def results(rows: Sequence[PaperRow], args: ReproduceArguments) -> dict[PaperRow, Measured | str]:
     """Find the number of each row, or say why there is none."""
     found = {}
     for row in rows:
@@ -340,7 +340,7 @@ def draw_curves(args: ReproduceArguments) -> None:
     )
 
 
-def print_estimate(rows: Sequence[Row], args: ReproduceArguments) -> None:
+def print_estimate(rows: Sequence[PaperRow], args: ReproduceArguments) -> None:
     """Print the GPU-hours, the disk and the money that rows take, and what is assumed."""
     configs = {row.name: config_of("--config", row.name) for row in rows}
     speed, how = args.tflops * 1e12 * args.utilisation, f"{args.utilisation:.0%} of {args.tflops:g} TFLOP/s, assumed"
@@ -352,7 +352,7 @@ def print_estimate(rows: Sequence[Row], args: ReproduceArguments) -> None:
     print(*estimate(configs, speed, args.price), f"Speed: {how}.", sep="\n")
 
 
-def submit(rows: Sequence[Row], args: ReproduceArguments, words: Sequence[str]) -> None:
+def submit(rows: Sequence[PaperRow], args: ReproduceArguments, words: Sequence[str]) -> None:
     """Write a script for SLURM with a job for each row, made of configs/slurm.sh; give it to sbatch if that is there.
 
     Args:

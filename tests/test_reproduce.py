@@ -233,7 +233,7 @@ GENERATORS = [n for t in ("fid", "fid-large", "fid-512") for n in read_tables()[
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_the_cost_of_the_published_sizes(size):
     found, (products, parameters) = cost(f"dit_{size}_mhsa"), PUBLISHED[size]
-    assert found.multiply_adds / 1e9 == pytest.approx(products, rel=5e-4)  # theirs is up to 2e-4 more
+    assert found.multiply_adds / 1e9 == pytest.approx(products, rel=1e-3)  # half of a digit of 6.06
     assert round(found.parameters / 1e6) == parameters
     assert found.contrast_tokens == []
 

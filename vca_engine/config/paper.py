@@ -17,7 +17,7 @@ ABOUT = ("title", "measure", "about", "like", "tiny")  # keys of a part that are
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class PaperRow:
     """A config of the paper's tables.
 
     Args:
@@ -59,14 +59,14 @@ class Row:
 
 
 @functools.cache
-def read_tables() -> dict[str, dict[str, Row]]:
+def read_tables() -> dict[str, dict[str, PaperRow]]:
     """Read configs/paper.yaml: table -> name -> row. A row may be in several tables.
 
     Raises:
         ValueError: It cannot be read.
     """
     content = read_yaml(str(TABLES))
-    found: dict[str, Row] = {}
+    found: dict[str, PaperRow] = {}
     tables = {}
     for table, lines in content["tables"].items():
         for name, values in lines.items():
@@ -78,13 +78,13 @@ def read_tables() -> dict[str, dict[str, Row]]:
     return tables
 
 
-def find_row(name: str) -> Row:
+def find_row(name: str) -> PaperRow:
     """Find a row by its name, which may end in -tiny.
 
     Raises:
         ValueError: There is none; says the nearest.
     """
-    rows = _rows()
+    rows = _all_rows()
     if name not in rows:
         raise ValueError(
             f"{name!r} is not a row of configs/{TABLES.name};{nearest(name, rows)} "
@@ -108,18 +108,18 @@ def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
     name = place.name.removesuffix(".yaml") if place.parent.name == "configs" else path
     is_free = os.path.isdir(place) or not os.path.lexists(place)
     may_be_row = is_free and TABLES.is_file() and not (name == path and place.suffix)
-    if may_be_row and name in _rows():
-        row = _rows()[name]
+    if may_be_row and name in _all_rows():
+        row = _all_rows()[name]
         return list(row.settings), row.comments()
     if may_be_row and name == path and place.parent == Path():
         raise ValueError(
             f"--config is {path!r}, which is neither a file nor a row of configs/{TABLES.name};"
-            f"{nearest(name, _rows())} python reproduce.py --list shows all rows."
+            f"{nearest(name, _all_rows())} python reproduce.py --list shows all rows."
         )
     try:
         settings = read_yaml(path)
     except ValueError as error:
-        close = nearest(name, _rows()) if may_be_row else ""
+        close = nearest(name, _all_rows()) if may_be_row else ""
         raise ValueError(f"{error}{close}") from None
     if settings.keys() == {"parts", "tables"}:
         raise ValueError(f"{path} is a table of configs; name one of its rows, e.g. --config sit_b2_vca.")
@@ -127,14 +127,14 @@ def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 @functools.cache
-def _rows() -> dict[str, Row]:
+def _all_rows() -> dict[str, PaperRow]:
     """Gather the rows of all tables, and their tiny forms."""
     rows = {name: row for table in read_tables().values() for name, row in table.items()}
     parts = read_yaml(str(TABLES))["parts"]
     return rows | {f"{name}{TINY}": _row(f"{name}{TINY}", parts, None, None) for name in rows}
 
 
-def _row(name: str, parts: dict[str, Any], published: float | None, original: float | None) -> Row:
+def _row(name: str, parts: dict[str, Any], published: float | None, original: float | None) -> PaperRow:
     """Make a row of the parts of its name."""
     chain = list(_chain(name.removesuffix(TINY), parts))
     settings = [{key: value for key, value in part.items() if key not in ABOUT} for part in chain]
@@ -146,7 +146,9 @@ def _row(name: str, parts: dict[str, Any], published: float | None, original: fl
     if name.endswith(TINY) and known["measure"] == "FID-50K":
         known["measure"] = "Frechet distance"
     title = ", ".join(part["title"] for part in chain if "title" in part)
-    return Row(name, title, **known, settings=(*settings, {"run_dir": run_dir}), published=published, original=original)
+    return PaperRow(
+        name, title, **known, settings=(*settings, {"run_dir": run_dir}), published=published, original=original
+    )
 
 
 def _chain(name: str, parts: dict[str, Any]) -> Iterator[dict[str, Any]]:

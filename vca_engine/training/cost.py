@@ -25,7 +25,7 @@ BACKWARD = 2  # multiply-adds of a backward pass over those of the forward pass:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network takes.
+    """Size and work of a network.
 
     Args:
         parameters: Number of its parameters.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vca_engine import assemble
-from vca_engine.config.paper import Row
+from vca_engine.config.paper import PaperRow
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, to_dict
 from vca_engine.files import is_older, write_text
@@ -43,7 +43,7 @@ class Measured:
     file: Path
 
 
-def check_settings(config: Config, other: Config, what: str) -> None:
+def check_same_settings(config: Config, other: Config, what: str) -> None:
     """Check that two configs train and measure the same, wherever their files lie.
 
     Args:
@@ -81,7 +81,7 @@ def check_run(config: Config) -> int:
     if other.data["name"] != config.data["name"]:
         given, there = config.data["name"], other.data["name"]
         raise ValueError(f"{config.run_dir!r} has other settings than the row: data.name {given!r} (there {there!r}).")
-    check_settings(config, other, repr(config.run_dir))
+    check_same_settings(config, other, repr(config.run_dir))
     return record["step"]
 
 
@@ -115,14 +115,14 @@ def measured(config: Config, file: Path, num: int | None = None) -> Measured | N
     return Measured(name, record[name], record.get(f"{name}_se"), num, file)
 
 
-def write_table(file: Path, title: str, about: str, rows: Mapping[Row, Measured | str]) -> None:
+def write_table(file: Path, title: str, about: str, rows: Mapping[PaperRow, Measured | str]) -> None:
     """Write the table of rows in Markdown: reproduced, its standard error, published, the difference, and the record.
 
     Args:
         file: It; a .md file.
         title: Its heading.
         about: What to know when one reads it.
-        rows: Row -> what it has measured, or a word in its place.
+        rows: PaperRow -> what it has measured, or a word in its place.
     """
     head = "config, network, measure, reproduced, standard error, VCA paper, difference, paper of the model, record"
     head = head.split(", ")
@@ -130,14 +130,14 @@ def write_table(file: Path, title: str, about: str, rows: Mapping[Row, Measured 
     for row, result in rows.items():
         done = isinstance(result, Measured)
         cells = [f"`{row.name}`", row.title, row.measure]
-        cells += [f"{result.value:.2f}" if done else result, _number(result.error if done else None)]
+        cells += [f"{result.value:.2f}" if done else result, _signed(result.error if done else None)]
         difference = result.value - row.published if done and row.published is not None else None
-        cells += [_number(row.published, 1), _number(difference, 2, "+"), _number(row.original, 1)]
+        cells += [_signed(row.published, 1), _signed(difference, 2, "+"), _signed(row.original, 1)]
         lines.append("| " + " | ".join([*cells, f"`{result.file}`" if done else ""]) + " |")
     write_text(file, "\n".join(lines) + "\n")
 
 
-def list_rows(configs: Mapping[Row, Config], found: Mapping[Row, Measured | str]) -> Iterator[str]:
+def list_rows(configs: Mapping[PaperRow, Config], found: Mapping[PaperRow, Measured | str]) -> Iterator[str]:
     """Write a line for each row: what its network is and takes, the published value, and ours; and what these are."""
     head = ("parameters", "GMAC", "contrast", "memory", "published", "ours")
     yield f"{'config':<24}" + "".join(f"{word:>13}" for word in head)
@@ -156,7 +156,7 @@ def list_rows(configs: Mapping[Row, Config], found: Mapping[Row, Measured | str]
     )
 
 
-def _number(value: float | None, digits: int = 2, sign: str = "") -> str:
+def _signed(value: float | None, digits: int = 2, sign: str = "") -> str:
     """Write a number of a table; a dash if there is none."""
     return "-" if value is None else f"{value:{sign}.{digits}f}"
 
