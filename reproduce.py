@@ -37,9 +37,10 @@ from vca_engine.config.schema import Config
 from vca_engine.files import hold, write_text, written_aside
 from vca_engine.images.datasets import DATASETS
 from vca_engine.signals import STOPPED, run_logged
-from vca_engine.training.cost import IMAGES_OF_FID, cost_of, estimate, flops_of_training
+from vca_engine.training.cost import IMAGES_OF_FID, cost_of, estimate, flops_of_training, network_of
 from vca_engine.training.distances import EVALUATIONS_FILE
 from vca_engine.training.results import (
+    NOT_YET,
     Measured,
     check_run,
     check_same_settings,
@@ -232,6 +233,8 @@ def plan_of(row: PaperRow, args: ReproduceArguments) -> Plan:
     check_same_settings(own, config, repr(args.settings or shlex.join(words)))
     if config.run_dir != own.run_dir:
         raise ValueError(f"{args.settings!r} has run_dir {config.run_dir!r}; each row has its own, {own.run_dir!r}.")
+    if args.scale == "tiny":
+        network_of(config)  # raises ValueError if it does not fit such small images
     step, folder = check_run(config), Path(config.run_dir)
     if row.measure == "top-1":
         file = folder / EVALUATIONS_FILE
@@ -306,14 +309,14 @@ def save_images(name: str, file: Path) -> None:
 
 
 def results(rows: Sequence[PaperRow], args: ReproduceArguments) -> dict[PaperRow, Measured | str]:
-    """Find the number of each row, or say why there is none."""
+    """Find the number of each row, or say why there is none: see `write_table`."""
     found = {}
     for row in rows:
         try:
             plan = plan_of(row, args)
-            found[row] = measured(plan.config, plan.file, plan.num) or "not yet run"
-        except (ValueError, OSError):
-            found[row] = "made with other settings, or damaged"
+            found[row] = measured(plan.config, plan.file, plan.num) or NOT_YET
+        except (ValueError, OSError) as error:
+            found[row] = str(error)
     return found
 
 

@@ -101,7 +101,7 @@ def test_two_rows_go_from_the_commands_to_the_table(workplace):
     assert "NOT the paper's numbers" in text
     assert list(rows) == [f"{name}-tiny" for name in read_tables()["ablation-stages"]]
     record, line = read_json(RECORD), read_lines(RECOGNISER / "eval.jsonl")[-1]
-    assert (record["step"], record["num_samples"], line["step"], line["num_samples"]) == (40, 64, 20, 500)
+    assert (record["step"], record["num_samples"], line["step"], line["num_samples"]) == (40, 64, 60, 500)
     number, error, published = rows["dit_s2_vca-tiny"][2:5]
     assert (number, error, published) == (f"{record['fd']:.2f}", f"{record['fd_se']:.2f}", "-")
     share = line["top1"] / 100
@@ -153,7 +153,8 @@ def test_what_was_made_with_other_settings_is_refused_by_name(workplace, capsys)
     reproduced(*TINY, "[dit_s2_stage1]", code=1)
     said = capsys.readouterr().out
     assert "'runs/tiny/dit_s2_stage1' has other settings than the row: model.attention.stages" in said
-    assert table()["dit_s2_stage1-tiny"][2] == "made with other settings, or damaged"
+    assert table()["dit_s2_stage1-tiny"][2] == "refused"
+    assert "* `dit_s2_stage1-tiny` is refused: 'runs/tiny/dit_s2_stage1' has other settings" in TABLE.read_text()
     shutil.rmtree(other)
 
     record = read_json(RECORD)
@@ -177,12 +178,12 @@ def test_settings_of_the_user_may_not_change_a_number(workplace, capsys):
 def test_a_row_that_fails_says_where_its_output_is_and_stops_no_other(workplace, capsys):
     broken = GENERATOR.with_name("deit_tiny_stage1")
     broken.mkdir()
-    (broken / "metrics.jsonl").write_text('{"step": 20}\n')  # of a run whose checkpoints are gone
+    (broken / "metrics.jsonl").write_text('{"step": 50}\n')  # of a run whose checkpoints are gone
     workplace.clear()
     said = reproduced(*TINY, "[deit_tiny_stage1,deit_tiny_vca]", code=1)
     assert "not done: deit_tiny_stage1-tiny; the same command tries again" in said
     printed = capsys.readouterr().out
-    assert f"train failed with exit code 2: train.py: run_dir '{broken}' has come to step 20" in printed
+    assert f"train failed with exit code 2: train.py: run_dir '{broken}' has come to step 50" in printed
     assert f"See '{broken / 'train.log'}'." in printed
     assert "[2/2] deit_tiny_vca-tiny: top1" in printed
     assert workplace == ["train"]
@@ -407,3 +408,11 @@ def test_the_commands_of_the_full_scale(tmp_path, monkeypatch):
     [(command, done)] = reproduce.plan_of(find_row("deit_small_agent"), args).steps.values()
     assert shlex.join(command) == "python train.py --config deit_small_agent --data.images train --eval.data.images val"
     assert not done
+
+
+def test_a_row_that_does_not_fit_the_tiny_scale_is_not_begun():
+    args = parse(reproduce.ReproduceArguments, ["--scale", "tiny"], prog="", description="", first="table")
+    with pytest.raises(
+        ValueError, match="image_size is 32, which the windows or stripes of swin_tiny with attention own"
+    ):
+        reproduce.plan_of(find_row("swin_tiny_own-tiny"), args)

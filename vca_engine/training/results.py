@@ -24,6 +24,9 @@ PLACES = (MAY_CHANGE - {"sample", "fid", "eval"}) | {f"fid.{key}" for key in ("r
 PLACES |= {"eval.data.images", "eval.every"}
 
 
+NOT_YET, REFUSED = "not yet run", "refused"
+
+
 @dataclass(frozen=True)
 class Measured:
     """A number that a run has.
@@ -122,7 +125,7 @@ def write_table(file: Path, title: str, about: str, rows: Mapping[PaperRow, Meas
         file: It; a .md file.
         title: Its heading.
         about: What to know when one reads it.
-        rows: PaperRow -> what it has measured, or a word in its place.
+        rows: PaperRow -> what it has measured, `NOT_YET`, or the sentence that says why it is refused.
     """
     head = "config, network, measure, reproduced, standard error, VCA paper, difference, paper of the model, record"
     head = head.split(", ")
@@ -130,10 +133,12 @@ def write_table(file: Path, title: str, about: str, rows: Mapping[PaperRow, Meas
     for row, result in rows.items():
         done = isinstance(result, Measured)
         cells = [f"`{row.name}`", row.title, row.measure]
-        cells += [f"{result.value:.2f}" if done else result, _signed(result.error if done else None)]
+        cells += [_value(result), _signed(result.error if done else None)]
         difference = result.value - row.published if done and row.published is not None else None
         cells += [_signed(row.published, 1), _signed(difference, 2, "+"), _signed(row.original, 1)]
         lines.append("| " + " | ".join([*cells, f"`{result.file}`" if done else ""]) + " |")
+    refused = {row: result for row, result in rows.items() if _value(result) == REFUSED}
+    lines += ["" for _ in refused][:1] + [f"* `{row.name}` is refused: {result}" for row, result in refused.items()]
     write_text(file, "\n".join(lines) + "\n")
 
 
@@ -145,15 +150,26 @@ def list_rows(configs: Mapping[PaperRow, Config], found: Mapping[PaperRow, Measu
         cost = cost_of(config)
         memory = gib(sum(memory_of_weights(config, cost.parameters).values()))
         published = "not known" if row.published is None else f"{row.published:g}"
-        ours = f"{found[row].value:.2f}" if isinstance(found[row], Measured) else found[row]
         contrast = ",".join(map(str, cost.contrast_tokens)) or "-"
-        cells = (f"{cost.parameters:,}", f"{cost.multiply_adds / 1e9:.2f}", contrast, memory, published, ours)
+        cells = (
+            f"{cost.parameters:,}",
+            f"{cost.multiply_adds / 1e9:.2f}",
+            contrast,
+            memory,
+            published,
+            _value(found[row]),
+        )
         yield f"{row.name:<24}" + "".join(f"{cell:>13}" for cell in cells)
     yield (
         "GMAC: 10^9 multiply-adds of a forward pass of one sample, counted by torch. contrast: numbers of contrast\n"
         "tokens. memory: of weights, gradients, optimizer and averages, by arithmetic; activations come on top.\n"
         "published: FID-50K or top-1 in the VCA paper."
     )
+
+
+def _value(result: Measured | str) -> str:
+    """Write the number of a row, or a word in its place."""
+    return f"{result.value:.2f}" if isinstance(result, Measured) else result if result == NOT_YET else REFUSED
 
 
 def _signed(value: float | None, digits: int = 2, sign: str = "") -> str:
