@@ -50,6 +50,7 @@ from vca_engine.training.results import (
     write_table,
 )
 
+REFERENCES = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}  # by the side of the images
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 
@@ -210,10 +211,8 @@ def check_places(rows: Sequence[PaperRow], args: ReproduceArguments) -> None:
             needed["--eval.data.images"] = (config.eval.data or {}).get("images")
         elif args.fid.reference is None or not Path(args.fid.reference).exists():
             given = "is not given" if args.fid.reference is None else f"{args.fid.reference!r} is not there"
-            size = config.data["image_size"]
-            raise ValueError(
-                f"the reference of the FID {given}; type --fid.reference VIRTUAL_imagenet{size}_labeled.npz."
-            )
+            name = REFERENCES[int(config.data["image_size"])]
+            raise ValueError(f"the reference of the FID {given}; type --fid.reference {name}, a file of ADM.")
         for option, place in needed.items():
             if not (place and Path(place).exists()):
                 raise ValueError(
