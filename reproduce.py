@@ -14,6 +14,7 @@ others. The rows stand in configs/paper.yaml.
 
 import contextlib
 import functools
+import os
 import re
 import shlex
 import shutil
@@ -168,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         submit(rows, args, words)
     else:
         check_places(rows, args)
+        if args.scale == "tiny":  # matrices this small gain nothing from a second thread
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
         if failed := run_rows(rows, args):
             raise SystemExit(f"reproduce.py: not done: {', '.join(failed)}; the same command tries again.")
 
