@@ -12,7 +12,7 @@ from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, to_dict
 from vca_engine.files import is_older, write_text
 from vca_engine.records import differences, listed, read_json
-from vca_engine.sampling.figures import NARROW, new_figure, save_figure, styled
+from vca_engine.sampling.figures import WIDE, new_figure, save_figure, styled
 from vca_engine.training.cost import cost_of, gib, memory_of_weights, network_of
 from vca_engine.training.distances import DISTANCES_FILE, EVALUATIONS_FILE, measure_of
 from vca_engine.training.log import read_metrics
@@ -195,11 +195,13 @@ def plot_curves(path: Path, folders: Mapping[str, Path]) -> None:
                 curves.setdefault(measure, {}).setdefault(name, []).append(line)
     if not curves:
         return
-    figure, axes = new_figure(NARROW * len(curves), 2.4, 1, len(curves))
+    height = max(2.4, 0.12 * max(map(len, curves.values())))  # inches; a line of a legend takes 0.12
+    figure, axes = new_figure(WIDE * len(curves), height, 1, len(curves))
     for ax, (measure, runs) in zip(axes[0], curves.items(), strict=True):
-        for name, lines in runs.items():
-            ax.plot([line["step"] for line in lines], [line[measure] for line in lines], marker=".", label=name)
+        for i, (name, lines) in enumerate(runs.items()):  # matplotlib has ten colours
+            style = {"linestyle": ("-", "--", ":")[i // 10 % 3], "marker": "."}
+            ax.plot([line["step"] for line in lines], [line[measure] for line in lines], label=name, **style)
         ax.set_xlabel("training step")
         ax.set_ylabel({"fid": "FID", "fd": "Frechet distance", "top1": "top-1, %"}[measure])
-        ax.legend()
+        ax.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     save_figure(figure, path)
