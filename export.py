@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vca_engine.config.cli import report_errors
 from vca_engine.files import expanded, folder_written_aside, require_free, typed_path
-from vca_engine.sampling.model_card import facts_of, model_card
+from vca_engine.sampling.model_card import GENERATOR, facts_of, model_card
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.weights import checkpoint
 from vca_engine.weights.diffusers import (
@@ -85,7 +85,7 @@ def export(run: Path, out: Path, weights: str = "ema", vae: str | None = None) -
         notes.append(FILLED.format(num=model.num_classes, row=NULL_ROW))
     usage = USAGE.format(folder=out.name, scale=4.0 if guided else 1.0)
     facts = {**facts_of(checkpoint.read_record(folder), weights), "written by": f"diffusers {diffusers.__version__}"}
-    card = model_card(out.absolute().name, usage, facts, notes=notes, library="diffusers", tags=["dit"])
+    card = model_card(out.absolute().name, usage, facts, notes=notes, library="diffusers", tags=[*GENERATOR, "dit"])
     with folder_written_aside(out) as temporary:
         theirs.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -9,9 +9,12 @@ from typing import Any
 
 from classify.process import Classification
 
-HOMES = {"MODELS": "models", "create": "models", "PVT": "pvt", "CSwin": "cswin", "swap_attention": "swap"}
+HOMES = {
+    **{"MODELS": "models", "create": "models", "PVT": "pvt", "CSwin": "cswin", "swap_attention": "swap"},
+    "Recogniser": "recogniser",
+}
 
-__all__ = ["MODELS", "PVT", "CSwin", "Classification", "create", "swap_attention"]
+__all__ = ["MODELS", "PVT", "CSwin", "Classification", "Recogniser", "create", "swap_attention"]
 
 
 def __getattr__(name: str) -> Any:

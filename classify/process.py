@@ -122,14 +122,19 @@ class Classification:
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
 
     @staticmethod
-    def count_correct(logits: Tensor, y: Tensor) -> Tensor:
+    def best_classes(logits: Tensor) -> Tensor:
+        """Find the five best classes by logits (B, K), fewer of fewer: (B, 5), the best first; -1 where not finite."""
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        return best.masked_fill(~logits.isfinite().all(dim=1, keepdim=True), -1)
+
+    @classmethod
+    def count_correct(cls, logits: Tensor, y: Tensor) -> Tensor:
         """Count images by their logits (B, K) and labels (B,); what is not finite is wrong.
 
         Returns:
             (3,) int64: those whose class is the first, those whose class is among the first five, and all.
         """
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-        right = (best == y[:, None]) & logits.isfinite().all(dim=1, keepdim=True)
+        right = cls.best_classes(logits) == y[:, None]  # (B, 5)
         return torch.stack([right[:, 0].sum(), right.sum(), torch.tensor(len(y), device=y.device)])
 
     def draw_mixing(self, shape: torch.Size, seed: int) -> tuple[float, tuple[int, int, int, int] | None]:

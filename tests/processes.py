@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 tests/processes.py JOBS.json
 
-JOBS is a list of [program, argv]: train, sample, or sharded, which is train with FSDP2. accelerate shards on GPUs only,
+JOBS is a list of [program, argv]: train, sample, classify, or sharded, which is train with FSDP2. accelerate shards on GPUs only,
 unless told so here.
 """
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
 import train
+from classify import __main__ as classify
 from vca_engine.training import run
 
 
@@ -48,7 +49,7 @@ def main() -> None:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         run.Accelerator = Sharded if program == "sharded" else Accelerator
-        (sample if program == "sample" else train).main(argv)
+        {"sample": sample, "classify": classify}.get(program, train).main(argv)
 
 
 if __name__ == "__main__":

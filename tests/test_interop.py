@@ -410,10 +410,10 @@ def test_models_for_the_hub_are_still_networks():
 
 def test_a_card_is_what_the_hub_reads():
     facts = {"FID-50K": "2.27 | of 50,000", "steps": 400_000, "unknown": None, "two\nlines": 1}
-    text = model_card("A title", "\nprint(1)\n", facts, notes=["One.", "Two."], tags=["flow"])
+    text = model_card("A title", "\nprint(1)\n", facts, notes=["One.", "Two."], tags=["image-generation", "flow"])
     front, body = text.removeprefix("---\n").split("\n---\n", 1)
     expected = {"license": "apache-2.0", "library_name": "vca-diffusion"}
-    assert yaml.safe_load(front) == {**expected, "tags": ["image-generation", "class-conditional", "flow"]}
+    assert yaml.safe_load(front) == {**expected, "tags": ["image-generation", "flow"]}
     assert "| FID-50K | 2.27 \\| of 50,000 |\n| steps | 400000 |\n| two lines | 1 |" in body
     assert "unknown" not in body
     assert "```python\nprint(1)\n```\n\n* One.\n* Two.\n\n| | |\n|---|---|\n" in body

@@ -20,6 +20,7 @@ import cache_latents
 import fid
 import sample
 import train
+from classify import __main__ as classify
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.signals import SIGNALS
 from vca_engine.weights import checkpoint
@@ -99,6 +100,8 @@ def root(tmp_path_factory):
     jobs += [["sample", [*drawn[:-1], f"{root}/two.npz", "--batch_size", "7"]]]
     jobs += [["sample", [*drawn[:-1], f"{root}/parts.npz"]]]
     interrupted([*drawn[:-1], f"{root}/parts.npz"])
+    measured = f"eval {root}/one-recogniser-whole --batch_size 2 --num_workers 0 --device cpu --out {root}/eval".split()
+    jobs += [["classify", [*measured[:-1], f"{root}/eval-two"]]]
     (root / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -110,6 +113,7 @@ def root(tmp_path_factory):
     assert not list(root.glob("*-dry")) + list(root.glob(".dry-run-*"))
     in_one_process(train.main, [moved_down])
     in_one_process(sample.main, [[*drawn[:-1], f"{root}/one.npz"]])
+    in_one_process(classify.main, [measured])
     return root
 
 
@@ -243,3 +247,11 @@ def check_close(root, one, two, steps=(2, 4, 6)):
             if k.endswith("qkv.bias"):  # that of the keys changes no softmax, so its gradient is rounding alone
                 a[k], b[k] = (torch.cat([z.chunk(3)[0], z.chunk(3)[2]]) for z in (a[k], b[k]))
             assert (a[k] - b[k]).norm() <= 2e-3 * a[k].norm() + 1e-5, k
+
+
+def test_an_evaluation_is_shared(root):
+    """11 images, of which one process gets 6 and the other 5; probabilities to the four digits that are written."""
+    one, two = root / "eval", root / "eval-two"
+    for name in ("classes.csv", "predictions.csv"):
+        assert (one / name).read_text() == (two / name).read_text()
+    assert len((one / "predictions.csv").read_text().splitlines()) == 12

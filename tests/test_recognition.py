@@ -301,7 +301,7 @@ MISTAKES = [
     ("--process.augment rnd-m9", "process.augment is 'rnd-m9', which timm does not know"),
     ("--train.accumulate 8", "a process has 1 images at a time, of which mixup and cutmix mix two neighbours"),
     ("--eval.data.split train", "eval.data is data itself, which tells nothing"),
-    ("--eval.data.name mnist", "eval.data has image_size 32, and data 8; choose the same."),
+    ("--eval.data.name mnist", "eval.data has image_size 32, and the network takes 8; choose the same."),
     ("--train.min_lr 1e-3", "train.min_lr is of the cosine schedule"),
     ("--train.warmup_lr 1e-3", "train.warmup_lr is given, but no train.warmup_steps"),
     ("--train.warmup_lr 1 --train.warmup_steps 2", "train.warmup_lr is 1.0; choose at most train.lr, 0.01."),
@@ -441,14 +441,14 @@ class TestOtherPrograms:
                 main(words)
             assert stop.value.code == 2
             said = capsys.readouterr().err
-            assert "holds a recogniser, deit_tiny, which draws no images; how many it recognises is in its run" in said
+            assert "holds a recogniser, deit_tiny, which draws no images; use python -m classify." in said
         assert not (tmp_path / "out").exists()
 
     def test_another_width_of_the_average_can_be_made(self, tmp_path, capsys):
         folder = run(tmp_path / "run", 4, "--train.snapshot_every 1")
         reconstruct.main([str(folder), "--std", "0.08"])
         (made,) = (folder / "reconstructed").iterdir()
-        assert f"A recogniser is in {made}." in capsys.readouterr().out
+        assert f"Recognise with: python -m classify predict {made} IMAGE ..." in capsys.readouterr().out
 
 
 class TestFolders:
@@ -473,7 +473,7 @@ class TestFolders:
     def test_classes_go_by_their_names(self, root):
         """val lacks one of the classes, so its numbers are others than those of train."""
         config = parse(Config, self.settings(root), prog="", description="")
-        found = assemble.images_to_evaluate(config, DataInfo(16, 3, ["a", "b", "c"]))
+        found = assemble.images_to_evaluate(assemble.spec_to_evaluate(config), DataInfo(16, 3, ["a", "b", "c"]))
         assert found.class_names == ["a", "b", "c"]
         assert sorted(found.labels.tolist()) == [0] * 4 + [2] * 4
         train.main(self.settings(root))
@@ -481,7 +481,7 @@ class TestFolders:
 
     def test_mistakes_in_the_images_to_evaluate_on(self, root, capsys):
         (root / "val" / "a").rename(root / "val" / "dog")
-        assert "eval.data does not fit data: the class 'dog' is none of 3, e.g. 'a'." in sentence(
+        assert "eval.data does not fit the classes of the network: the class 'dog' is none of 3, e.g. 'a'." in sentence(
             capsys, self.settings(root)
         )
         said = sentence(capsys, self.settings(root, f"--eval.data.images {root}/nothing"))

@@ -71,6 +71,13 @@ MAY_IMPORT = {  # room -> rooms; all may import themselves and, but for the netw
     "vca_engine.training": PEERS | NETWORKS | {"vca_engine.assemble", "vca_engine.sampling"},
     "fid": {"vca_engine.images"},
 }
+OF_CLASSIFY_PROGRAM = (
+    "__main__",
+    "recogniser",
+    "published",
+    "evaluation",
+    "pictures",
+)  # files; they use what uses the rest of it
 PROGRAMS_MAY = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["benchmarks"] = PROGRAMS_MAY | {*SCRIPTS}
 
@@ -78,6 +85,8 @@ MAY_IMPORT["benchmarks"] = PROGRAMS_MAY | {*SCRIPTS}
 def room_of(name):
     """The room of a module, by its dotted name: a folder, or `vca_engine.assemble`, or a program."""
     parts = name.split(".")
+    if parts[0] == "classify" and parts[-1] in OF_CLASSIFY_PROGRAM:
+        return "classify.__main__"
     if parts[0] != "vca_engine" or len(parts) == 1:
         return parts[0]
     return "vca_engine" if parts[1] in SMALL else ".".join(parts[:2])

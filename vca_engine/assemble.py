@@ -16,6 +16,7 @@ from classify import Classification
 from dit_vca import Diffusion, DiT
 from sit_vca import PATHS, TIMES, SiT, Transport
 from vca import ATTENTIONS, Sampler, Transformer, create, defaults_of, lookup, nearest, options_of, parse_size
+from vca_engine.config.reading import Spec
 from vca_engine.config.schema import Config, to_dict
 from vca_engine.images.codecs import CODECS
 from vca_engine.images.datasets import DATASETS, ImageDataset
@@ -124,8 +125,9 @@ def process_kind(config: Config) -> ProcessKind:
 
 def command_to_use(process: str, folder: Path) -> str:
     """Say what to type to use the weights in a folder, as its process is."""
-    generates = bool(lookup(PROCESSES, process, "process.name").samplers)
-    return f"Sample with: python sample.py --checkpoint {folder}" if generates else f"A recogniser is in {folder}."
+    if lookup(PROCESSES, process, "process.name").samplers:
+        return f"Sample with: python sample.py --checkpoint {folder}"
+    return f"Recognise with: python -m classify predict {folder} IMAGE ..."
 
 
 def is_generator(config: Config) -> bool:
@@ -134,7 +136,7 @@ def is_generator(config: Config) -> bool:
 
 
 def check_settings(config: Config) -> None:
-    """Raise ValueError if a setting is given that the process has no use for, or a codec that it cannot use."""
+    """Raise ValueError for a setting that the process has no use for, a codec that it cannot use, or vain eval.data."""
     unused = process_kind(config).unused
     default = Config(config.run_dir, config.process, config.data, config.codec)
     for key, (_, given) in differences(to_dict(default), to_dict(config)).items():
@@ -143,6 +145,10 @@ def check_settings(config: Config) -> None:
             raise ValueError(f"{key} is {given!r}, for which process {name} has no use; leave it out.")
     if not is_generator(config) and config.codec["name"] != "pixels":
         raise ValueError(f"codec.name is {config.codec['name']!r}; a recogniser looks at pixels, so choose pixels.")
+    if spec := spec_to_evaluate(config):
+        defaults = defaults_of(lookup(DATASETS, spec["name"], "eval.data.name"))
+        if {**defaults, **spec} == {**defaults, **config.data}:
+            raise ValueError("eval.data is data itself, which tells nothing; name others, e.g. --eval.data.images DIR.")
 
 
 def process(config: Config) -> Process:
@@ -200,31 +206,44 @@ def images(config: Config) -> ImageDataset:
     return create(DATASETS, config.data, "data")
 
 
-def images_to_evaluate(config: Config, info: DataInfo) -> ImageDataset | None:
-    """Open the dataset that a recogniser is evaluated on; its labels are those of `info`, by the names of the classes.
+def spec_to_evaluate(config: Config) -> dict[str, Any] | None:
+    """Complete eval.data by what it does not change of data, if it is of the same kind; None if it is not given."""
+    spec = config.eval.data
+    if spec is None or spec.get("name", config.data["name"]) != config.data["name"]:
+        return spec
+    return {**config.data, **spec}
+
+
+def images_to_evaluate(spec: Spec, info: DataInfo, where: str = "eval.data", by_name: bool = True) -> ImageDataset:
+    """Open a dataset that a recogniser is evaluated on, with its labels.
+
+    Args:
+        spec: The dataset by name with its options.
+        info: Of what the network was made for.
+        where: What a message calls the spec: eval.data, or data.
+        by_name: Number its classes as those of `info`, by their names; else it has as many, in the same order.
 
     Raises:
+        FileNotFoundError: It is not there.
         ValueError: It has another class, or images of another kind, than the network was made for.
     """
-    spec = config.eval.data
-    if spec is None:
-        return None
-    if spec.get("name", config.data["name"]) == config.data["name"]:
-        spec = {**config.data, **spec}
-    defaults = defaults_of(lookup(DATASETS, spec["name"], "eval.data.name"))
-    if {**defaults, **spec} == {**defaults, **config.data}:
-        raise ValueError("eval.data is data itself, which tells nothing; name others, e.g. --eval.data.images DIR.")
     try:
         found = create(DATASETS, spec, "data")
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"eval.{error}") from None
+        raise type(error)(f"{where.removesuffix('data')}{error}") from None
     for name, number in {"image_size": info.image_size, "channels": info.channels}.items():
         if getattr(found, name) != number:
-            raise ValueError(f"eval.data has {name} {getattr(found, name)}, and data {number}; choose the same.")
+            raise ValueError(
+                f"{where} has {name} {getattr(found, name)}, and the network takes {number}; choose the same."
+            )
+    if not by_name:
+        if found.num_classes != len(info.class_names):
+            raise ValueError(f"{where} has {found.num_classes} classes, and the network {len(info.class_names)}.")
+        return found
     try:
         found.rename_classes(info.class_names)
     except ValueError as error:
-        raise ValueError(f"eval.data does not fit data: {error}") from None
+        raise ValueError(f"{where} does not fit the classes of the network: {error}") from None
     return found
 
 

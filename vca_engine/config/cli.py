@@ -45,6 +45,7 @@ def parse(
     description: str,
     epilog: str = "",
     first: str | None = None,
+    others: str | None = None,
     parts: Registries | None = None,
     choices: Registries | None = None,
 ) -> Settings:
@@ -57,6 +58,7 @@ def parse(
         description: What stands above the options in --help.
         epilog: What stands below them.
         first: The field that a word without an option is the value of.
+        others: The list that all further such words are the items of.
         parts: Registries whose entries say of what type the options of specs are.
         choices: Setting, such as fid.metrics -> registry in which its word, or each of its words, is a name.
 
@@ -68,7 +70,7 @@ def parse(
         print(_help(cls, prog, description, epilog, choices or {}))
         raise SystemExit(0)
     try:
-        values, printed, comments = _values(cls, words, first)
+        values, printed, comments = _values(cls, words, first, others)
         values = typed(cls, values, parts or {})
         _check_texts(values)
         try:
@@ -86,7 +88,9 @@ def parse(
         raise SystemExit(2) from None
 
 
-def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[str, Any], bool, list[str]]:
+def _values(
+    cls: type, words: Iterable[str], first: str | None, others: str | None
+) -> tuple[dict[str, Any], bool, list[str]]:
     """Read the words as nested dicts of words, files merged in where they are named.
 
     Returns:
@@ -101,6 +105,9 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if word and not word.startswith("-") and first and first not in found:
             found[first] = Word(word)
             continue
+        if word and not word.startswith("-") and others and isinstance(found.get(others, []), list):
+            found[others] = [*found.get(others, []), Word(word)]
+            continue
         name, equals, value = word.removeprefix("--").partition("=")
         key = name.replace("-", "_")
         if key == "print_config" and not equals:
@@ -112,7 +119,7 @@ def _values(cls: type, words: Iterable[str], first: str | None) -> tuple[dict[st
         if not word.startswith("--") or (key != "config" and _owner(key, kinds) is None):
             raise ValueError(unknown(key if word.startswith("--") else word, list(kinds)))
         if not equals:
-            positional = rest and first and first not in found and rest[0].lower() not in TRUTH
+            positional = rest and (others or (first and first not in found)) and rest[0].lower() not in TRUTH
             if kinds.get(key) is bool and (not rest or rest[0].startswith("--") or positional):
                 value = "true"
             elif rest and rest[0] and not rest[0].startswith("--"):

@@ -27,17 +27,14 @@ def with_options(sampling: SampleConfig, options: Any) -> SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(Strict):
-    """A trained model and the arithmetic that it is used with.
+class WeightsOptions(Strict):
+    """Trained weights, and the arithmetic that they are used with.
 
     Args:
-        checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders; a published
-            .pt; a folder of diffusers' DiT; a name on the hub. May stand first, without its name.
+        checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders. May stand
+            first, without its name.
         weights: ema, the averaged weights; ema-0.05 and the like, the power-function averages; model, those of the last
             training step.
-        process: diffusion or flow, with its options, where published weights do not say it.
-        vae: Where the autoencoder is now, if not where it was in training, or for published weights another than
-            theirs.
         precision: no, the weights' float32, or bf16.
         tf32: Let GPUs round the inputs of float32 products to TF32.
         compile: Compile each block with torch.compile.
@@ -46,14 +43,31 @@ class ModelOptions(Strict):
 
     checkpoint: FilePath
     weights: str = "ema"
-    process: Spec | None = None
-    vae: FilePath | None = None
     precision: Literal["no", "bf16"] = "no"
     tf32: bool = True
     compile: bool = False
     device: Literal["auto", "cuda", "cpu"] = "auto"
 
     def loading(self) -> dict[str, Any]:
+        """Give the options of `from_pretrained`, all but the device, of which a program asks first."""
+        return {name: getattr(self, name) for name in ("weights", "precision", "tf32", "compile")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(WeightsOptions):
+    """A trained model that makes images, and the arithmetic that it is used with.
+
+    Args:
+        checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders; a published
+            .pt; a folder of diffusers' DiT; a name on the hub. May stand first, without its name.
+        process: diffusion or flow, with its options, where published weights do not say it.
+        vae: Where the autoencoder is now, if not where it was in training, or for published weights another than
+            theirs.
+    """
+
+    process: Spec | None = None
+    vae: FilePath | None = None
+
+    def loading(self) -> dict[str, Any]:
         """Give the options of `Pipeline.from_pretrained`, all but the device, of which a program asks first."""
-        names = ("weights", "process", "vae", "precision", "tf32", "compile")
-        return {name: getattr(self, name) for name in names}
+        return {**super().loading(), "process": self.process, "vae": self.vae}

@@ -138,7 +138,7 @@ class ImageFiles:
                 if size > MAX_SIZE:
                     raise UnreadableImageError(f"{where!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")
                 head = file.read(16)
-                with _naming(where):
+                with naming(where):
                     check(head)
                 return head + file.read()
         except UnreadableImageError:
@@ -156,7 +156,7 @@ class ImageFiles:
             UnreadableImageError: See `read`; and whatever `how` raises, as a sentence with the file's name.
         """
         content = io.BytesIO(self.read(name))
-        with _naming(self.path(name)):
+        with naming(self.path(name)):
             return how(content)
 
     def pixels(self, name: str, size: int) -> np.ndarray:
@@ -217,8 +217,8 @@ def by_suffix(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Turn any error into a sentence with the file's name."""
+def naming(path: str) -> Iterator[None]:
+    """Turn any error of reading an image within the block into a sentence with the file's name."""
     try:
         yield
     except Exception as error:  # damaged files make Pillow raise almost anything

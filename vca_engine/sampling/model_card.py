@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-TAGS = ("image-generation", "class-conditional")
+GENERATOR, RECOGNISER = ("image-generation", "class-conditional"), ("image-classification",)  # tags
 
 
 def model_card(
@@ -20,21 +20,21 @@ def model_card(
     notes: Sequence[str] = (),
     library: str = "vca-diffusion",
     license: str = "apache-2.0",
-    tags: Sequence[str] = (),
+    tags: Sequence[str] = GENERATOR,
 ) -> str:
     """Write a model card in Markdown.
 
     Args:
         title: Of the page.
-        usage: Lines of Python that draw an image.
+        usage: Lines of Python that draw an image, or name its class.
         facts: What is in the table, in its order, `facts_of(...)` say, with measured numbers where there are any;
             None is left out.
         notes: What a user has to know, a sentence or two each.
         library: Name of the package that loads it.
         license: Of the weights, as the hub calls it; `other` where it is not known.
-        tags: Beside `TAGS`.
+        tags: What it is, to be found by: `GENERATOR` or `RECOGNISER`, and more.
     """
-    data = ModelCardData(license=license, library_name=library, tags=[*TAGS, *tags])
+    data = ModelCardData(license=license, library_name=library, tags=[*tags])
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items() if value is not None]
     text = "\n".join(
         [

@@ -28,7 +28,6 @@ from vca_engine.sampling.classes import find_classes
 from vca_engine.sampling.guidance import guidance_of
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.trained_model import TrainedModel, load_model
-from vca_engine.weights import checkpoint
 
 
 class Output(NamedTuple):
@@ -94,8 +93,8 @@ class Pipeline(TrainedModel):
         model = load_model(path, weights, process, vae)
         if not assemble.is_generator(model.config):
             raise ValueError(
-                f"{str(path)!r} holds a recogniser, {model.config.model.name}, which draws no images; how many it "
-                "recognises is in its run's eval.jsonl, if the run had eval.data."
+                f"{str(path)!r} holds a recogniser, {model.config.model.name}, which draws no images; use python -m "
+                "classify."
             )
         model.network.to(device)
         model.codec.to(device)
@@ -150,11 +149,17 @@ class Pipeline(TrainedModel):
         }
 
     def facts(self) -> dict[str, Any]:
-        """Say what else is to be known of an image: where the weights were, the device, versions. JSON values."""
-        gpu = self.device.type == "cuda"
-        device = torch.cuda.get_device_name(self.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
-        where = {"checkpoint": self.source, "autoencoder": self.config.codec.get("path")}
-        return {**where, "device": device, **checkpoint.versions()}
+        """Say what else is to be known of an image: where its autoencoder and weights were, the device, versions."""
+        return {"autoencoder": self.config.codec.get("path"), **super().facts()}
+
+    def usage(self, name: str) -> str:
+        """Write lines of Python that use the model out of the folder, or from the hub, by its name."""
+        scale, first = self.config.sample.cfg_scale, self.class_names[0]
+        return (
+            "from vca_engine import Pipeline  # in a clone of the repository, or anywhere after pip install . in it\n\n"
+            f'pipe = Pipeline.from_pretrained("{name}")\n'
+            f"images = pipe(class_labels=[{first!r}], guidance_scale={scale}, seed=0).images"
+        )
 
     def __call__(
         self,

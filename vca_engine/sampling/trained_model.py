@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from vca_engine.config.reading import Spec, from_dict
 from vca_engine.config.schema import Config, to_dict
 from vca_engine.files import folder_written_aside, sha256_of_weights
 from vca_engine.images.labels import DataInfo
-from vca_engine.sampling.model_card import facts_of, model_card
+from vca_engine.sampling.model_card import GENERATOR, RECOGNISER, facts_of, model_card
 from vca_engine.weights import checkpoint
 from vca_engine.weights.files import locate
 from vca_engine.weights.published import read_published
@@ -69,6 +69,16 @@ class TrainedModel:
         """The hash of the network's weights, whatever file they were in."""
         return sha256_of_weights(self.network)
 
+    def facts(self) -> dict[str, Any]:
+        """Say where the weights were, on which device they are used, and by which versions: JSON values."""
+        gpu = self.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
+        return {"checkpoint": self.source, "device": device, **checkpoint.versions()}
+
+    def usage(self, name: str) -> str:
+        """Write lines of Python that use the model out of the folder, or from the hub, by its name."""
+        raise NotImplementedError
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that holds all that `from_pretrained` needs: weights, config, autoencoder, and a model card.
 
@@ -99,14 +109,28 @@ class TrainedModel:
         return str(address)
 
 
-def load_model(path: str | Path, weights: str, process: str | Spec | None, vae: str | None) -> TrainedModel:
-    """Load a model on the CPU; see `Pipeline.from_pretrained` for the arguments and errors."""
+def load_model(
+    path: str | Path,
+    weights: str,
+    process: str | Spec | None = None,
+    vae: str | None = None,
+    read: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]] = read_published,
+) -> TrainedModel:
+    """Load a model on the CPU; see `Pipeline.from_pretrained` for the arguments and errors.
+
+    Args:
+        path: A run, a checkpoint, or weights of others.
+        weights: Of a run: ema, ...
+        process: Of weights of others, where they do not say it.
+        vae: The autoencoder, where it is not where it was.
+        read: (path, process) -> record and tensors of weights of others.
+    """
     local = locate(path)
     ours = checkpoint.newest(local)
     if ours is None:
         if weights != "ema":
             raise ValueError(f"weights is {weights!r}, but {str(local)!r} holds one set of weights; leave it out.")
-        record, tensors = read_published(local, process)
+        record, tensors = read(local, process)
     else:
         if process:
             raise ValueError(f"process is {process!r}, but {str(local)!r} says itself what it is; leave it out.")
@@ -194,10 +218,6 @@ def _saved_record(model: TrainedModel) -> dict[str, Any]:
 
 def _card(model: TrainedModel, title: str) -> str:
     """Write the README.md of a folder of the model."""
-    scale = model.config.sample.cfg_scale
-    usage = "from vca_engine import Pipeline  # in a clone of the repository, or anywhere after pip install . in it\n\n"
-    usage += f'pipe = Pipeline.from_pretrained("{title}")\n'
-    usage += f"images = pipe(class_labels=[{model.class_names[0]!r}], guidance_scale={scale}, seed=0).images"
     trained = model.source.get("step") is not None
     known = facts_of(_saved_record(model), model.source["part"])
     facts = {
@@ -206,8 +226,9 @@ def _card(model: TrainedModel, title: str) -> str:
         "from": model.source["kind"],
         "SHA-256 of the weights": model.sha256,
     }
-    tags = ["visual-contrast-attention"] if model.config.model.attention["name"] == "vca" else []
-    return model_card(title, usage, facts, tags=tags, license="apache-2.0" if trained else "other")
+    tags = [*(GENERATOR if assemble.is_generator(model.config) else RECOGNISER)]
+    tags += ["visual-contrast-attention"] if model.config.model.attention["name"] == "vca" else []
+    return model_card(title, model.usage(title), facts, tags=tags, license="apache-2.0" if trained else "other")
 
 
 def _without_folders(value: Any) -> Any:

@@ -97,8 +97,9 @@ class Run:
         self.views, self.evaluated_data = self.data, None
         if not self.is_generator:
             self.views = self.process.training_views(self.data, config.seed)
-            self.evaluated_data = assemble.images_to_evaluate(config, self.info)
-            self.messages += [f"eval.data: {note}" for note in self.evaluated_data.notes] if self.evaluated_data else []
+            if spec := assemble.spec_to_evaluate(config):
+                self.evaluated_data = assemble.images_to_evaluate(spec, self.info)
+                self.messages += [f"eval.data: {note}" for note in self.evaluated_data.notes]
         self.num_classes, self.num_parameters = network.num_classes, sum(p.numel() for p in network.parameters())
 
         record = checkpoint.read_record(start) if start else {"step": 0}

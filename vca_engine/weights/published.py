@@ -46,7 +46,7 @@ def read_published(path: Path, process: str | Spec | None = None) -> tuple[dict[
     spec = _process_spec(process, known.pop("process", None), found)
     keywords = _keywords(path, found, {"num_classes": names and len(names), **known})
     num_classes, in_channels, patch_size = (keywords[key] for key in ("num_classes", "in_channels", "patch_size"))
-    names = names or _class_names(num_classes)
+    names = names or names_of_classes(num_classes)
     sizes = {key: keywords[key] for key in ("hidden_size", "depth", "num_heads")}
     letter = next((name for name, size in SIZES.items() if size == sizes), None)
     attention = keywords["attention"]
@@ -138,7 +138,7 @@ def _read_diffusers_config(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value}
 
 
-def _class_names(num_classes: int) -> list[str]:
+def names_of_classes(num_classes: int) -> list[str]:
     """Name the 1000 classes of ImageNet; other classes by their numbers."""
     if num_classes == 1000:
         from torchvision.models import ResNet18_Weights  # slow to import: see docs/architecture.md, start-up

@@ -1,0 +1,236 @@
+"""`python -m classify`: what it says of images is what the network says, and the sums and shares are right."""
+
+import csv
+import json
+from functools import partialmethod
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import train
+from classify import Recogniser, create
+from classify import __main__ as program
+from classify.evaluation import Evaluation
+from vca_engine.images.datasets import Digits
+from vca_engine.records import read_json
+
+SETTINGS = (
+    "--config configs/digits_deit.yaml --model.hidden_size 24 --model.depth 1 --model.num_heads 2 --train.num_steps 60 "
+    "--train.lr 2e-2 --train.warmup_steps 0 --train.ema_decay 0.8 --train.log_every 60 --train.tracker none"
+)
+DEVICE = ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of a small DeiT with VCA on digits, which is right more often than chance."""
+    from conftest import new_process
+
+    place = tmp_path_factory.mktemp("recogniser") / "run"
+    with new_process():
+        train.main([*SETTINGS.split(), "--run_dir", str(place)])
+    return place
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process(as_in_a_new_process):
+    pass
+
+
+def sentence(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        program.main(list(map(str, words)))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+def rows_of(file):
+    with open(file, newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def by_hand(folder):
+    """Logits of the 500 test images: of pixels in [-1, 1], with the averaged weights."""
+    network = Recogniser.from_pretrained(folder, device="cpu").network
+    pixels = np.stack([Digits(split="test").pixels(i)[..., 0] for i in range(500)])  # (500, 8, 8)
+    with torch.no_grad():
+        return network(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1)
+
+
+def test_numbers_of_a_small_case():
+    """Two classes: of the first 2 of 3 are right and the other is not finite; of the second 1 of 2."""
+    labels, best = np.array([0, 0, 0, 1, 1]), np.array([[0, 1], [0, 1], [-1, -1], [0, 1], [1, 0]])
+    evaluation = Evaluation(["a", "b", "none"], labels, best, np.full(5, 0.5, np.float32), 1.0)
+    found = evaluation.accuracies()
+    assert found["top1"] == 60
+    assert found["top5"] == 80
+    assert found["top1_se"] == round(100 * (0.6 * 0.4 / 5) ** 0.5, 4)
+    assert found["mean_class_top1"] == pytest.approx((200 / 3 + 50) / 2, abs=0.01)  # of shares with two digits
+    assert found["not_finite"] == 1
+    assert evaluation.confusion().tolist() == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
+    first, second, none = evaluation.classes()
+    assert first == {"class": "a", "images": 3, "top1": 66.67, "top5": 66.67, "taken_for": None, "so_often": None}
+    assert second == {"class": "b", "images": 2, "top1": 50, "top5": 100, "taken_for": "a", "so_often": 1}
+    assert none["images"] == 0
+    assert none["top1"] is None
+
+
+def test_an_evaluation_is_what_the_network_says(folder, capsys):
+    logits, labels = by_hand(folder), torch.from_numpy(Digits(split="test").labels)
+    program.main(["eval", str(folder), *DEVICE])
+    out = folder / "eval-step-00000060"
+    record, said = read_json(out / "eval.json"), capsys.readouterr().out
+    best = logits.topk(5, dim=1).indices
+    top1 = 100 * (best[:, 0] == labels).float().mean().item()
+    assert record["top1"] == pytest.approx(top1, abs=1e-4)  # it has four digits
+    assert record["top5"] == pytest.approx(100 * (best == labels[:, None]).any(1).float().mean().item(), abs=1e-4)
+    assert len(best[:, 0].unique()) > 3  # it has learned something
+    assert f"top-1 {top1:.2f} ± " in said
+    last = json.loads((folder / "eval.jsonl").read_text().splitlines()[-1])  # of training itself
+    assert (record["top1"], record["top5"], record["num_samples"]) == (last["top1"], last["top5"], 500)
+    assert record["views"] == {
+        **{"image_size": 8, "channels": 1, "crop": 1, "interpolation": "bicubic"},
+        **{"mean": [0.5], "std": [0.5]},
+    }
+    assert record["images_per_second"] > 0
+    predictions, classes = rows_of(out / "predictions.csv"), rows_of(out / "classes.csv")
+    assert [row["taken_for"] for row in predictions] == [str(k) for k in best[:, 0].tolist()]
+    assert [row["class"] for row in predictions] == [str(k) for k in labels.tolist()]
+    assert float(predictions[3]["probability"]) == pytest.approx(logits[3].softmax(0).max().item(), abs=1e-4)
+    assert [int(row["images"]) for row in classes] == torch.bincount(labels).tolist()
+    with Image.open(out / "confusion.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_the_same_again_is_done_again_and_another_is_refused(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    for _ in range(2):
+        program.main(["eval", str(folder), "--out", str(out), *DEVICE])
+    said = sentence(capsys, "eval", folder, "--out", out, "--data.split", "train", *DEVICE)
+    assert "holds an evaluation with" in said
+    assert "data.split 'test' (now 'train'); choose another --out." in said
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "classes.csv").write_text("mine")
+    assert "classes.csv' is there already" in sentence(capsys, "eval", folder, "--out", tmp_path / "mine", *DEVICE)
+
+
+class TestPredict:
+    @pytest.fixture
+    def images(self, tmp_path):
+        """Three test digits: two in a folder, and one beside it."""
+        (tmp_path / "some").mkdir()
+        for i, name in enumerate(("some/a.png", "some/b.png", "c.png")):
+            Image.fromarray(Digits(split="test").pixels(i)[..., 0]).save(tmp_path / name)
+        return tmp_path
+
+    def test_probabilities_are_those_of_the_network(self, folder, images, capsys):
+        words = [str(images / "c.png"), str(images / "some"), "--top", "3", "--batch_size", "2"]
+        program.main(["predict", str(folder), *words, "--json", str(images / "found.json"), *DEVICE])
+        found, expected = read_json(images / "found.json")["predictions"], by_hand(folder)[:3].softmax(dim=1)
+        assert [row["image"] for row in found] == [str(images / name) for name in ("c.png", "some/a.png", "some/b.png")]
+        for row, p in zip(found, expected[[2, 0, 1]], strict=True):
+            assert list(row["classes"]) == [str(k) for k in p.topk(3).indices.tolist()]
+            assert list(row["classes"].values()) == pytest.approx(p.topk(3).values.tolist(), rel=1e-5)  # float32
+        best = expected[2].max().item()
+        assert f"c.png: {expected[2].argmax()} {100 * best:.1f} %, " in capsys.readouterr().out
+
+    def test_mistakes(self, folder, images, capsys):
+        (images / "d.png").write_bytes(b"text")
+        assert "d.png' cannot be read as an image" in sentence(capsys, "predict", folder, images / "d.png", *DEVICE)
+        assert "there is no image 'none.png'" in sentence(capsys, "predict", folder, "none.png", *DEVICE)
+        assert "required: images" in sentence(capsys, "predict", folder)
+        assert "did you mean 'predict'" in sentence(capsys, "predikt", folder)
+        assert "some' holds no weights" in sentence(capsys, "predict", images / "some", images / "c.png")
+
+
+def test_compiled_it_says_the_same(folder, monkeypatch):
+    """To 1e-5: float32, whose sums run in another order; logits are a few units. Without the slow compiler at the end."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    x = torch.randn(3, 1, 8, 8)
+    plain, compiled = (Recogniser.from_pretrained(folder, device="cpu", compile=c).logits(x) for c in (False, True))
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+
+def test_onnx_says_the_same(folder, tmp_path, capsys):
+    """For any number of images, to 1e-5: float32, whose sums run in another order; logits are a few units."""
+    file = tmp_path / "model.onnx"
+    program.main(["export", str(folder), "--out", str(file)])
+    assert "onnxruntime's logits differ by at most" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    recogniser = Recogniser.from_pretrained(folder, device="cpu")
+    for num in (1, 5):
+        x = torch.randn(num, 1, 8, 8)
+        (found,) = session.run(None, {"image": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), recogniser.logits(x), rtol=0, atol=1e-5)
+    facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert facts["class_names"] == [str(k) for k in range(10)]
+    assert (facts["crop"], facts["mean"], facts["sha256"]) == (1, [0.5], recogniser.sha256)
+    assert "is there already" in sentence(capsys, "export", folder, "--out", file)
+    assert "an export is a .onnx file" in sentence(capsys, "export", folder, "--out", tmp_path / "model.pt")
+
+
+def test_a_saved_recogniser_is_the_same(folder, tmp_path):
+    """Without the folders of this machine; and it begins another training."""
+    recogniser, saved = Recogniser.from_pretrained(folder, device="cpu"), tmp_path / "saved"
+    recogniser.save_pretrained(saved)
+    again, x = Recogniser.from_pretrained(saved, device="cpu"), torch.randn(2, 1, 8, 8)
+    assert torch.equal(again.logits(x), recogniser.logits(x))
+    assert again.class_names == recogniser.class_names
+    card = (saved / "README.md").read_text()
+    assert 'recogniser = Recogniser.from_pretrained("saved")' in card
+    assert "image-classification" in card
+    assert "image-generation" not in card
+    assert str(folder.parent) not in card + (saved / "checkpoint.json").read_text()
+    program.main(["eval", str(saved), "--out", str(tmp_path / "eval"), *DEVICE])
+    assert read_json(tmp_path / "eval" / "eval.json")["weights"]["sha256"] == recogniser.sha256
+
+
+class TestPublished:
+    """Weights with timm's or the published keys, random ones: they say themselves which network they are of."""
+
+    @pytest.fixture
+    def images(self, tmp_path):
+        """Two folders of colour images, each in another size than the network's."""
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (300, 260, 3), dtype=np.uint8)
+            (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / "images" / "ab"[i % 2] / f"{i}.png")
+        return tmp_path / "images"
+
+    @pytest.mark.parametrize(
+        ("name", "side", "theirs"),
+        [("deit_tiny", 384, "deit_tiny_patch16_224"), ("swin_tiny", 224, "swin_tiny_patch4_window7_224")],
+    )
+    def test_timm_weights_give_timm_outputs(self, name, side, theirs, tmp_path, images):
+        """To 1e-6: the same operations; float32 softmax of views that timm's own transform makes."""
+        network = timm.create_model(theirs, num_classes=2, img_size=side).eval()
+        state = network.state_dict()
+        if name == "swin_tiny":
+            state["layers.0.blocks.1.attn_mask"] = torch.zeros(1)  # as in files of old
+        torch.save({"model": state}, tmp_path / "weights.pth")
+        recogniser = Recogniser.from_pretrained(tmp_path / "weights.pth", crop=0.9, device="cpu")
+        assert (recogniser.config.model.name, recogniser.info.image_size) == (name, side)
+        transform = timm.data.create_transform(side, interpolation="bicubic", crop_pct=0.9)
+        files = sorted(images.rglob("*.png"))
+        x = torch.stack([transform(Image.open(file)) for file in files])
+        with torch.no_grad():
+            expected = network(x).softmax(dim=1)
+        torch.testing.assert_close(recogniser(files), expected, rtol=0, atol=1e-6)
+
+    def test_classes_go_in_order(self, tmp_path, images, capsys):
+        torch.save(create("pvt_tiny", "own", num_classes=2).state_dict(), tmp_path / "pvt.pth")
+        words = ["--data.images", str(images), "--out", str(tmp_path / "out"), "--num_workers", "0", *DEVICE]
+        program.main(["eval", str(tmp_path / "pvt.pth"), *words])
+        assert [row["class"] for row in rows_of(tmp_path / "out" / "classes.csv")] == ["a", "b"]
+        torch.save(create("pvt_tiny", "own", num_classes=3).state_dict(), tmp_path / "pvt.pth")
+        said = sentence(capsys, "eval", tmp_path / "pvt.pth", *words)
+        assert "data has 2 classes, and the network 3." in said
+        torch.save(create("pvt_tiny", "vca", num_classes=3).state_dict(), tmp_path / "pvt.pth")
+        said = sentence(capsys, "eval", tmp_path / "pvt.pth", *words)
+        assert "with its own attention" in said
+        assert "pvt_tiny is nearest" in said
