@@ -12,13 +12,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention as TimmAttention
-from torch.utils.flop_counter import FlopCounterMode
 
 from classify import MODELS, PVT, CSwin, create, swap_attention
 from classify.cswin import StripeAttention
 from classify.pvt import SpatialReductionAttention
 from vca import ATTENTIONS, VisualContrastAttention, lambda_init
 from vca.layer import Attention
+from vca_engine.training.cost import multiply_adds
 
 DOCS = (Path(__file__).parent.parent / "docs" / "classify.md").read_text(encoding="utf-8")
 TINY = [name for name in MODELS if name.endswith("tiny")]
@@ -45,14 +45,7 @@ def layers(model):
 
 
 def num_macs(model, size=224):
-    """Multiply-adds of one image: half of torch's count, of linear layers, convolutions and products of matrices.
-
-    On the meta device an attention call is counted as its two products; a CPU's fused kernel would not be counted.
-    """
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model.eval()(torch.empty(1, 3, size, size, device="meta"))
-    return counter.get_total_flops() // 2
+    return multiply_adds(model, torch.empty(1, 3, size, size, device="meta"))
 
 
 def doubled(model):

@@ -28,7 +28,10 @@ for word in "--help", "--no_such_setting=1":
         importlib.import_module(sys.argv[1]).main([word])
 print("imported:", *sys.modules)
 """
-PROGRAMS = ("train", "sample", "visualise", "export", "cache_latents", "fid.__main__", "classify.__main__")
+PROGRAMS = (
+    *("train", "sample", "visualise", "export", "cache_latents", "reproduce"),
+    *("fid.__main__", "classify.__main__"),
+)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

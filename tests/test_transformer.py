@@ -8,7 +8,8 @@ import torch
 from dit_vca import DiT
 from sit_vca import SiT
 from vca import ATTENTIONS, SIZES, LabelEmbedding, TimestepEmbedding, Transformer, parse_size, sincos_2d
-from vca_engine.training.dry_run import count_saved, multiply_adds
+from vca_engine.training.cost import multiply_adds
+from vca_engine.training.dry_run import count_saved
 
 TINY = {"input_size": (4, 6), "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
 

@@ -162,6 +162,12 @@ def hold(file: Path, busy: str) -> FileLock | None:
     return lock
 
 
+def is_older(file: Path, *sources: Path) -> bool:
+    """Say whether a file is not there, or was not written after what it is made of; no if there is nothing of that."""
+    times = [source.stat().st_mtime_ns for source in sources if source.is_file()]
+    return bool(times) and not (file.is_file() and file.stat().st_mtime_ns > max(times))
+
+
 def checksum_of(content: str | Path | bytes | memoryview) -> str:
     """Compute the checksum by which damage is found: XXH3 of bytes, or of what a file holds; of no use against intent.
 

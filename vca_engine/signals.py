@@ -1,11 +1,13 @@
-"""A clean stop on Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP."""
+"""A clean stop on Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP, also of a program that another one runs."""
 
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +87,38 @@ def uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
     for number in received[:1]:
         signal.raise_signal(number)
+
+
+def run_logged(command: Sequence[str], log: Path) -> int:
+    """Run a program whose output goes to the end of a file.
+
+    Signals are left to it, so that it can save what it has: those to this process are passed on, but for Ctrl-C, which
+    the terminal sends to both. For the main thread.
+
+    Returns:
+        Its exit code; `STOPPED` if this process got one of `SIGNALS`, or if the program ended by one.
+
+    Raises:
+        OSError: There is no such program, or the file cannot be written.
+    """
+    received = []
+
+    def leave(number: int, frame: Any) -> None:
+        received.append(number)
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        before = {number: signal.signal(number, leave) for number in SIGNALS if not _is_nohup(number)}
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    by_signal = {sign for number in SIGNALS for sign in (-number, 128 + number)}
+    return STOPPED if received or code in by_signal else code
 
 
 def end_on_signals() -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 from docstring_parser import parse_from_object
 
 from vca import describe_type, lookup, members_of
+from vca_engine.config.paper import read_config
 from vca_engine.config.reading import (
     MissingSettingError,
     Registries,
@@ -33,6 +34,7 @@ from vca_engine.terminal import steady_output
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # the second are bytes that are not UTF-8, as Python hands them over
 ROOT = Path(__file__).resolve().parents[2]
+CONFIG_HELP = "YAML file of settings, or a row of configs/paper.yaml, e.g. sit_b2_vca; what comes later overrides it."
 
 
 def parse(
@@ -68,7 +70,7 @@ def parse(
         print(_help(cls, prog, description, epilog, choices or {}))
         raise SystemExit(0)
     try:
-        values, printed = _values(cls, words, first, others)
+        values, printed, comments = _values(cls, words, first, others)
         values = typed(cls, values, parts or {})
         _check_texts(values)
         try:
@@ -79,20 +81,25 @@ def parse(
         _check_choices(values, choices or {})
         if not printed:
             return found
-        print(write_yaml(_with_defaults(cls, values)), end="")
+        print("".join(f"# {line}\n" for line in comments) + write_yaml(_with_defaults(cls, values)), end="")
         raise SystemExit(0)
     except ValueError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _values(cls: type, words: Iterable[str], first: str | None, others: str | None) -> tuple[dict[str, Any], bool]:
-    """Read the words as nested dicts of words, files merged in where they are named; and say whether to print that.
+def _values(
+    cls: type, words: Iterable[str], first: str | None, others: str | None
+) -> tuple[dict[str, Any], bool, list[str]]:
+    """Read the words as nested dicts of words, files merged in where they are named.
+
+    Returns:
+        These; whether to print them; and what is known of the configs that were named.
 
     Raises:
         ValueError: An unknown option, one without a value, or a file that cannot be read.
     """
-    kinds, found, printed, rest = dict(leaves(cls)), {}, False, deque(words)
+    kinds, found, printed, comments, rest = dict(leaves(cls)), {}, False, [], deque(words)
     while rest:
         word = rest.popleft()
         if word and not word.startswith("-") and first and first not in found:
@@ -124,7 +131,10 @@ def _values(cls: type, words: Iterable[str], first: str | None, others: str | No
             else:
                 raise ValueError(f"--{name} needs a value; one that begins with -- is written so: --{name}=VALUE.")
         if key == "config":
-            _merge(found, read_yaml(value), cls)
+            files, lines = read_config(value)
+            comments += lines
+            for settings in files:
+                _merge(found, settings, cls)
         elif dataclasses.is_dataclass(kinds.get(key)):
             if value in NULLS:
                 raise ValueError(refused(name, Plain(value), kinds[key], {"type": "dataclass_type"}))
@@ -133,7 +143,7 @@ def _values(cls: type, words: Iterable[str], first: str | None, others: str | No
         else:
             spec = value.startswith("{") and is_spec(kinds.get(key))
             _put(found, key, _braces(name, value) if spec else Word(value), cls)
-    return found, printed
+    return found, printed, comments
 
 
 def _check_texts(values: Any, key: str = "") -> None:
@@ -252,7 +262,7 @@ def _help(cls: type, prog: str, description: str, epilog: str, choices: Registri
     )
     general = parser.add_argument_group("options")
     general.add_argument("-h", "--help", action="store_true", help="Show this message and exit.")
-    general.add_argument("--config", metavar="FILE", help="YAML file of settings; what comes later overrides it.")
+    general.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     general.add_argument("--print_config", action="store_true", help="Print the resulting settings as YAML and exit.")
 
     def add(cls: type, prefix: str, title: str, text: str | None = None) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import math
 import os
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from vca_engine import assemble
 from vca_engine.config.schema import Config
 from vca_engine.distributed import is_sharded
 from vca_engine.signals import STOPPED
+from vca_engine.training.cost import files_kept, gib, memory_of_weights, multiply_adds
 from vca_engine.training.log import read_metrics
 from vca_engine.training.outputs import Outputs, peak_memory
 from vca_engine.training.run import Run
@@ -70,7 +70,7 @@ def dry_run(
             raise ValueError(f"a step in {str(parent)!r} failed: {said.getvalue().strip()}")
         size, snapshot_size = size_of(*checkpoints), size_of(*snapshots)
         rate = read_metrics(run.folder / "metrics.jsonl")[-1]["images_per_second"]
-    num, num_snapshots = _files_kept(config)
+    num, num_snapshots = files_kept(config)
     disk = num * size + num_snapshots * snapshot_size
     rows = _table_rows(config, run, rate) | {
         "memory": f"{_memory(config, run, saved.num_bytes)} of each process, whose measured peak is {gib(peak)}",
@@ -120,44 +120,8 @@ def _memory(config: Config, run: Run, activations: int) -> str:
     """Describe the memory of each process, part by part."""
     about = "at least" if config.train.grad_checkpointing or config.train.compile else "about"
     shards = run.accelerator.num_processes if run.accelerator.is_fsdp2 else 1
-    weights = 4 * sum(p.numel() for p in run.network.parameters()) // shards
-    parts = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights,
-        f"{len(run.averages)} averages": len(run.averages) * weights,
-        f"activations {about}": activations,
-    }
+    parts = memory_of_weights(config, run.num_parameters // shards) | {f"activations {about}": activations}
     return ", ".join(f"{name} {gib(num)}" for name, num in parts.items())
-
-
-def _files_kept(config: Config) -> tuple[int, int]:
-    """Count the checkpoints and the snapshots that are there at most."""
-    cfg = config.train
-    # One more is written before an old one goes, and the best FID's or accuracy's is spared.
-    more = 1 + bool(config.fid.every or config.eval.data) if cfg.keep_checkpoints else 0
-    num = len(cfg.kept()) + more
-    return num, math.ceil(cfg.num_steps / cfg.snapshot_every) if cfg.ema_stds else 0
-
-
-def multiply_adds(network: nn.Module, image: Tensor | None = None) -> int:
-    """Count the multiply-adds of the products of a forward pass of one sample: what papers call the FLOPs of a network.
-
-    Args:
-        network: On the meta device; a DiT or SiT, or else one that takes an image.
-        image: (1, C, H, W) on the meta device, for that.
-    """
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import: see docs/architecture.md, start-up
-
-    if image is None:
-        with torch.device("meta"):
-            x = torch.zeros(1, network.in_channels, *network.input_size)
-            inputs = x, torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    else:
-        inputs = (image,)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(*inputs)
-    return counter.get_total_flops() // 2
 
 
 @dataclass
@@ -185,11 +149,6 @@ def count_saved(network: nn.Module) -> Iterator[Saved]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield found
-
-
-def gib(num_bytes: float) -> str:
-    """Write `12.3 GiB`, or MiB below 1 GiB."""
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def size_of(*folders: Path) -> int:

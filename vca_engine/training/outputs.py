@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vca_engine import assemble
 from vca_engine.config.schema import Config, save_yaml, to_dict
 from vca_engine.distributed import gather
-from vca_engine.files import hold, remove_temporary, write_text
+from vca_engine.files import hold, is_older, remove_temporary, write_text
 from vca_engine.images import NonFiniteError
 from vca_engine.images.loader import load
 from vca_engine.images.pictures import grid, save_film, save_picture
@@ -249,14 +249,14 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
     for place in (folder, previews):
         remove_temporary(place)
     try:
-        if _is_older(folder / "loss.png", folder / "metrics.jsonl"):
+        if is_older(folder / "loss.png", folder / "metrics.jsonl"):
             plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
-        if _is_older(previews / "progress.gif", *previews.glob("step-*.png")):
+        if is_older(previews / "progress.gif", *previews.glob("step-*.png")):
             save_film(previews)
         distances, evaluations = folder / DISTANCES_FILE, folder / EVALUATIONS_FILE
-        if _is_older(folder / "fid.png", distances) or _is_older(folder / BEST_FILE, distances):
+        if is_older(folder / "fid.png", distances) or is_older(folder / BEST_FILE, distances):
             show_distances(folder, read_metrics(distances), plot_distance)
-        if _is_older(folder / BEST_FILE, evaluations):
+        if is_older(folder / BEST_FILE, evaluations):
             show_distances(folder, read_metrics(evaluations))
     except OSError as error:
         tqdm.write(f"warning: {error}")
@@ -357,12 +357,6 @@ def count_correct(run: Run, stop: StopSignal) -> Tensor | None:
                 x, y = (z.to(run.device, non_blocking=True) for z in batch)
                 counts += run.process.count_correct(run.averaged_network(x).float(), y)
     return run.accelerator.reduce(counts, reduction="sum")
-
-
-def _is_older(file: Path, *sources: Path) -> bool:
-    """Say whether a file is not there, or was not written after what it is made of; no if there is nothing of that."""
-    times = [source.stat().st_mtime_ns for source in sources if source.is_file()]
-    return bool(times) and not (file.is_file() and file.stat().st_mtime_ns > max(times))
 
 
 def lock_folder(folder: Path) -> FileLock | None:
