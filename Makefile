@@ -4,7 +4,7 @@ VENV ?= .venv
 CONFIG ?= configs/mnist_sit.yaml
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint docs format install clean
 
 demo: install
 	$(BIN)/python -m demo --config $(CONFIG)
@@ -15,6 +15,9 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -30,4 +33,4 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site
