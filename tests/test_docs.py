@@ -68,7 +68,11 @@ def code_of(page):
 
 def commands_of(page):
     """Commands of a page as lists of words, those after && and of a loop, too, without a variable before them."""
-    for line in code_of(page):
+    lines = list(code_of(page))
+    variables = {"attention": "vca", "seed": "0"}  # of loops
+    variables |= dict(match.groups() for line in lines if (match := re.fullmatch(r'([A-Z]+)="(.*)"', line)))
+    for line in lines:
+        line = re.sub(r"\$(\w+)", lambda found: variables.get(found[1], found[0]), line)
         for part in re.split(r"&&|;", line):
             part = re.sub(r"^\s*(do |\$ )?\s*([A-Z_]+=\S+ )?(\.venv/bin/)?", "", part)
             if part.partition(" ")[0] in STARTS:
