@@ -140,6 +140,18 @@ class TestPredict:
         best = expected[2].max().item()
         assert f"c.png: {expected[2].argmax()} {100 * best:.1f} %, " in capsys.readouterr().out
 
+    @pytest.mark.parametrize("kind", ["transparent", "16 bits", "turned"])
+    def test_an_opened_image_is_seen_as_its_file_is(self, kind, folder, tmp_path):
+        values = np.random.default_rng(0).integers(0, 65536, (12, 20, 4), dtype=np.uint16)
+        pixels = {"transparent": values.astype(np.uint8), "16 bits": values[..., 0]}
+        image = Image.fromarray(pixels.get(kind, values[..., :3].astype(np.uint8)))
+        exif = image.getexif()
+        exif[0x0112] = 6 if kind == "turned" else 1  # orientation: a quarter turn
+        image.save(tmp_path / "x.png", exif=exif)
+        recogniser = Recogniser.from_pretrained(folder, device="cpu")
+        with Image.open(tmp_path / "x.png") as opened:
+            assert torch.equal(recogniser([opened]), recogniser([tmp_path / "x.png"]))
+
     def test_the_lines_of_the_docs_run(self, folder, images):
         text = Path("docs/classify.md").read_text(encoding="utf-8")
         (block,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Recogniser" in block)
