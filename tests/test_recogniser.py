@@ -117,6 +117,8 @@ def test_the_same_again_is_done_again_and_another_is_refused(folder, tmp_path, c
     assert "data.split 'test' (now 'train'); choose another --out." in said
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "classes.csv").write_text("mine")
+    said = sentence(capsys, "eval", folder, "--out", tmp_path / "mine" / "classes.csv", *DEVICE)
+    assert "classes.csv', which is a file; choose a folder." in said
     assert "classes.csv' is there already" in sentence(capsys, "eval", folder, "--out", tmp_path / "mine", *DEVICE)
 
 
@@ -165,8 +167,25 @@ class TestPredict:
         exec(block, names)
         torch.testing.assert_close(names["probabilities"], by_hand(folder)[[2, 0]].softmax(dim=1))
 
+    def test_what_cannot_be_read_is_named_and_the_others_are_done(self, folder, images, capsys):
+        (images / "some" / "aa.png").write_bytes(b"text")
+        (images / "some" / "photo.heic").write_bytes(b"")
+        words = [images / "some", "--json", images / "found.json", "--batch_size", "1", *DEVICE]
+        said = sentence(capsys, "predict", folder, *words).splitlines()
+        assert said[0].startswith("note:")
+        assert "1 files are left out, whose format cannot be read: 1 *.heic" in said[0]
+        assert "aa.png' cannot be read as an image" in said[1]
+        assert said[1].endswith(" The other 2 of 3 images are done.")
+        record = read_json(images / "found.json")
+        assert [Path(row["image"]).name for row in record["predictions"]] == ["a.png", "b.png"]
+        (reason,) = record["left_out"]
+        assert "aa.png' cannot be read" in reason
+
     def test_mistakes(self, folder, images, capsys):
         (images / "d.png").write_bytes(b"text")
+        assert "some', which is a folder; name a file." in sentence(
+            capsys, "predict", folder, images / "c.png", "--json", images / "some", *DEVICE
+        )
         assert "d.png' cannot be read as an image" in sentence(capsys, "predict", folder, images / "d.png", *DEVICE)
         assert "there is no image 'none.png'" in sentence(capsys, "predict", folder, "none.png", *DEVICE)
         assert "required: images" in sentence(capsys, "predict", folder)
@@ -248,6 +267,14 @@ class TestPublished:
         with torch.no_grad():
             expected = network(x).softmax(dim=1)
         torch.testing.assert_close(recogniser(files), expected, rtol=0, atol=1e-6)
+
+    def test_images_that_are_not_read_are_counted(self, tmp_path, images, capsys):
+        torch.save(create("pvt_tiny", "own", num_classes=2, image_size=224).state_dict(), tmp_path / "pvt.pth")
+        assert "pvt.pth' has no eval.data; name images" in sentence(capsys, "eval", tmp_path / "pvt.pth", *DEVICE)
+        (images / "a" / "photo.heic").write_bytes(b"")
+        words = ["--data.images", str(images), "--out", str(tmp_path / "out"), "--num_workers", "0", *DEVICE]
+        program.main(["eval", str(tmp_path / "pvt.pth"), *words])
+        assert "1 files are left out, whose format cannot be read: 1 *.heic (1 in 'a')" in capsys.readouterr().err
 
     def test_classes_go_in_order(self, tmp_path, images, capsys):
         torch.save(create("pvt_tiny", "own", num_classes=2).state_dict(), tmp_path / "pvt.pth")
