@@ -426,6 +426,6 @@ def plot(groups: Sequence[Group]) -> "Figure":
     axes.set_title("thick: mean over seeds; thin: each seed", fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    for text in axes.legend(loc="lower right").get_texts():
+    for text in figure.legend(loc="outside lower center").get_texts():  # below the axes, where it covers no curve
         text.set_parse_math(False)  # a path in the name may hold a $
     return figure
