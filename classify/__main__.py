@@ -12,6 +12,7 @@ eval ...` evaluates on all GPUs.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -225,8 +226,11 @@ def run_predict(args: PredictArguments) -> None:
             continue
         best = recogniser([image for _, image in batch]).topk(num, dim=1)  # (B, num) each
         for (name, _), values, classes in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            found.append({"image": name, "classes": {names[k]: p for k, p in zip(classes, values, strict=True)}})
-            print(f"{name}: {', '.join(f'{k} {100 * p:.1f} %' for k, p in found[-1]['classes'].items())}", flush=True)
+            # Of an output that is not finite all probabilities are NaN.
+            likely = {names[k]: p for k, p in zip(classes, values, strict=True) if math.isfinite(p)}
+            found.append({"image": name, "classes": likely})
+            text = ", ".join(f"{k} {100 * p:.1f} %" for k, p in likely.items())
+            print(f"{name}: {text or 'the output of the network is not finite'}", flush=True)
     if args.json:
         weights = {"sha256": recogniser.sha256, **recogniser.source}
         facts = {"left_out": left_out, "weights": weights, "views": recogniser.describe_views()}

@@ -183,6 +183,15 @@ class TestPredict:
         exec(block, names)
         torch.testing.assert_close(names["probabilities"], by_hand(folder)[[2, 0]].softmax(dim=1))
 
+    def test_an_output_that_is_not_finite_is_no_class(self, folder, images, monkeypatch, capsys):
+        logits = Recogniser.logits
+        broken = torch.tensor([1])  # the second image
+        monkeypatch.setattr(Recogniser, "logits", lambda self, x: logits(self, x).index_fill(0, broken, torch.nan))
+        words = [str(images / "c.png"), str(images / "some"), "--json", str(images / "found.json"), *DEVICE]
+        program.main(["predict", str(folder), *words])
+        assert "a.png: the output of the network is not finite\n" in capsys.readouterr().out
+        assert [len(row["classes"]) for row in read_json(images / "found.json")["predictions"]] == [5, 0, 5]
+
     def test_what_cannot_be_read_is_named_and_the_others_are_done(self, folder, images, capsys):
         (images / "some" / "aa.png").write_bytes(b"text")
         (images / "some" / "photo.heic").write_bytes(b"")
@@ -212,10 +221,13 @@ class TestPredict:
 def test_compiled_it_says_the_same(folder, monkeypatch):
     """To 1e-5: float32, whose sums run in another order; logits are a few units. Without the slow compiler at the end."""
     torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     x = torch.randn(3, 1, 8, 8)
     plain, compiled = (Recogniser.from_pretrained(folder, device="cpu", compile=c).logits(x) for c in (False, True))
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+    assert graphs["unique_graphs"] > before  # it was compiled
 
 
 def test_onnx_says_the_same(folder, tmp_path, capsys):
