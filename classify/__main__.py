@@ -12,6 +12,7 @@ eval ...` evaluates on all GPUs.
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from vca_engine.config.options import WeightsOptions
 from vca_engine.config.reading import FilePath, Spec, Strict
 from vca_engine.config.schema import Batch, TrainConfig
 from vca_engine.distributed import on_main_process
-from vca_engine.images.files import ImageFiles
+from vca_engine.images.files import ImageFiles, UnreadableImageError
 from vca_engine.images.pixels import read_image
 from vca_engine.precision import chosen_device
 from vca_engine.records import differences, listed, read_json, write_json
@@ -139,7 +140,7 @@ def run_eval(args: EvalArguments) -> None:
     given = dataclasses.replace(config, eval=dataclasses.replace(config.eval, data=args.data or config.eval.data))
     spec = assemble.spec_to_evaluate(given)
     if spec is None:
-        raise ValueError("the run has no eval.data; name images to evaluate on: --data.images DIR.")
+        raise ValueError(f"{args.checkpoint!r} has no eval.data; name images to evaluate on: --data.images DIR.")
     published = recogniser.source["kind"] == "published file"  # whose classes have no names
     data = assemble.images_to_evaluate(spec, recogniser.info, "data", by_name=not published)
     recogniser.info = dataclasses.replace(recogniser.info, class_names=data.class_names)
@@ -151,6 +152,8 @@ def run_eval(args: EvalArguments) -> None:
         **{name: getattr(args, name) for name in ("precision", "tf32", "compile")},
     }
     on_main_process(state, lambda: check_free(out, asked))
+    if state.is_main_process:
+        print_notes(data.notes)
     workers = TrainConfig(num_workers=args.num_workers).workers()
     options = {"batch_size": args.batch_size, "num_workers": workers, "state": state}
     evaluation = evaluate(recogniser, data, **options, progress=state.is_main_process)
@@ -170,6 +173,8 @@ def run_eval(args: EvalArguments) -> None:
 
 def check_free(out: Path, asked: dict[str, Any]) -> None:
     """Raise ValueError if another evaluation, or something else, stands where one will be written."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out is {str(out)!r}, which is a file; choose a folder.")
     if not (out / EVALUATION_RECORD).exists():
         if there := [name for name in FILES if (out / name).exists()]:
             raise ValueError(f"{str(out / there[0])!r} is there already; choose another --out.")
@@ -199,20 +204,47 @@ def render_evaluation(evaluation: Evaluation) -> str:
 
 
 def run_predict(args: PredictArguments) -> None:
-    """Print the most probable classes of images."""
+    """Print the most probable classes of images.
+
+    Raises:
+        ValueError: An image cannot be read; this is raised when all others are printed and written.
+    """
+    if args.json and Path(args.json).is_dir():
+        raise ValueError(f"--json is {args.json!r}, which is a folder; name a file.")
     device = chosen_device(args.device)
     recogniser = Recogniser.from_pretrained(args.checkpoint, **args.loading(), crop=args.crop, device=device)
-    pictures, found = list(pictures_at(args.images)), []
+    pictures, found, left_out = list(pictures_at(args.images)), [], []
     names, num = recogniser.class_names, min(args.top, len(recogniser.class_names))
     for first in range(0, len(pictures), args.batch_size):
-        batch = pictures[first : first + args.batch_size]
-        best = recogniser([read() for _, read in batch]).topk(num, dim=1)  # (B, num) each
+        batch = []
+        for name, read in pictures[first : first + args.batch_size]:
+            try:
+                batch.append((name, read()))
+            except UnreadableImageError as error:
+                left_out.append(str(error))
+        if not batch:
+            continue
+        best = recogniser([image for _, image in batch]).topk(num, dim=1)  # (B, num) each
         for (name, _), values, classes in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            found.append({"image": name, "classes": {names[k]: p for k, p in zip(classes, values, strict=True)}})
-            print(f"{name}: {', '.join(f'{k} {100 * p:.1f} %' for k, p in found[-1]['classes'].items())}", flush=True)
+            # Of an output that is not finite all probabilities are NaN.
+            likely = {names[k]: p for k, p in zip(classes, values, strict=True) if math.isfinite(p)}
+            found.append({"image": name, "classes": likely})
+            text = ", ".join(f"{k} {100 * p:.1f} %" for k, p in likely.items())
+            print(f"{name}: {text or 'the output of the network is not finite'}", flush=True)
     if args.json:
         weights = {"sha256": recogniser.sha256, **recogniser.source}
-        write_json(args.json, {"predictions": found, "weights": weights, "views": recogniser.describe_views()})
+        facts = {"left_out": left_out, "weights": weights, "views": recogniser.describe_views()}
+        write_json(args.json, {"predictions": found, **facts})
+    if left_out:
+        others = f" The other {len(found):,} of {len(pictures):,} images are done." if found else ""
+        more = f" So it is with {len(left_out) - 3:,} more." if len(left_out) > 3 else ""
+        raise ValueError(" ".join(left_out[:3]) + more + others)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print sentences on images that were found, e.g. how many are in no format that can be read."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def pictures_at(paths: Sequence[str]) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
@@ -222,6 +254,7 @@ def pictures_at(paths: Sequence[str]) -> Iterator[tuple[str, Callable[[], Image.
             raise FileNotFoundError(f"there is no image {path!r}; check the path.")
         if Path(path).is_dir() or path.lower().endswith(".zip"):
             files = ImageFiles(path)
+            print_notes(files.warnings())
             yield from ((files.path(name), partial(files.decode, name, read_image)) for name in files.names)
         else:
             yield path, partial(read_picture, path)

@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from vca_engine import assemble
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, to_dict
 from vca_engine.files import written_aside
-from vca_engine.records import differences, listed, write_json
+from vca_engine.records import differences, listed, read_json, write_json
 from vca_engine.training.distances import EVALUATIONS_FILE
 from vca_engine.training.log import read_metrics
 from vca_engine.training.resume import CONFIG_FILE
@@ -110,12 +111,14 @@ def compare(runs: Sequence[str | Path], out: Path) -> str:
     Raises:
         FileNotFoundError: There is no such folder.
         OSError: A file cannot be read or written.
-        ValueError: A folder is no run of a recogniser with evaluations, or two runs were evaluated on something else.
+        ValueError: A folder is no run of a recogniser with evaluations, two runs were evaluated on something else, or
+            the JSON file is there already and holds no comparison.
     """
     if out.suffix not in PICTURE_SUFFIXES:
         raise ValueError(f"the picture {str(out)!r} has to end in one of {', '.join(PICTURE_SUFFIXES)}.")
     if not runs:
         raise ValueError(f"there is nothing to compare; name the folders of runs, e.g. {EXAMPLE}.")
+    check_replaceable(out.with_suffix(".json"))
     found = [read_run(Path(folder)) for folder in runs]
     for run in found[1:]:
         if different := differences(found[0].evaluated_on, run.evaluated_on):
@@ -130,6 +133,18 @@ def compare(runs: Sequence[str | Path], out: Path) -> str:
         figure.savefig(temporary, format=out.suffix[1:], dpi=150)
     write_json(out.with_suffix(".json"), to_record(groups, pairs))
     return render_table(groups, pairs)
+
+
+def check_replaceable(file: Path) -> None:
+    """Raise ValueError if something else than a comparison stands where the numbers will be written."""
+    known: dict[str, Any] = {}
+    with suppress(FileNotFoundError, ValueError):  # a damaged file, or one of something else
+        known = read_json(file)
+    if file.exists() and "paired_differences" not in known:
+        raise ValueError(
+            f"{str(file)!r}, where the numbers beside the picture would be written, is there already and holds no "
+            "comparison; choose another --out."
+        )
 
 
 def read_run(folder: Path) -> EvaluatedRun:
@@ -277,20 +292,27 @@ class PairedDifference:
         return statistics.stdev(self.values) / math.sqrt(len(self.values))
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean, by Student's t with n - 1 degrees of freedom."""
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean, by Student's t with n - 1 degrees of freedom; None if all values are equal.
+
+        They are if none is half an image away from another: then nothing is known of the spread.
+        """
         from scipy.special import stdtrit
 
+        if max(self.values) - min(self.values) < 50 / self.first.runs[0].evaluated_on["num_samples"]:
+            return None
         half = float(stdtrit(len(self.values) - 1, 0.975)) * self.standard_error
         return self.mean - half, self.mean + half
 
     def __str__(self) -> str:
+        name = f"{self.second.name} minus {self.first.name}: {self.mean:+.2f} points"
+        if self.interval is None:
+            return f"{name} with each of {len(self.values)} seeds, so no spread is known, and no interval."
         low, high = self.interval
         verdict = "it can be told from 0" if low > 0 or high < 0 else "it cannot be told from 0"
         return (
-            f"{self.second.name} minus {self.first.name}: {self.mean:+.2f} points, standard error "
-            f"{self.standard_error:.2f} ({len(self.values)} seeds, paired); 95 % t interval {low:+.2f} to {high:+.2f}: "
-            f"{verdict}."
+            f"{name}, standard error {self.standard_error:.2f} ({len(self.values)} seeds, paired); 95 % t interval "
+            f"{low:+.2f} to {high:+.2f}: {verdict}."
         )
 
 
@@ -372,7 +394,7 @@ def to_record(groups: Sequence[Group], pairs: Sequence[PairedDifference]) -> dic
         "paired_differences": [
             {
                 **{"of": pair.second.name, "minus": pair.first.name, "top1": pair.mean, "num_seeds": len(pair.values)},
-                **{"standard_error": pair.standard_error, "interval": list(pair.interval)},
+                **{"standard_error": pair.standard_error, "interval": pair.interval},
             }
             for pair in pairs
         ],
@@ -404,6 +426,6 @@ def plot(groups: Sequence[Group]) -> "Figure":
     axes.set_title("thick: mean over seeds; thin: each seed", fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    for text in axes.legend(loc="lower right").get_texts():
+    for text in figure.legend(loc="outside lower center").get_texts():  # below the axes, where it covers no curve
         text.set_parse_math(False)  # a path in the name may hold a $
     return figure

@@ -30,8 +30,8 @@ class Evaluation:
         best: (N, 5) int64, the best classes of each image, the best first, fewer of fewer classes; -1 where the
             network's output is not finite.
         probabilities: (N,) float32, of the first of them.
-        images_per_second: Of the network alone, all processes together, without the first batch of each, unless there
-            is but one.
+        images_per_second: Of the network alone, all processes together, in whole batches without the first of each,
+            where there are others: the first warms up, and one of another size may be compiled anew.
     """
 
     class_names: list[str]
@@ -52,11 +52,12 @@ class Evaluation:
         The standard error is that of a share of N images, 100 sqrt(p (1 - p) / N): other images of the same kind.
         """
         num, (first, five) = len(self.labels), self.right.mean(axis=0)
+        images, right = np.bincount(self.labels), np.bincount(self.labels, weights=self.right[:, 0])  # of each class
         return {
             "top1": round(100 * float(first), 4),
             "top5": round(100 * float(five), 4),
             "top1_se": round(100 * float(np.sqrt(first * (1 - first) / num)), 4),
-            "mean_class_top1": round(float(np.mean([row["top1"] for row in self.classes() if row["images"]])), 4),
+            "mean_class_top1": round(100 * float((right[images > 0] / images[images > 0]).mean()), 4),
             "num_samples": num,
             "not_finite": int((self.best[:, 0] < 0).sum()),
         }
@@ -127,7 +128,7 @@ def evaluate(
             best = recogniser.process.best_classes(logits)  # (B, 5)
             found.append((y.numpy(), best.cpu().numpy(), logits.softmax(dim=1).amax(dim=1).cpu().numpy()))
             bar.update(min(len(y) * world, len(data) - bar.n))
-    timed = seconds[1:] or seconds
+    timed = [batch for batch in seconds[1:] if batch[1] == batch_size] or seconds[1:] or seconds
     rate = sum(num for _, num in timed) / sum(time for time, _ in timed) if timed else 0.0
     parts = [(indices, *(np.concatenate(z) for z in zip(*found, strict=True)))] if found else []
     if world > 1:

@@ -9,6 +9,7 @@ from vca_engine.files import written_aside
 from vca_engine.sampling.figures import WIDE, new_figure, styled
 
 MOST_NAMED = 40  # classes, above which names and numbers could not be read
+LONGEST_NAME = 24  # letters, beyond which names are cut, for they would take the room of the squares
 
 
 @styled
@@ -36,9 +37,10 @@ def draw_confusion(counts: np.ndarray, class_names: Sequence[str], file: Path, t
     axes.set_xlabel("taken for")
     axes.set_ylabel("class")
     if named:
-        upright = max(map(len, class_names)) <= 3
-        axes.set_xticks(range(num), class_names, rotation=0 if upright else 90, parse_math=False)
-        axes.set_yticks(range(num), class_names, parse_math=False)
+        names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in class_names]
+        upright = max(map(len, names)) <= 3
+        axes.set_xticks(range(num), names, rotation=0 if upright else 90, parse_math=False)
+        axes.set_yticks(range(num), names, parse_math=False)
         for i, j in zip(*np.nonzero(counts), strict=True):
             colour = "white" if shares[i, j] > 40 else "black"
             axes.text(j, i, f"{shares[i, j]:.0f}" if shares[i, j] >= 1 else "<1", ha="center", va="center", c=colour)

@@ -19,7 +19,7 @@ from classify.published import read_published_recogniser
 from vca_engine import assemble
 from vca_engine.files import content_of, written_aside
 from vca_engine.images.files import naming
-from vca_engine.images.pixels import check_beginning, read_image
+from vca_engine.images.pixels import check_beginning, read_image, to_rgb
 from vca_engine.precision import chosen_device, set_tf32
 from vca_engine.sampling.trained_model import TrainedModel, load_model
 
@@ -96,7 +96,8 @@ class Recogniser(TrainedModel):
 
     def transform(self, image: Image.Image) -> Tensor:
         """Give what the network sees of an image, (C, image_size, image_size)."""
-        return self.views(self.info).transform(image.convert("L" if self.info.channels == 1 else "RGB"))
+        rgb = to_rgb(image)
+        return self.views(self.info).transform(rgb.convert("L") if self.info.channels == 1 else rgb)
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:

@@ -84,6 +84,29 @@ def test_a_difference_that_seeds_hide_is_said_to_be_none(two_groups, tmp_path):
     assert "95 % t interval -4.57 to +8.57: it cannot be told from 0." in text
 
 
+def test_equal_differences_have_no_interval(two_groups, tmp_path):
+    """3 with each seed, to less than one of 500 images: the interval would have no width after three seeds."""
+    for seed, top1 in enumerate((93, 95.0001, 97)):
+        make_run(tmp_path / f"vca-{seed}", f"--seed {seed}", (70, top1))
+    text = compare(two_groups, tmp_path / "accuracy.png")
+    assert "attention own: +3.00 points with each of 3 seeds, so no spread is known, and no interval." in text
+    assert "told from 0" not in text
+    assert read_json(tmp_path / "accuracy.json")["paired_differences"][0]["interval"] is None
+
+
+def test_only_numbers_of_a_comparison_are_replaced(tmp_path):
+    run, mine = make_run(tmp_path / "run"), tmp_path / "accuracy.json"
+    mine.write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=r"accuracy.json', where .* is there already and holds no comparison; choose"):
+        compare([run], tmp_path / "accuracy.png")
+    assert mine.read_text() == '{"mine": 1}'
+    assert not (tmp_path / "accuracy.png").exists()
+    mine.unlink()
+    for _ in range(2):
+        compare([run], tmp_path / "accuracy.png")
+    assert read_json(mine)["paired_differences"] == []
+
+
 def test_seeds_are_found_in_whatever_order_the_runs_are_given(two_groups, tmp_path):
     text = compare(two_groups, tmp_path / "a.png")
     a, b, c, d, e, f = two_groups

@@ -115,6 +115,7 @@ def _values(
             continue
         if word and not word.startswith("-"):
             option = "config" if word.endswith((".yaml", ".yml")) else "OPTION"
+            option = "data.images" if "data" in kinds and os.path.isdir(word) else option
             raise ValueError(f"{word!r} stands without the name of a setting; write --{option} {word}. See --help.")
         if not word.startswith("--") or (key != "config" and _owner(key, kinds) is None):
             raise ValueError(unknown(key if word.startswith("--") else word, list(kinds)))

@@ -140,18 +140,28 @@ def open_image(file: IO[bytes]) -> Image.Image:
 def read_image(file: IO[bytes]) -> Image.Image:
     """Read an image file as RGB with 8 bits, turned as its camera says.
 
+    Raises:
+        OSError or SyntaxError: It is damaged.
+        ValueError: See `open_image` and `to_rgb`.
+    """
+    with open_image(file) as opened:
+        return to_rgb(opened)
+
+
+def to_rgb(opened: Image.Image) -> Image.Image:
+    """Convert an image to RGB with 8 bits, turned as its camera says.
+
     Grey, palette and CMYK are converted; 16 bits are scaled to 8; what is transparent is laid on white.
 
     Raises:
-        OSError or SyntaxError: It is damaged.
-        ValueError: See `open_image`; or it has numbers without a known range.
+        OSError or SyntaxError: Its file, which is read only now, is damaged.
+        ValueError: It has numbers without a known range.
     """
-    with open_image(file) as opened:
-        try:
-            image = ImageOps.exif_transpose(opened)
-        except Exception:  # a damaged EXIF makes Pillow raise almost anything, and says nothing of the pixels
-            image = opened
-        image.load()
+    try:
+        image = ImageOps.exif_transpose(opened)
+    except Exception:  # a damaged EXIF makes Pillow raise almost anything, and says nothing of the pixels
+        image = opened
+    image.load()
     if image.mode == "I" and opened.format != "PNG":
         raise ValueError("it has numbers of 32 bits, whose range is not known")
     if image.mode.startswith("I"):  # I;16 and its kin; PNGs of 16 bits in older versions of Pillow
