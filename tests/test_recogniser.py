@@ -26,6 +26,7 @@ SETTINGS = (
     "--train.lr 2e-2 --train.warmup_steps 0 --train.ema_decay 0.8 --train.log_every 60 --train.tracker none"
 )
 DEVICE = ["--device", "cpu"]
+ALONE = [*DEVICE, "--num_workers", "0"]  # a fork of a process with the threads of onnxruntime may hang
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def test_numbers_of_a_small_case():
 
 def test_an_evaluation_is_what_the_network_says(folder, capsys):
     logits, labels = by_hand(folder), torch.from_numpy(Digits(split="test").labels)
-    program.main(["eval", str(folder), *DEVICE])
+    program.main(["eval", str(folder), *ALONE])
     out = folder / "eval-step-00000060"
     record, said = read_json(out / "eval.json"), capsys.readouterr().out
     best = logits.topk(5, dim=1).indices
@@ -127,15 +128,15 @@ def test_what_warms_up_or_is_compiled_anew_is_not_in_the_images_per_second(folde
 def test_the_same_again_is_done_again_and_another_is_refused(folder, tmp_path, capsys):
     out = tmp_path / "out"
     for _ in range(2):
-        program.main(["eval", str(folder), "--out", str(out), *DEVICE])
-    said = sentence(capsys, "eval", folder, "--out", out, "--data.split", "train", *DEVICE)
+        program.main(["eval", str(folder), "--out", str(out), *ALONE])
+    said = sentence(capsys, "eval", folder, "--out", out, "--data.split", "train", *ALONE)
     assert "holds an evaluation with" in said
     assert "data.split 'test' (now 'train'); choose another --out." in said
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "classes.csv").write_text("mine")
-    said = sentence(capsys, "eval", folder, "--out", tmp_path / "mine" / "classes.csv", *DEVICE)
+    said = sentence(capsys, "eval", folder, "--out", tmp_path / "mine" / "classes.csv", *ALONE)
     assert "classes.csv', which is a file; choose a folder." in said
-    assert "classes.csv' is there already" in sentence(capsys, "eval", folder, "--out", tmp_path / "mine", *DEVICE)
+    assert "classes.csv' is there already" in sentence(capsys, "eval", folder, "--out", tmp_path / "mine", *ALONE)
 
 
 class TestPredict:
@@ -260,7 +261,7 @@ def test_a_saved_recogniser_is_the_same(folder, tmp_path):
     assert "image-classification" in card
     assert "image-generation" not in card
     assert str(folder.parent) not in card + (saved / "checkpoint.json").read_text()
-    program.main(["eval", str(saved), "--out", str(tmp_path / "eval"), *DEVICE])
+    program.main(["eval", str(saved), "--out", str(tmp_path / "eval"), *ALONE])
     assert read_json(tmp_path / "eval" / "eval.json")["weights"]["sha256"] == recogniser.sha256
 
 
@@ -298,15 +299,15 @@ class TestPublished:
 
     def test_images_that_are_not_read_are_counted(self, tmp_path, images, capsys):
         torch.save(create("pvt_tiny", "own", num_classes=2, image_size=224).state_dict(), tmp_path / "pvt.pth")
-        assert "pvt.pth' has no eval.data; name images" in sentence(capsys, "eval", tmp_path / "pvt.pth", *DEVICE)
+        assert "pvt.pth' has no eval.data; name images" in sentence(capsys, "eval", tmp_path / "pvt.pth", *ALONE)
         (images / "a" / "photo.heic").write_bytes(b"")
-        words = ["--data.images", str(images), "--out", str(tmp_path / "out"), "--num_workers", "0", *DEVICE]
+        words = ["--data.images", str(images), "--out", str(tmp_path / "out"), *ALONE]
         program.main(["eval", str(tmp_path / "pvt.pth"), *words])
         assert "1 files are left out, whose format cannot be read: 1 *.heic (1 in 'a')" in capsys.readouterr().err
 
     def test_classes_go_in_order(self, tmp_path, images, capsys):
         torch.save(create("pvt_tiny", "own", num_classes=2).state_dict(), tmp_path / "pvt.pth")
-        words = ["--data.images", str(images), "--out", str(tmp_path / "out"), "--num_workers", "0", *DEVICE]
+        words = ["--data.images", str(images), "--out", str(tmp_path / "out"), *ALONE]
         program.main(["eval", str(tmp_path / "pvt.pth"), *words])
         assert [row["class"] for row in rows_of(tmp_path / "out" / "classes.csv")] == ["a", "b"]
         torch.save(create("pvt_tiny", "own", num_classes=3).state_dict(), tmp_path / "pvt.pth")
