@@ -65,7 +65,7 @@ ARMS: dict[str, dict[str, Any]] = {  # attention layers, all with a convolution 
 }
 TUNING_SEED, SEEDS = 100, range(5)
 QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the times of training, at which the loss on held-out images is measured
-NUM_DRAWN = {1.0: 400, 2.0: 200}  # images by the scale of guidance
+NUM_DRAWN = {1.0: 400, 2.0: 100}  # images by the scale of guidance
 RESULTS, WORK, REPORT = Path("results/study"), Path("runs/study"), Path("docs/study.md")
 NEVER = "1000000"  # steps between outputs that no run needs
 
@@ -93,13 +93,13 @@ SMALL = ("--model.hidden_size", "48", "--model.depth", "4", "--model.num_heads",
 PATCH1, PATCH2, PATCH4 = (("--model.patch_size", side) for side in "124")
 ODE, DDPM = (("--sample.sampler.num_steps", num) for num in ("13", "25"))  # of the ODE points of time: 12 steps
 LATENTS = ("--codec.path", f"{RESULTS}/mnist-vae", "--latents", f"{WORK}/mnist-latents")
-PIXELS = ("--codec", "{name: pixels}", "--latents", "null")
+PIXELS = ("--codec", "{name: pixels}", "--latents=")
 RATES, RATES_DEIT = (1e-2, 2.5e-2, 4e-3), (4e-3, 1e-2, 1.6e-3)
 STAGES = {
-    "digits-sit": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 300, RATES),
-    "digits-deit": Stage("configs/digits_deit.yaml", (*SMALL, *PATCH1), 300, RATES_DEIT),
-    "digits-sit-seconds": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 300, (), like="digits-sit"),
-    "digits-dit": Stage("configs/digits_dit.yaml", (*SMALL, *PATCH1, *DDPM), 300, RATES),
+    "digits-sit": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 200, RATES),
+    "digits-deit": Stage("configs/digits_deit.yaml", (*SMALL, *PATCH1), 200, RATES_DEIT),
+    "digits-sit-seconds": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 200, (), like="digits-sit"),
+    "digits-dit": Stage("configs/digits_dit.yaml", (*SMALL, *PATCH1, *DDPM), 200, RATES),
     "mnist-sit": Stage("configs/mnist_sit.yaml", (*SMALL, *PATCH1, *ODE, *LATENTS), 600, RATES),
     "mnist-dit": Stage("configs/mnist_dit.yaml", (*SMALL, *PATCH1, *DDPM, *LATENTS), 600, RATES),
     "mnist-deit": Stage("configs/digits_deit.yaml", ("--data", "mnist", *SMALL, *PATCH4), 600, RATES_DEIT),
@@ -328,15 +328,17 @@ def losses_by_time(pipe: Pipeline, images: ImageDataset, indices: range) -> dict
     Returns:
         t / end time -> loss.
     """
-    pairs = [images[i, False] for i in indices]
-    x, y = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-    positions, found = torch.tensor(indices), {}
-    latents = sample_posterior(pipe.codec.moments(x), pipe.codec.channels, 0, positions)  # (N, C, h, w)
-    noise, _ = draws(0, positions, latents.shape[1:])
-    for u in QUANTILES:
-        t = pipe.process.times(torch.full((len(x),), u, dtype=torch.float64))  # (N,)
-        loss = pipe.process.loss(pipe.network, latents, y, t=t, noise=noise).mean()
-        found[f"{(t[0] / pipe.process.end_time).item():.3f}"] = loss.item()
+    found: dict[str, float] = {}
+    for batch in torch.tensor(indices).split(100):
+        pairs = [images[i, False] for i in batch.tolist()]
+        x, y = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+        latents = sample_posterior(pipe.codec.moments(x), pipe.codec.channels, 0, batch)  # (B, C, h, w)
+        noise, _ = draws(0, batch, latents.shape[1:])
+        for u in QUANTILES:
+            t = pipe.process.times(torch.full((len(x),), u, dtype=torch.float64))  # (B,)
+            loss = pipe.process.loss(pipe.network, latents, y, t=t, noise=noise).sum().item() / len(indices)
+            key = f"{(t[0] / pipe.process.end_time).item():.3f}"
+            found[key] = found.get(key, 0.0) + loss
     return found
 
 
