@@ -94,7 +94,7 @@ PATCH1, PATCH2, PATCH4 = (("--model.patch_size", side) for side in "124")
 ODE, DDPM = (("--sample.sampler.num_steps", num) for num in ("13", "25"))  # of the ODE points of time: 12 steps
 LATENTS = ("--codec.path", f"{RESULTS}/mnist-vae", "--latents", f"{WORK}/mnist-latents")
 PIXELS = ("--codec", "{name: pixels}", "--latents=")
-RATES, RATES_DEIT = (1e-2, 2.5e-2, 4e-3), (4e-3, 1e-2, 1.6e-3)
+RATES, RATES_DEIT = (1e-2, 2.5e-2, 6e-2), (4e-3, 1e-2, 1.6e-3)
 STAGES = {
     "digits-sit": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 200, RATES),
     "digits-deit": Stage("configs/digits_deit.yaml", (*SMALL, *PATCH1), 200, RATES_DEIT),
@@ -233,6 +233,7 @@ class Study:
             if self.file(one).exists():  # of a process that held the lock a moment ago
                 return False
             self.prepare(one.stage)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed; begun anew, its seconds are right
             record = {"settings": settings, **self.train_and_measure(one, settings["command"], folder)}
             write_json(self.file(one), record)
         finally:
@@ -258,17 +259,25 @@ class Study:
         return {"failed": failed, "values": values, "seconds": {k: round(v, 2) for k, v in seconds.items()}, **about}
 
     def prepare(self, name: str) -> None:
-        """Make the classifier of a stage's data set, and its autoencoder and latents, if it needs them."""
+        """Make the classifier of a stage's data set, and its autoencoder and latents, if it needs them.
+
+        Raises:
+            ValueError: Another process makes them.
+        """
         of_latents = ["--config", STAGES[name].config, *LATENTS]
         wanted = [] if name.endswith("deit") else [(self.classifier_file(name), demo.classifier, None)]
         if LATENTS[-1] in STAGES[name].settings:
             wanted += [(Path(LATENTS[1]), demo.autoencoder, of_latents), (Path(LATENTS[3]), cache_latents, of_latents)]
-        for file, program, options in wanted:
-            if not file.exists():
-                print(f"making {file}", flush=True)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                options = options or ["--data.name", name.partition("-")[0], "--out", str(file)]
-                call(program.main, options, self.work / "prepare.txt")
+        missing = [one for one in wanted if not one[0].exists()]
+        busy = f"another process prepares {name}; type the same command when it is done."
+        lock = hold(self.work / "prepare.lock", busy) if missing else None
+        for file, program, options in missing:
+            print(f"making {file}", flush=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            options = options or ["--data.name", name.partition("-")[0], "--out", str(file)]
+            call(program.main, options, self.work / "prepare.txt")
+        if lock:
+            lock.release()
 
     def classifier_file(self, name: str) -> Path:
         """Name the file of the classifier of a stage's data set."""
