@@ -15,7 +15,7 @@ from benchmarks.comparisons import (
     report_of,
     write_report,
 )
-from benchmarks.study import ARMS, SEEDS, STAGES, Study, Training, all_trainings, in_part, part_of
+from benchmarks.study import ARMS, SEEDS, STAGES, TUNING_SEEDS, Study, Training, all_trainings, in_part, part_of
 from vca_engine.records import write_json
 
 
@@ -93,8 +93,8 @@ def test_every_arm_is_tuned_as_much_as_every_other():
     for name, stage in STAGES.items():
         for arm in ARMS:
             own = [one for one in all_trainings([name]) if one.arm == arm]
-            assert len(own) == len(stage.rates) + len(SEEDS)
-    assert program.TUNING_SEED not in SEEDS
+            assert len(own) == len(stage.rates) * len(TUNING_SEEDS) + len(SEEDS)
+    assert not {*TUNING_SEEDS} & {*SEEDS}
 
 
 def test_parts_as_typed():
@@ -108,30 +108,32 @@ def test_every_pair_is_of_arms():
     assert {arm for pair in PAIRS for arm in pair} == {*ARMS}
 
 
-@pytest.fixture
-def tuned(tmp_path, monkeypatch):
-    """A study whose arm mhsa is tuned: the second rate is the best, and the third failed. No run may begin in it."""
-    study = Study(tmp_path / "results", tmp_path / "work")
-    for rate, loss in zip(STAGES["digits-sit"].rates, (0.5, 0.4, None), strict=True):
-        one = Training("digits-sit", "mhsa", program.TUNING_SEED, rate)
-        values = {"loss_tuning": loss} if loss else {}
-        write_json(
-            study.file(one),
-            {
+def write_tuning(study, arm, losses):
+    """Write the results of tuning: rates -> losses of the two seeds; None failed."""
+    for rate, of_seeds in zip(STAGES["digits-sit"].rates, losses, strict=True):
+        for seed, loss in zip(TUNING_SEEDS, of_seeds, strict=True):
+            one = Training("digits-sit", arm, seed, rate)
+            found = {
                 "settings": study.settings(one),
                 "failed": None if loss else "not finite",
-                "values": values,
-                "seconds": {"train": 30.0, "evaluate": 0.0},
-            },
-        )
+                "values": {"loss_tuning": loss},
+            }
+            write_json(study.file(one), found)
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """A study whose arm mhsa is tuned: of its rates the first failed once, the second is the best. No run may begin."""
+    study = Study(tmp_path / "results", tmp_path / "work")
+    write_tuning(study, "mhsa", [(0.1, None), (0.5, 0.3), (0.4, 0.5)])
     monkeypatch.setattr(program.train, "main", lambda argv: pytest.fail("a run began"))
     return study
 
 
-def test_the_rate_is_that_of_the_lowest_loss(tuned):
-    assert tuned.rate_of(Training("digits-sit", "mhsa", 0)) == STAGES["digits-sit"].rates[1]
-    with pytest.raises(program.NotYetError, match="digits-sit/vca-seed-0 needs digits-sit/vca-tuning"):
-        tuned.rate_of(Training("digits-sit", "vca", 0))
+def test_the_rate_is_that_of_the_lowest_mean_loss(tuned):
+    assert tuned.rate_of(Training("digits-sit", "mhsa", SEEDS[0])) == STAGES["digits-sit"].rates[1]
+    with pytest.raises(program.NotYetError, match="digits-sit/vca-seed-10 needs digits-sit/vca-tuning"):
+        tuned.rate_of(Training("digits-sit", "vca", 10))
 
 
 def test_a_finished_run_is_skipped_and_one_of_other_settings_refused(tuned):
@@ -140,7 +142,7 @@ def test_a_finished_run_is_skipped_and_one_of_other_settings_refused(tuned):
     write_json(tuned.file(one), {"settings": settings})
     assert tuned.do(one) is False
     write_json(tuned.file(one), {"settings": settings | {"rate": 0.5}})
-    with pytest.raises(ValueError, match=r"rate 0.5 \(now 0.025\); move it"):
+    with pytest.raises(ValueError, match=r"rate 0.5 \(now 0.016\); move it"):
         tuned.do(one)
 
 
@@ -154,17 +156,16 @@ def test_two_processes_do_not_do_the_same_run(tuned, capsys):
 
 def test_equal_seconds_are_steps_by_the_median_of_measured_ones(tuned):
     for arm, seconds in (("mhsa", 10.0), ("vca", 12.5)):
-        for rate in STAGES["digits-sit"].rates:
-            tuning = Training("digits-sit", arm, program.TUNING_SEED, rate)
-            write_json(
-                tuned.file(tuning),
-                {"settings": tuned.settings(tuning), "failed": None, "values": {"loss_tuning": rate}},
-            )
+        write_tuning(tuned, arm, [(0.5, 0.5), (0.3, 0.3), (0.4, 0.4)])
         for seed in SEEDS:
             one = Training("digits-sit", arm, seed)
             write_json(
                 tuned.file(one),
-                {"settings": tuned.settings(one), "seconds": {"train_cpu": seconds + 100 * (seed == 0)}, "cpu": "a"},
+                {
+                    "settings": tuned.settings(one),
+                    "seconds": {"train_cpu": seconds + 100 * (seed == SEEDS[0])},
+                    "cpu": "a",
+                },
             )
     num_steps = STAGES["digits-sit"].num_steps
     assert tuned.steps_of(Training("digits-sit-seconds", "mhsa", 0)) == num_steps
