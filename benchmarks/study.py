@@ -95,16 +95,16 @@ PATCH1, PATCH2, PATCH4 = (("--model.patch_size", side) for side in "124")
 ODE, DDPM = (("--sample.sampler.num_steps", num) for num in ("13", "25"))  # of the ODE points of time: 12 steps
 LATENTS = ("--codec.path", f"{RESULTS}/mnist-vae", "--latents", f"{WORK}/mnist-latents")
 PIXELS = ("--codec", "{name: pixels}", "--latents=")
-RATES, RATES_DEIT = (1e-2, 1.6e-2, 6e-3), (4e-3, 1e-2, 1.6e-3)
+RATES, RATES_MNIST, RATES_DEIT = (1e-2, 1.6e-2, 2.5e-2), (4e-3, 1e-2, 2.5e-2), (1.6e-3, 4e-3, 1e-2)
 STAGES = {
     "digits-sit": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 200, RATES),
     "digits-deit": Stage("configs/digits_deit.yaml", (*SMALL, *PATCH1), 200, RATES_DEIT),
     "digits-sit-seconds": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 200, (), like="digits-sit"),
     "digits-dit": Stage("configs/digits_dit.yaml", (*SMALL, *PATCH1, *DDPM), 200, RATES),
-    "mnist-sit": Stage("configs/mnist_sit.yaml", (*SMALL, *PATCH1, *ODE, *LATENTS), 600, RATES),
-    "mnist-dit": Stage("configs/mnist_dit.yaml", (*SMALL, *PATCH1, *DDPM, *LATENTS), 600, RATES),
+    "mnist-sit": Stage("configs/mnist_sit.yaml", (*SMALL, *PATCH1, *ODE, *LATENTS), 600, RATES_MNIST),
+    "mnist-dit": Stage("configs/mnist_dit.yaml", (*SMALL, *PATCH1, *DDPM, *LATENTS), 600, RATES_MNIST),
     "mnist-deit": Stage("configs/digits_deit.yaml", ("--data", "mnist", *SMALL, *PATCH4), 600, RATES_DEIT),
-    "mnist-pixels-sit": Stage("configs/mnist_sit.yaml", (*SMALL, *PATCH2, *ODE, *PIXELS), 600, RATES),
+    "mnist-pixels-sit": Stage("configs/mnist_sit.yaml", (*SMALL, *PATCH2, *ODE, *PIXELS), 600, RATES_MNIST),
 }
 
 
