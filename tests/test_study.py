@@ -1,6 +1,8 @@
 """The study: its statistics against numbers worked by hand, its parts, and what it does with results that are there."""
 
 import math
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -123,17 +125,17 @@ def write_tuning(study, arm, losses):
 
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """A study whose arm mhsa is tuned: of its rates the first failed once, the second is the best. No run may begin."""
+    """A study whose arm mhsa is tuned: the first rate failed once, so the second is the better. No run may begin."""
     study = Study(tmp_path / "results", tmp_path / "work")
-    write_tuning(study, "mhsa", [(0.1, None), (0.5, 0.3), (0.4, 0.5)])
+    write_tuning(study, "mhsa", [(0.1, None), (0.5, 0.3)])
     monkeypatch.setattr(program.train, "main", lambda argv: pytest.fail("a run began"))
     return study
 
 
 def test_the_rate_is_that_of_the_lowest_mean_loss(tuned):
     assert tuned.rate_of(Training("digits-sit", "mhsa", SEEDS[0])) == STAGES["digits-sit"].rates[1]
-    with pytest.raises(program.NotYetError, match="digits-sit/vca-seed-10 needs digits-sit/vca-tuning"):
-        tuned.rate_of(Training("digits-sit", "vca", 10))
+    with pytest.raises(program.NotYetError, match="digits-sit/vca-seed-20 needs digits-sit/vca-tuning"):
+        tuned.rate_of(Training("digits-sit", "vca", 20))
 
 
 def test_a_finished_run_is_skipped_and_one_of_other_settings_refused(tuned):
@@ -156,7 +158,7 @@ def test_two_processes_do_not_do_the_same_run(tuned, capsys):
 
 def test_equal_seconds_are_steps_by_the_median_of_measured_ones(tuned):
     for arm, seconds in (("mhsa", 10.0), ("vca", 12.5)):
-        write_tuning(tuned, arm, [(0.5, 0.5), (0.3, 0.3), (0.4, 0.4)])
+        write_tuning(tuned, arm, [(0.5, 0.5), (0.3, 0.4)])
         for seed in SEEDS:
             one = Training("digits-sit", arm, seed)
             write_json(
@@ -221,3 +223,26 @@ def test_results_in_other_features_are_refused():
     runs = [result("mhsa", 0, 1.0, classifier="a"), result("mhsa", 1, 1.0, classifier="b")]
     with pytest.raises(ValueError, match="2 different values of classifier"):
         report_of({"digits-sit": runs})
+
+
+def test_a_signal_after_a_program_is_not_that_programs(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def main(argv):
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        print(*argv)
+
+    assert program.call(main, ["a", "b"], tmp_path / "log.txt") is None
+    assert (tmp_path / "log.txt").read_text() == "a b\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_training_that_is_not_finite_fails_and_any_other_mistake_ends_the_study(tmp_path):
+    def main(argv):
+        print(argv[0], file=sys.stderr)
+        raise SystemExit(2)
+
+    sentence = "train.py: the loss or its gradient was not finite in 10 steps in a row"
+    assert program.call(main, [sentence], tmp_path / "log.txt") == sentence
+    with pytest.raises(ValueError, match="no such folder"):
+        program.call(main, ["no such folder"], tmp_path / "log.txt")
