@@ -20,7 +20,6 @@ from vca_engine import assemble
 from vca_engine.files import content_of, written_aside
 from vca_engine.images.files import naming
 from vca_engine.images.pixels import check_beginning, read_image, to_rgb
-from vca_engine.precision import chosen_device, set_tf32
 from vca_engine.sampling.trained_model import TrainedModel, load_model
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -69,15 +68,10 @@ class Recogniser(TrainedModel):
             FileNotFoundError: There is no such path or name.
             ValueError: It holds something else.
         """
-        device = torch.device(device or chosen_device("auto"))
-        set_tf32(tf32)
         model = load_model(path, weights, read=read_published_recogniser)
         if assemble.is_generator(model.config):
             raise ValueError(f"{str(path)!r} holds no recogniser; sample.py draws with it.")
-        model.network.to(device)
-        if compile:
-            for block in assemble.blocks(model.network):
-                block.compile()
+        model.prepare(device, tf32=tf32, compile=compile)
         found = cls(**vars(model))
         found.crop, found.precision = crop or model.config.eval.crop, precision
         return found
@@ -94,10 +88,10 @@ class Recogniser(TrainedModel):
         """Give a dataset of what the network sees of a dataset of images, (C, image_size, image_size) each."""
         return self.process.evaluation_views(images, self.crop)
 
-    def transform(self, image: Image.Image) -> Tensor:
-        """Give what the network sees of an image, (C, image_size, image_size)."""
-        rgb = to_rgb(image)
-        return self.views(self.info).transform(rgb.convert("L") if self.info.channels == 1 else rgb)
+    def view(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Give what the network sees of images, (B, C, image_size, image_size)."""
+        transform, mode = self.views(self.info).transform, "L" if self.info.channels == 1 else "RGB"
+        return torch.stack([transform(to_rgb(picture).convert(mode)) for picture in pictures])
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
@@ -113,12 +107,12 @@ class Recogniser(TrainedModel):
             ValueError: A file is no image; names it.
         """
         pictures = [image if isinstance(image, Image.Image) else read_picture(image) for image in images]
-        return self.logits(torch.stack([self.transform(picture) for picture in pictures])).softmax(dim=1).cpu()
+        return self.logits(self.view(pictures)).softmax(dim=1).cpu()
 
     def describe_views(self) -> dict[str, Any]:
         """Say how an image becomes what the network sees: JSON values."""
-        transform = self.views(self.info).transform
-        mean, std = (getattr(transform.transforms[-1], name).tolist() for name in ("mean", "std"))
+        normalise = self.views(self.info).transform.transforms[-1]
+        mean, std = (getattr(normalise, name).tolist() for name in ("mean", "std"))
         size = {"image_size": self.info.image_size, "channels": self.info.channels}
         return {**size, "crop": self.crop, "interpolation": "bicubic", "mean": mean, "std": std}
 

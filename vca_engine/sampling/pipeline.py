@@ -22,7 +22,6 @@ from PIL import Image
 from vca_engine import assemble
 from vca_engine.config.reading import Spec
 from vca_engine.config.schema import SampleConfig
-from vca_engine.precision import chosen_device, set_tf32
 from vca_engine.records import differences, listed
 from vca_engine.sampling.classes import find_classes
 from vca_engine.sampling.guidance import guidance_of
@@ -88,19 +87,13 @@ class Pipeline(TrainedModel):
             FileNotFoundError: There is no such path, name, or part of it.
             ValueError: It holds something else, or what cannot be told from it was not given.
         """
-        device = torch.device(device or chosen_device("auto"))
-        set_tf32(tf32)
         model = load_model(path, weights, process, vae)
         if not assemble.is_generator(model.config):
             raise ValueError(
                 f"{str(path)!r} holds a recogniser, {model.config.model.name}, which draws no images; use python -m "
                 "classify."
             )
-        model.network.to(device)
-        model.codec.to(device)
-        if compile:
-            for block in model.network.blocks:
-                block.compile()
+        model.prepare(device, tf32=tf32, compile=compile)
         return cls(**vars(model), precision=precision, tf32=tf32, compiled=compile)
 
     def label_ids(self, classes: Sequence[int | str]) -> list[int]:

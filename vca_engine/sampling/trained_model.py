@@ -17,6 +17,7 @@ from vca_engine.config.reading import Spec, from_dict
 from vca_engine.config.schema import Config, to_dict
 from vca_engine.files import folder_written_aside, sha256_of_weights
 from vca_engine.images.labels import DataInfo
+from vca_engine.precision import chosen_device, set_tf32
 from vca_engine.sampling.model_card import GENERATOR, RECOGNISER, facts_of, model_card
 from vca_engine.weights import checkpoint
 from vca_engine.weights.files import locate
@@ -68,6 +69,22 @@ class TrainedModel:
     def sha256(self) -> str:
         """The hash of the network's weights, whatever file they were in."""
         return sha256_of_weights(self.network)
+
+    def prepare(self, device: str | torch.device | None, *, tf32: bool, compile: bool) -> None:
+        """Bring it to a device, not given the GPU if there is one, and set how it computes there.
+
+        Args:
+            device: Where.
+            tf32: Whether a GPU may round the inputs of float32 products to TF32.
+            compile: Compile each block with torch.compile.
+        """
+        device = torch.device(device or chosen_device("auto"))
+        set_tf32(tf32)
+        self.network.to(device)
+        self.codec.to(device)
+        if compile:
+            for block in assemble.blocks(self.network):
+                block.compile()
 
     def facts(self) -> dict[str, Any]:
         """Say where the weights were, on which device they are used, and by which versions: JSON values."""
