@@ -31,7 +31,7 @@ from classify.recogniser import Recogniser, read_picture
 from vca import lookup
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
-from vca_engine.config.options import WeightsOptions
+from vca_engine.config.options import CheckpointOptions, WeightsOptions
 from vca_engine.config.reading import FilePath, Spec, Strict
 from vca_engine.config.schema import Batch, TrainConfig
 from vca_engine.distributed import on_main_process
@@ -88,20 +88,14 @@ class PredictArguments(WeightsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArguments(Strict):
+class ExportArguments(CheckpointOptions):
     """A recogniser to be written as ONNX.
 
     Args:
-        checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders. May stand
-            first, without its name.
-        weights: ema, the averaged weights; ema-0.05 and the like, the power-function averages; model, those of the last
-            training step.
         crop: Share of the shorter side of an image that is shown, for the metadata; not given means as in training.
         out: The file; not given means step-STEP.onnx in the run's folder.
     """
 
-    checkpoint: FilePath
-    weights: str = "ema"
     crop: Crop | None = None
     out: FilePath | None = None
 

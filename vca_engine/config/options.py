@@ -27,22 +27,31 @@ def with_options(sampling: SampleConfig, options: Any) -> SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightsOptions(Strict):
-    """Trained weights, and the arithmetic that they are used with.
+class CheckpointOptions(Strict):
+    """Trained weights.
 
     Args:
         checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders. May stand
             first, without its name.
         weights: ema, the averaged weights; ema-0.05 and the like, the power-function averages; model, those of the last
             training step.
+    """
+
+    checkpoint: FilePath
+    weights: str = "ema"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOptions(CheckpointOptions):
+    """Trained weights, and the arithmetic that they are used with.
+
+    Args:
         precision: no, the weights' float32, or bf16.
         tf32: Let GPUs round the inputs of float32 products to TF32.
         compile: Compile each block with torch.compile.
         device: cuda or cpu; auto is the GPU if there is one.
     """
 
-    checkpoint: FilePath
-    weights: str = "ema"
     precision: Literal["no", "bf16"] = "no"
     tf32: bool = True
     compile: bool = False
