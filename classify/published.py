@@ -32,8 +32,8 @@ def read_published_recogniser(path: Path, process: None = None) -> tuple[dict[st
     tensors = read_weights(path, RECOGNISER_MARKS).tensors
     tensors = {key: tensor for key, tensor in tensors.items() if key.rpartition(".")[2] not in BUFFERS}
     head = next((len(tensor) for key, tensor in tensors.items() if HEAD.fullmatch(key)), None)
-    name, image_size = _network_of(tensors, head, path)
     channels = next(tensors[key].shape[1] for key in RECOGNISER_MARKS if key in tensors)
+    name, image_size = _network_of(tensors, {"num_classes": head or 1, "in_channels": channels}, path)
     model = {"name": name, "attention": {"name": "own"}}
     record = {
         "config": {
@@ -46,17 +46,16 @@ def read_published_recogniser(path: Path, process: None = None) -> tuple[dict[st
     return record, tensors
 
 
-def _network_of(tensors: Mapping[str, Tensor], num_classes: int | None, path: Path) -> tuple[str, int]:
+def _network_of(tensors: Mapping[str, Tensor], sizes: Mapping[str, int], path: Path) -> tuple[str, int]:
     """Find the name and the image size of the network in `MODELS` that has exactly these tensors."""
     from classify.models import MODELS, create  # slow to import: see docs/architecture.md, start-up
 
     shapes, nearest = {key: tensor.shape for key, tensor in tensors.items()}, {}
-    channels = next(tensors[key].shape[1] for key in RECOGNISER_MARKS if key in tensors)
     for name, recogniser in MODELS.items():
         for side in (side for side in SIDES if recogniser.fits(side, own=True)):
             with torch.device("meta"):
-                sizes = {"num_classes": num_classes or 1, "image_size": side, "in_channels": channels}
-                own = {key: t.shape for key, t in create(name, "own", **sizes).state_dict().items()}
+                network = create(name, "own", image_size=side, **sizes)
+            own = {key: tensor.shape for key, tensor in network.state_dict().items()}
             if own == shapes:
                 return name, side
             different = len({*own.items()} ^ {*shapes.items()})

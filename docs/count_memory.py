@@ -13,7 +13,8 @@ import torch
 
 from dit_vca import DiT
 from vca import parse_size
-from vca_engine.training.dry_run import count_saved, multiply_adds
+from vca_engine.training.cost import multiply_adds
+from vca_engine.training.dry_run import count_saved
 
 GIB = 2**30
 BYTES = 4 * (1 + 1 + 2 + 3) + 2  # of a weight and what goes with it

@@ -59,13 +59,19 @@ class PaperRow:
 
 
 @functools.cache
+def _content() -> dict[str, Any]:
+    """Read configs/paper.yaml."""
+    return read_yaml(str(TABLES))
+
+
+@functools.cache
 def read_tables() -> dict[str, dict[str, PaperRow]]:
     """Read configs/paper.yaml: table -> name -> row. A row may be in several tables.
 
     Raises:
         ValueError: It cannot be read.
     """
-    content = read_yaml(str(TABLES))
+    content = _content()
     found: dict[str, PaperRow] = {}
     tables = {}
     for table, lines in content["tables"].items():
@@ -130,8 +136,7 @@ def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
 def _all_rows() -> dict[str, PaperRow]:
     """Gather the rows of all tables, and their tiny forms."""
     rows = {name: row for table in read_tables().values() for name, row in table.items()}
-    parts = read_yaml(str(TABLES))["parts"]
-    return rows | {f"{name}{TINY}": _row(f"{name}{TINY}", parts, None, None) for name in rows}
+    return rows | {f"{name}{TINY}": _row(f"{name}{TINY}", _content()["parts"], None, None) for name in rows}
 
 
 def _row(name: str, parts: dict[str, Any], published: float | None, original: float | None) -> PaperRow:
