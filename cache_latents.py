@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from tqdm import tqdm
 
 import fid
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.schema import Config
-from vca_engine.distributed import on_main_process
+from vca_engine.distributed import join_processes, on_main_process
 from vca_engine.images import to_uint8
 from vca_engine.images.datasets import ImageDataset
 from vca_engine.images.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen, tidy
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check(args)
         return
     # The last shard of one process may take long while the others wait.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    state = join_processes(not torch.cuda.is_available(), timedelta(days=7))
     images = assemble.images(args)
     if state.is_main_process:
         for note in images.notes:

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +39,7 @@ from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.options import ModelOptions, SampleOptions, with_options
 from vca_engine.config.reading import FilePath, Spec
 from vca_engine.config.schema import NEED_GUIDANCE, Batch, FidConfig, SampleConfig, require
+from vca_engine.distributed import join_processes
 from vca_engine.precision import chosen_device
 from vca_engine.sampling.classes import find_class, random_label
 from vca_engine.sampling.drawing import Drawing
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices = {f"fid_{name}": names for name, names in fid.CHOICES.items()}
     args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts(), choices=choices)
     on_cpu = chosen_device(args.device) == "cpu"
-    state = PartialState(cpu=on_cpu, timeout=timedelta(hours=2))  # while one process writes, the others wait
+    state = join_processes(on_cpu)  # while one process writes, the others wait
     drawing = make_drawing(args, state)
     if args.likelihood:
         measure_likelihood(drawing, args.out, args.num, args.data or {})

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from accelerate import PartialState
 from PIL import Image
 from pydantic import Field
 
@@ -34,7 +33,7 @@ from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.options import CheckpointOptions, WeightsOptions
 from vca_engine.config.reading import FilePath, Spec, Strict
 from vca_engine.config.schema import Batch, TrainConfig
-from vca_engine.distributed import on_main_process
+from vca_engine.distributed import join_processes, on_main_process
 from vca_engine.images.files import ImageFiles, UnreadableImageError
 from vca_engine.images.pixels import read_image
 from vca_engine.precision import chosen_device
@@ -128,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_eval(args: EvalArguments) -> None:
     """Evaluate a recogniser, write the tables, the picture and the record, and print the numbers."""
-    state = PartialState(cpu=chosen_device(args.device) == "cpu")
+    state = join_processes(chosen_device(args.device) == "cpu")
     recogniser = Recogniser.from_pretrained(args.checkpoint, **args.loading(), crop=args.crop, device=state.device)
     config, step = recogniser.config, recogniser.source.get("step") or 0
     given = dataclasses.replace(config, eval=dataclasses.replace(config.eval, data=args.data or config.eval.data))

@@ -44,12 +44,13 @@ class Sharded(Accelerator):
 def main() -> None:
     """See the module."""
     torch.set_num_threads(1)
-    torch.distributed.destroy_process_group = lambda *_: None  # a second one could not find its way
+    part, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *_: None
     for program, argv in json.loads(Path(sys.argv[1]).read_text()):
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         run.Accelerator = Sharded if program == "sharded" else Accelerator
         {"sample": sample, "classify": classify}.get(program, train).main(argv)
+    torch.distributed.destroy_process_group = part  # not earlier: a second group could not find its way
 
 
 if __name__ == "__main__":

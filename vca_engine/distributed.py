@@ -1,14 +1,28 @@
-"""Several processes: tensors that FSDP2 has cut into shards, put together and cut again, and a check that all agree.
+"""Several processes: joined and left, tensors cut into shards by FSDP2 and put together, a check that all agree.
 
 torch.distributed.tensor is imported where it is used: see docs/architecture.md, start-up.
 """
 
+import atexit
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, distributed
+
+
+def join_processes(on_cpu: bool, timeout: timedelta = timedelta(hours=2)) -> PartialState:
+    """Join the processes that a launcher started, which wait so long for each other; they part as the program ends."""
+    state = PartialState(cpu=on_cpu, timeout=timeout)
+    part_at_exit()
+    return state
+
+
+def part_at_exit() -> None:
+    """Leave the group of processes when Python ends; with its threads alive, Python may abort after all is done."""
+    atexit.register(lambda: distributed.is_initialized() and distributed.destroy_process_group())
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vca_engine import assemble
 from vca_engine.config.schema import Config, to_dict
-from vca_engine.distributed import full_tensor
+from vca_engine.distributed import full_tensor, part_at_exit
 from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import LatentDataset
 from vca_engine.images.loader import load, to_device
@@ -47,6 +47,7 @@ def make_accelerator(config: Config) -> Accelerator:
         project_dir=config.run_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=cfg.timeout))],
     )
+    part_at_exit()
     if accelerator.is_fsdp2:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
