@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The last shard of one process may take long while the others wait.
     state = join_processes(not torch.cuda.is_available(), timedelta(days=7))
     images = assemble.images(args)
+    args = assemble.with_image_size(args, images.image_size)
     if state.is_main_process:
         for note in images.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -131,6 +132,7 @@ def check(args: CacheArguments) -> None:
         f"channels: {statistics}"
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = assemble.with_image_size(args, cache.image_size)
     try:
         images = assemble.images(args)
         codec = assemble.codec(args, images.channels).to(device)

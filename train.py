@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if start:
         if known := attention_of(start):
             config = assemble.with_attention_of(config, known)
+        config = assemble.with_image_size(config, record["shape"].get("image_size"))
         check_same_run(config, start, accelerator.print)
     if args.dry_run:
         dry_run(config, accelerator, prepare, functools.partial(train, stop=stop), add_gradients)

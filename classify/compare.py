@@ -164,6 +164,7 @@ def read_run(folder: Path) -> EvaluatedRun:
         raise ValueError(f"{name!r} has no checkpoint yet; let its training come to the first evaluation.")
     record = checkpoint.read_record(place)
     config = from_dict(Config, record["config"], str(place / checkpoint.RECORD))
+    config = assemble.with_image_size(config, record["shape"].get("image_size"))
     if assemble.is_generator(config):
         raise ValueError(
             f"{name!r} is of a generator, process {config.process['name']}, and here accuracies of recognisers are "

@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vca_engine.images import NonFiniteError, UnreadableImageError, centre_crop, from_uint8, read_image, to_uint8
+from vca_engine.images import (
+    NonFiniteError,
+    UnreadableImageError,
+    centre_crop,
+    datasets,
+    from_uint8,
+    read_image,
+    to_uint8,
+)
 from vca_engine.images.datasets import DATASETS, Folder, ImageDataset
 from vca_engine.images.order import EndlessBatches
 from vca_engine.seeds import mix, normal, uniform
@@ -531,6 +539,45 @@ def test_a_folder_without_classes_or_with_an_empty_one(tmp_path):
 def test_a_wrong_image_size(folder, size):
     with pytest.raises(ValueError, match=r"data\.image_size is .*; choose a whole number, at least 1"):
         Folder(images=str(folder), image_size=size)
+
+
+def of_sizes(folder, *sizes):
+    (folder / "a").mkdir(parents=True)
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(folder / "a" / f"{i}.png")
+    return folder
+
+
+def test_without_image_size_it_is_that_of_the_images(tmp_path):
+    root = of_sizes(tmp_path / "x", (12, 12), (12, 12), (12, 12))
+    for source in (root, zip_of(root)):
+        data = Folder(images=str(source))
+        assert (data.image_size, data.pixels(2).shape, list(data.notes)) == (12, (12, 12, 3), [])
+    (root / "a" / "0.png").write_bytes(b"no image")  # is named when it is read, as ever
+    assert Folder(images=str(root)).image_size == 12
+
+
+@pytest.mark.parametrize(
+    "sizes, sentence",
+    [
+        ([(40, 30)] * 2, "all 2 images have 40x30 pixels, which is no square; give .* --data.image_size 16."),
+        (
+            [(70, 90), (8, 9), (70, 90), (300, 200)],
+            r"4 images have 3 sizes, from 8x9 to 300x200 pixels, most often 70x90 \(2\); .* --data.image_size 64.",
+        ),
+    ],
+)
+def test_where_sizes_differ_image_size_has_to_be_given(tmp_path, sizes, sentence):
+    root = str(of_sizes(tmp_path / "x", *sizes))
+    with pytest.raises(ValueError, match="^data.image_size is not given, and " + sentence):
+        Folder(images=root)
+    assert Folder(images=root, image_size=16).pixels(0).shape == (16, 16, 3)
+
+
+def test_of_very_many_images_some_are_looked_at_and_a_note_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MOST_OPENED", 4)
+    data = Folder(images=str(of_sizes(tmp_path / "x", *[(12, 12)] * 10)))
+    assert data.notes == ["data.image_size is 12, the size of the 4 of 10 images looked at"]
 
 
 @pytest.mark.parametrize("name", ["text.jpg", "nothing.png", "tiny.png"])

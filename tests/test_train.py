@@ -1027,3 +1027,29 @@ def test_the_loss_is_drawn_of_what_is_a_number(tmp_path):
     odd += [{"loss": loss} for loss in (float("nan"), float("inf"), "x", None)]
     plot_losses([*lines, *({"step": 60 + k, **line} for k, line in enumerate(odd))], tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").size[0] > 100
+
+
+def without_image_size(folder):
+    """Leave it out of the checkpoints, as of versions in which it had a default."""
+    for file in folder.glob("checkpoints/*/checkpoint.json"):
+        record = json.loads(file.read_text())
+        record["config"]["data"].pop("image_size", None)
+        record.pop("checksum", None)
+        file.write_text(json.dumps(record))
+
+
+def test_a_run_knows_the_size_of_its_images_and_goes_on_with_it(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / name / f"{i}.png")
+    extra = f"--data.name folder --data.images {tmp_path}/images"
+    folder = run(tmp_path / "run", 1, extra)
+    assert "image_size: 8" in (folder / "config.yaml").read_text()
+    assert checkpoint.read_record(checkpoint.find(folder))["config"]["data"]["image_size"] == 8
+    without_image_size(folder)
+    Image.new("RGB", (20, 20)).save(tmp_path / "images" / "a" / "0.png")  # it is asked for no more
+    run(folder, 2, extra)
+    run(folder, 3, f"{extra} --data.image_size 8")
+    without_image_size(folder)
+    assert "data.image_size 8 (you gave 4)" in sentence(capsys, settings(folder, 4, f"{extra} --data.image_size 4"))

@@ -148,7 +148,7 @@ def check_settings(config: Config) -> None:
         raise ValueError(f"codec.name is {config.codec['name']!r}; a recogniser looks at pixels, so choose pixels.")
     if spec := spec_to_evaluate(config):
         defaults = defaults_of(lookup(DATASETS, spec["name"], "eval.data.name"))
-        if {**defaults, **spec} == {**defaults, **config.data}:
+        if {**defaults, **spec, "image_size": 0} == {**defaults, **config.data, "image_size": 0}:
             raise ValueError("eval.data is data itself, which tells nothing; name others, e.g. --eval.data.images DIR.")
 
 
@@ -207,6 +207,23 @@ def images(config: Config) -> ImageDataset:
     return create(DATASETS, config.data, "data")
 
 
+def with_image_size(config: Config, image_size: int | None) -> Config:
+    """Complete data.image_size by that of the images, where the config does not say it and the data take one.
+
+    Args:
+        config: What was asked for, or what a checkpoint holds: those of earlier versions may leave it out.
+        image_size: Side of the images, as the data, their latents, or the checkpoint say; None changes nothing.
+    """
+    return dataclasses.replace(config, data=_sized(config.data, image_size))
+
+
+def _sized(spec: Spec, image_size: int | None) -> dict[str, Any]:
+    """Complete the image_size of a dataset's spec, if it has that option and does not give it."""
+    takes_one = "image_size" in options_of(lookup(DATASETS, spec["name"], "data.name"))
+    missing = takes_one and spec.get("image_size") is None
+    return {**spec, "image_size": image_size} if missing and image_size else dict(spec)
+
+
 def spec_to_evaluate(config: Config) -> dict[str, Any] | None:
     """Complete eval.data by what it does not change of data, if it is of the same kind; None if it is not given."""
     spec = config.eval.data
@@ -229,7 +246,7 @@ def images_to_evaluate(spec: Spec, info: DataInfo, where: str = "eval.data", by_
         ValueError: It has another class, or images of another kind, than the network was made for.
     """
     try:
-        found = create(DATASETS, spec, "data")
+        found = create(DATASETS, _sized(spec, info.image_size) if "name" in spec else spec, "data")
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{where.removesuffix('data')}{error}") from None
     for name, number in {"image_size": info.image_size, "channels": info.channels}.items():
@@ -309,7 +326,12 @@ def describe_sampling(config: Config) -> dict[str, Any]:
 
 
 def needed_latents(config: Config, codec: Any) -> dict[str, Any]:
-    """Say what cached latents have to be made of to be those of the config's data and codec, wherever these lie."""
+    """Say what cached latents have to be made of to be those of the config's data and codec, wherever these lie.
+
+    Args:
+        config: With its image size; see `with_image_size`.
+        codec: Its codec.
+    """
     options = {key: value for key, value in config.data.items() if key != "images"}
     defaults = defaults_of(lookup(DATASETS, config.data["name"], "data.name"))
     return {"data": {**defaults, **options}, "codec": codec.identity}

@@ -5,6 +5,8 @@ A dataset maps (index, flip) to an image (C, H, W) in [-1, 1] and its label; it 
 """
 
 import hashlib
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -20,6 +22,8 @@ from vca_engine.config.reading import FilePath
 from vca_engine.images import ImageFiles, UnreadableImageError, check_side, from_uint8
 from vca_engine.images.labels import check_label_range, classes_of
 from vca_engine.images.pixels import read_image
+
+MOST_OPENED = 10_000  # images whose size is read at the start, which takes a second
 
 
 class ImageDataset(Dataset):
@@ -164,22 +168,26 @@ class Folder(ImageDataset):
 
     Args:
         images: The folder or .zip.
-        image_size: Side to which images are resized and centre-cropped.
+        image_size: Side to which images are resized and centre-cropped; not given means their own, if they are square
+            and all have the same. Of more than `MOST_OPENED` images as many are asked for it, evenly chosen.
         flip: Whether training mirrors half of the images.
 
     Raises:
         FileNotFoundError: There is no such folder or .zip.
-        ValueError: It holds no images, or not all of them have a class.
+        ValueError: It holds no images, not all of them have a class, or `image_size` has to be given.
     """
 
-    def __init__(self, *, images: FilePath, image_size: int = 256, flip: bool = True) -> None:
-        check_side("data.image_size", image_size)
+    def __init__(self, *, images: FilePath, image_size: int | None = None, flip: bool = True) -> None:
+        if image_size is not None:
+            check_side("data.image_size", image_size)
         try:
             self.files = ImageFiles(images)
         except (FileNotFoundError, ValueError) as error:
             raise type(error)(f"data.images {error}") from None
         labels, class_names, self.notes = classes_of(self.files)
         self.names = self.files.names
+        if image_size is None:
+            image_size = self._common_side()
         super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
 
     def name(self, index: int) -> str:
@@ -205,6 +213,34 @@ class Folder(ImageDataset):
             UnreadableImageError: No image, a damaged or an animated one.
         """
         return self.files.decode(self.names[index], read_image)
+
+    def _common_side(self) -> int:
+        """Find the side of the images, which are square and all of one size.
+
+        Raises:
+            ValueError: They are not; says which sizes there are.
+        """
+        sizes = self.files.sizes(MOST_OPENED)
+        looked_at = f"{len(sizes):,} of {len(self.names):,}" if len(sizes) < len(self.names) else f"{len(sizes):,}"
+        found = Counter(sizes.values())
+        (width, height), num = found.most_common(1)[0]
+        if len(found) > 1 or width != height:
+            by_area = sorted(found, key=math.prod)
+            least, most, often = (f"{w}x{h}" for w, h in (by_area[0], by_area[-1], (width, height)))
+            which = f"all {looked_at} images have {often} pixels, which is no square"
+            if len(found) > 1:
+                which = (
+                    f"{looked_at} images have {len(found):,} sizes, from {least} to {most} pixels, most often {often} "
+                    f"({num:,})"
+                )
+            near = min(256, 2 ** int(math.log2(min(width, height))))
+            raise ValueError(
+                f"data.image_size is not given, and {which}; give the side of the square to which each is resized and "
+                f"cropped, e.g. --data.image_size {near}."
+            )
+        if len(sizes) < len(self.names):
+            self.notes = [*self.notes, f"data.image_size is {width}, the size of the {looked_at} images looked at"]
+        return width
 
 
 DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}

@@ -13,7 +13,7 @@ from typing import IO, Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from vca_engine.images.pixels import OPTIONAL, centre_crop, check_beginning, read_image
+from vca_engine.images.pixels import FORMATS, OPTIONAL, centre_crop, check_beginning, read_image
 
 ENDINGS = Image.registered_extensions()  # of all formats that Pillow knows
 SUFFIXES = (
@@ -167,6 +167,42 @@ class ImageFiles:
             UnreadableImageError: No image, a damaged or an animated one, or one far too small.
         """
         return self.decode(name, lambda file: centre_crop(read_image(file), size))
+
+    def sizes(self, most: int) -> dict[str, tuple[int, int]]:
+        """Read the widths and heights of images, before they are turned as their cameras say, without decoding them.
+
+        Args:
+            most: Images to open; of more, evenly chosen ones.
+
+        Returns:
+            Name -> (width, height); without those that cannot be read as images, unless that is all of them.
+
+        Raises:
+            OSError: The disk does not give one, or it has gone.
+            UnreadableImageError: None can be read; names the first.
+        """
+        step, found, first = max(1, len(self.names) / most), {}, None
+        for name in (self.names[int(i * step)] for i in range(min(most, len(self.names)))):
+            try:
+                found[name] = self._size(name)
+            except UnreadableImageError as error:
+                first = first or error
+        if not found:
+            raise first
+        return found
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """Read the width and the height of an image; see `sizes`."""
+        where = self.path(name)
+        try:
+            with self._open(self.prefix + name) as (file, _), naming(where):
+                return Image.open(file, formats=FORMATS).size
+        except UnreadableImageError:
+            raise
+        except OSError as error:  # the disk's fault, not the image's
+            raise _unread(where, error) from None
+        except Exception as error:  # of a .zip
+            raise UnreadableImageError(f"{where!r} cannot be unpacked: {error}.") from None
 
     def content_key(self, name: str) -> str:
         """Give what changes with a file's content, as a rule, without reading it: its size, or a .zip's checksum.

@@ -70,7 +70,8 @@ def _measure_into(file: Path, drawing: Drawing, num: int | None, data: Spec) -> 
     """Measure, see `measure_likelihood`, or say what was measured before."""
     state, pipe = drawing.state, drawing.pipe
     spec = data if "name" in data else {**pipe.config.data, **data}
-    images = assemble.images(dataclasses.replace(pipe.config, data=spec))
+    config = dataclasses.replace(pipe.config, data=spec)
+    images = assemble.images(assemble.with_image_size(config, pipe.info.image_size))
     if (images.image_size, images.class_names) != (pipe.info.image_size, pipe.class_names):
         raise ValueError(
             f"the images have {images.image_size} pixels and {images.num_classes} classes, the model "

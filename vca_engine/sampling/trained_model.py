@@ -198,7 +198,7 @@ def _make_model(
         info = from_dict(DataInfo, {**size, "class_names": latents["class_names"]}, where)
     network = assemble.network(config, info, codec)
     checkpoint.load_exactly(network, tensors, path)
-    return config, info, network, codec
+    return assemble.with_image_size(config, info.image_size), info, network, codec
 
 
 def _with_autoencoder(codec: Spec, path: Path, vae: str | None) -> Spec:

@@ -84,6 +84,7 @@ def check_run(config: Config) -> int:
     if other.data["name"] != config.data["name"]:
         given, there = config.data["name"], other.data["name"]
         raise ValueError(f"{config.run_dir!r} has other settings than the row: data.name {given!r} (there {there!r}).")
+    other = assemble.with_image_size(other, record["shape"].get("image_size"))
     check_same_settings(config, other, repr(config.run_dir))
     return record["step"]
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vca_engine import assemble
 from vca_engine.config.reading import from_dict
 from vca_engine.config.schema import Config, to_dict
 from vca_engine.records import differences, listed, read_json, write_json
@@ -105,7 +106,9 @@ def check_same_run(config: Config, start: Path, say: Callable[[str], None]) -> N
     Raises:
         ValueError: Others differ; says which.
     """
-    old = to_dict(from_dict(Config, checkpoint.read_record(start)["config"], str(start / checkpoint.RECORD)))
+    record = checkpoint.read_record(start)
+    known = from_dict(Config, record["config"], str(start / checkpoint.RECORD))
+    old = to_dict(assemble.with_image_size(known, record["shape"].get("image_size")))
     may_change = MAY_CHANGE | ({"train.num_steps"} if config.train.schedule == "constant" else set())
     changed = differences(old, to_dict(config))
     for key in sorted(changed.keys() & {"data.images", "codec.path", "latents"}):

@@ -65,7 +65,7 @@ class Run:
         start: The checkpoint to go on from; None begins.
 
     Attributes:
-        config: Its settings, with every option of the attention; `cfg` is its group `train`.
+        config: Its settings, with the size of the images and every option of the attention; `cfg` is its group `train`.
         step: Optimizer steps done.
         data: Images, or cached latents; `info` says what a network has to know of them. `views` is what training reads
             of them, and `evaluated_data` what a recogniser is evaluated on, if it is.
@@ -86,6 +86,7 @@ class Run:
         set_tf32(self.cfg.tf32)
         self.data = LatentDataset(config.latents) if config.latents else assemble.images(config)
         self.info = DataInfo.of(self.data)
+        self.config = config = assemble.with_image_size(config, self.info.image_size)
         self.codec = assemble.codec(config, self.info.channels).to(self.device)
         if self.cfg.channels_last and self.device.type == "cuda":
             self.codec.to(memory_format=torch.channels_last)
