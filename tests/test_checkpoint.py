@@ -105,6 +105,21 @@ def test_find_says_what_is_there_instead(tmp_path):
         checkpoint.find(tmp_path / "file")
 
 
+def test_find_names_the_run_that_is_meant(tmp_path):
+    """The nearest name beside a path that is not there, and the runs in a folder of runs."""
+    for name in ("mini", "other", ".hidden"):
+        save(tmp_path / name, 1)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder; the nearest there is '.*/mini'; name a run"):
+        checkpoint.find(tmp_path / "min")
+    with pytest.raises(ValueError, match=r"holds the runs mini, other; name one, e.g. .*/mini\.$"):
+        checkpoint.find(tmp_path)
+    for i in range(5):
+        save(tmp_path / f"many-{i}", 1)
+    assert "runs many-0, many-1, many-2, many-3, many-4 and 2 more; name" in checkpoint.runs_in(tmp_path)
+    assert checkpoint.runs_in(tmp_path / "notes") == checkpoint.runs_in(tmp_path / "nowhere") == ""
+
+
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
 def test_a_truncated_file_is_named_at_whatever_length_it_was_cut(tmp_path, name):
     folder = save(tmp_path, 1)

@@ -202,7 +202,7 @@ UNKNOWN = [
 def test_an_unknown_key_on_the_command_line_names_the_nearest(file, capsys, key, nearest):
     text = sentence(capsys, "--config", file, f"--{key}", "3")
     assert repr(key) in text
-    assert f"did you mean {nearest!r}?" in text
+    assert f"did you mean --{nearest}?" in text
 
 
 @pytest.mark.parametrize("key, nearest", [*UNKNOWN[:3], UNKNOWN[4]])
@@ -217,6 +217,45 @@ def test_an_unknown_key_in_a_file_names_the_nearest(file, capsys, key, nearest):
     text = sentence(capsys, "--config", file)
     assert repr(key) in text
     assert f"did you mean {nearest!r}?" in text
+
+
+TYPED = [
+    ("lr", "--train.lr", None),
+    ("learning_rate", "--train.lr", None),
+    ("learning-rate", "--train.lr", None),
+    ("train.learning_rate", "--train.lr", None),
+    ("batch", "--train.batch_size or --cache.batch_size", "--batch_size"),
+    ("batch_size", "--train.batch_size or --cache.batch_size", None),
+    ("batch_sze", "--train.batch_size or --cache.batch_size", "--batch_size"),
+    ("precison", "--train.precision or --cache.precision", "--precision"),
+    ("steps", "--train.num_steps", "--sampler.num_steps"),
+    ("num_steps", "--train.num_steps", "--sampler.num_steps"),
+    ("cfg", "--sample.cfg_scale", "--cfg_scale"),
+    ("guidance_scale", "--sample.cfg_scale", "--cfg_scale"),
+    ("output", "--run_dir", "--out"),
+    ("image_size", "--data.image_size", None),
+    ("images", "--data.images", "--data.images"),
+    ("train.seed", "--seed or --sample.seed", "--seed"),
+]
+
+
+@pytest.mark.parametrize("word, in_training, in_drawing", TYPED)
+def test_a_word_that_people_type_is_answered_with_the_setting(file, capsys, word, in_training, in_drawing):
+    """By all that it may stand for, as these are typed, and nothing is taken for granted."""
+    for cls, needed, meant in (
+        (train.TrainArguments, ("--config", file), in_training),
+        (sample.SampleArguments, ("--checkpoint", "x"), in_drawing),
+    ):
+        if meant:
+            text = sentence(capsys, *needed, f"--{word}", "3", cls=cls)
+            assert f" is not a setting; did you mean {meant}? see --help for all." in text
+
+
+def test_epochs_are_answered_with_the_number_of_steps_that_they_are(file, capsys):
+    text = sentence(capsys, "--config", file, "--epochs", "90")
+    assert "E epochs of M images are E * M / train.batch_size steps. Give --train.num_steps." in text
+    assert "'train.epochs' is not a setting; training counts steps" in sentence(capsys, "--train.epochs", "90")
+    assert "counts steps" not in sentence(capsys, "x", "--epochs", "90", cls=sample.SampleArguments)
 
 
 def test_an_abbreviated_option_is_not_accepted(file, capsys):
@@ -261,9 +300,6 @@ def test_a_name_may_stand_for_itself_with_options_after_it(file):
 
 def test_no_words_at_all_say_what_is_needed(capsys):
     assert "arguments are required" in sentence(capsys)
-    assert "write --sampler.num_steps" in sentence(
-        capsys, "--checkpoint", "x", "--steps", "10", cls=sample.SampleArguments
-    )
 
 
 def test_a_wrong_choice_names_the_nearest_and_all(file, capsys):
@@ -287,6 +323,33 @@ def test_a_word_without_the_name_of_its_setting_is_named(file, capsys):
     text = sentence(capsys, "--config", file, "--data", "{name:", "folder}")
     assert "--data is '{name:', which cannot be read" in text
     assert "in quotes: --data '{KEY: VALUE, ...}'" in text
+
+
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        (
+            "--sample.classes cat dog bird --seed 3",
+            "'dog' stands.* if it is of --sample.classes, write .*[cat,dog,bird].",
+        ),
+        ("--sample.classes=cat dog", "--sample.classes [cat,dog]."),
+        ("--train.betas [0.8, 0.9]", "--train.betas [0.8,0.9]."),
+        ("--seed 3 x", "'x' stands without the name of a setting; write --OPTION x."),
+    ],
+)
+def test_one_more_word_of_a_list_is_answered_with_the_brackets(file, capsys, words, meant):
+    assert re.search(re.escape(meant).replace(r"\.\*", ".*"), sentence(capsys, "--config", file, *words.split()))
+
+
+def test_a_folder_as_the_name_of_data_is_answered_with_the_option_for_it(file, capsys, tmp_path, monkeypatch):
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = "data.name is 'pets', which is a folder; name images by --data.images pets."
+    assert said in sentence(capsys, "--config", file, "--data", "pets")
+    said = "eval.data.name is './run.yaml', which is a file; name images by --eval.data.images ./run.yaml."
+    assert said in sentence(capsys, "--config", file, "--eval.data", "./run.yaml")
+    assert read("--config", file, "--data", "digits").data == {"name": "digits"}
 
 
 def test_a_missing_file_is_named(capsys):
@@ -646,7 +709,7 @@ def test_what_is_left_empty_is_not_the_folder_that_one_is_in(tmp_path, capsys, k
         (["--process.name", "3"], "process.name is '3'; choose one of ['classify', 'diffusion', 'flow']"),
         (["--data", "5"], "data.name is '5'; choose one of ['digits', 'folder', 'mnist']"),
         (["--sample.sampler", "ddpm"], "sample.sampler.name is 'ddpm'; choose one of ['ode', 'sde']"),
-        (["--lr", "3"], "'lr' is not a setting; did you mean 'train.lr'?"),
+        (["--lr", "3"], "'lr' is not a setting; did you mean --train.lr?"),
         (["--train.ema_stds", "[0.05,x]"], "train.ema_stds is [0.05, 'x']; it must be a list of numbers (float)"),
         (["--print_config=no"], "'print_config' is not a setting"),
     ],

@@ -314,7 +314,7 @@ def test_a_damaged_record_of_the_settings_is_named(sentence, draw, tmp_path):
         (["--sampler.num_steps", 1], "num_steps is 1"),
         (["--cfg_scale", 2, "--guided_channels", 2], "guided_channels is 2; the latents have 1"),
         (["--vae", "somewhere"], "vae is 'somewhere', but the codec of this model is 'pixels'; leave it out"),
-        (["--classs", "[1]"], "did you mean 'classes'?"),
+        (["--classs", "[1]"], "did you mean --classes?"),
         (["--labels", "balance"], "did you mean 'balanced'?"),
         (["--device", "gpu"], "choose one of ['auto', 'cuda', 'cpu']"),
     ],

@@ -171,6 +171,13 @@ def test_what_holds_no_weights_ends_in_a_sentence(tmp_path):
         read_weights(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no weights; give a run's folder, one of its checkpoints"):
         read_weights(tmp_path)
+    (tmp_path / "runs" / "demo" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=r"runs' holds no weights; it holds the run demo; name one, e.g. .*runs/demo\.$"
+    ):
+        read_weights(tmp_path / "runs")
+    with pytest.raises(FileNotFoundError, match=r"no weights at '.*dem': .*; the nearest there is '.*runs/demo'\."):
+        read_weights(tmp_path / "runs" / "dem")
     (tmp_path / "text").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match=r"text' is empty, or neither a safetensors nor a torch file"):
         read_weights(tmp_path / "text")

@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,15 @@ def expanded(path: str) -> str:
     This is done where a path is read, of a file of settings or a command line, and nowhere else.
     """
     return path if os.path.lexists(path) else os.path.expanduser(path)
+
+
+def nearest_there(path: str | Path) -> str:
+    """Write "; the nearest there is 'runs/mini'" of a path that is not there, by the names beside it; "" if none is."""
+    path = Path(path)
+    with suppress(OSError, ValueError):
+        if close := get_close_matches(path.name, os.listdir(path.parent), 1):
+            return f"; the nearest there is {str(path.with_name(close[0]))!r}"
+    return ""
 
 
 def content_of(file: str | Path) -> bytes:

@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+from vca_engine.files import nearest_there
+
 
 def find_or_download(path: str | Path, needed: Sequence[str]) -> Path:
     """Find `path` on this machine: a local path as it is; a model of the hub, owner/name, is downloaded first.
@@ -19,13 +21,14 @@ def find_or_download(path: str | Path, needed: Sequence[str]) -> Path:
         needed: Patterns of the files of a model that are downloaded.
 
     Raises:
-        FileNotFoundError: There is no such path, and the hub has no such model or cannot be reached; says why.
+        FileNotFoundError: There is no such path, and the hub has no such model or cannot be reached; says why, and the
+            nearest path.
     """
     local = Path(path)
     if str(path) and local.exists():
         return local
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) or local.parent.exists():
-        raise FileNotFoundError("there is no such file or folder")
+        raise FileNotFoundError(f"there is no such file or folder{nearest_there(path)}")
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(needed)))
     except RepositoryNotFoundError:

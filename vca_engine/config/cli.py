@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -30,6 +31,7 @@ from vca_engine.config.reading import (
     validate,
 )
 from vca_engine.config.yamlfile import NULLS, TRUTH, Plain, parse_yaml, read_yaml, write_yaml
+from vca_engine.files import expanded
 from vca_engine.terminal import steady_output
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # the second are bytes that are not UTF-8, as Python hands them over
@@ -73,6 +75,7 @@ def parse(
         values, printed, comments = _values(cls, words, first, others)
         values = typed(cls, values, parts or {})
         _check_texts(values)
+        _check_parts(values, parts or {})
         try:
             found = validate(cls, values)
         except MissingSettingError:
@@ -89,7 +92,7 @@ def parse(
 
 
 def _values(
-    cls: type, words: Iterable[str], first: str | None, others: str | None
+    cls: type, words: Sequence[str], first: str | None, others: str | None
 ) -> tuple[dict[str, Any], bool, list[str]]:
     """Read the words as nested dicts of words, files merged in where they are named.
 
@@ -114,11 +117,9 @@ def _values(
             printed = True
             continue
         if word and not word.startswith("-"):
-            option = "config" if word.endswith((".yaml", ".yml")) else "OPTION"
-            option = "data.images" if "data" in kinds and os.path.isdir(word) else option
-            raise ValueError(f"{word!r} stands without the name of a setting; write --{option} {word}. See --help.")
+            raise ValueError(_misplaced(words, len(words) - len(rest) - 1, kinds))
         if not word.startswith("--") or (key != "config" and _owner(key, kinds) is None):
-            raise ValueError(unknown(key if word.startswith("--") else word, list(kinds)))
+            raise ValueError(unknown(key if word.startswith("--") else word, list(kinds), typed=True))
         if not equals:
             positional = rest and (others or (first and first not in found)) and rest[0].lower() not in TRUTH
             if kinds.get(key) is bool and (not rest or rest[0].startswith("--") or positional):
@@ -145,6 +146,19 @@ def _values(
             spec = value.startswith("{") and is_spec(kinds.get(key))
             _put(found, key, _braces(name, value) if spec else Word(value), cls)
     return found, printed, comments
+
+
+def _misplaced(words: Sequence[str], place: int, kinds: dict[str, Any]) -> str:
+    """Write the sentence for a word without the name of a setting, which may be one more item of a list."""
+    word, start = words[place], max((i for i in range(place) if words[i].startswith("--")), default=0)
+    name, _, value = words[start].removeprefix("--").partition("=")
+    if any(get_origin(kind) in (list, tuple) for kind in members_of(kinds.get(name.replace("-", "_")))):
+        more = itertools.takewhile(lambda other: not other.startswith("-"), words[start + 1 :])
+        items = ",".join(filter(None, (item.strip("[], ") for item in (value, *more))))
+        return f"{word!r} stands without the name of a setting; if it is of --{name}, write --{name} [{items}]."
+    option = "config" if word.endswith((".yaml", ".yml")) else "OPTION"
+    option = "data.images" if "data" in kinds and os.path.isdir(word) else option
+    return f"{word!r} stands without the name of a setting; write --{option} {word}. See --help."
 
 
 def _check_texts(values: Any, key: str = "") -> None:
@@ -222,6 +236,16 @@ def _as_dict(spec: Any) -> dict[str, Any]:
     if isinstance(spec, dict):
         return dict(spec)
     return {"name": spec} if isinstance(spec, str) and spec not in NULLS else {}
+
+
+def _check_parts(values: dict[str, Any], parts: Registries) -> None:
+    """Raise ValueError if images are given as the name of their kind: --data DIR for --data.images DIR."""
+    for key in "data", "eval.data":
+        spec = functools.reduce(lambda group, name: group.get(name) or {}, key.split("."), values)
+        name = spec.get("name") if isinstance(spec, dict) else None
+        if isinstance(name, str) and name not in parts.get("data", ()) and os.path.exists(expanded(name)):
+            what = "a folder" if os.path.isdir(expanded(name)) else "a file"
+            raise ValueError(f"{key}.name is {name!r}, which is {what}; name images by --{key}.images {name}.")
 
 
 def _check_choices(values: dict[str, Any], choices: Registries) -> None:

@@ -13,6 +13,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -48,6 +49,20 @@ FILE = "a file, a folder, or where one is to be"  # what marks the type of a pat
 FilePath = Annotated[str, FILE]  # ~ at its start is the home folder
 Registries = Mapping[str, Mapping[str, Any]]  # name of a field or option that is a name with options -> its registry
 Settings = TypeVar("Settings")  # a dataclass
+MEANT = {  # a word that people type -> last part of the settings that it may stand for
+    **dict.fromkeys(("learning_rate", "base_lr"), ("lr",)),
+    **dict.fromkeys(("batch", "bs"), ("batch_size",)),
+    **dict.fromkeys(("cfg", "guidance", "guidance_scale"), ("cfg_scale",)),
+    **dict.fromkeys(("steps", "num_inference_steps", "num_sampling_steps"), ("num_steps",)),
+    **dict.fromkeys(("output", "output_dir"), ("out", "run_dir")),
+    "resolution": ("image_size",),
+}
+OPTIONS = {  # of a part -> a setting that the programs have which take this option
+    "sampler.num_steps": "sampler",
+    "data.images": "data",
+    "data.image_size": "codec",  # of others than sample.py, which knows it
+}
+EPOCHS = ("epoch", "epochs", "num_epochs")
 ITEM = re.compile(r"""\s*(?:'((?:[^']|'')*)'|"([^"]*)"|([^,]*?))\s*(?:,|$)""")  # of a list on a command line
 
 
@@ -191,13 +206,28 @@ def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(f.type, f"{prefix}{f.name}.")
 
 
-def unknown(key: str, known: Sequence[str]) -> str:
-    """Write the sentence for a setting that does not exist."""
-    if key in ("steps", "num_steps", "num_sampling_steps") and "sampler" in known:
-        return f"{key!r} is not a setting; write --sampler.num_steps."
-    last = [name for name in known if name.rpartition(".")[2] == key]  # --lr for --train.lr
-    hint = f" did you mean {last[0]!r}?" if last else nearest(key, known)
-    return f"{key!r} is not a setting;{hint} see --help for all."
+def unknown(key: str, known: Sequence[str], typed: bool = False) -> str:
+    """Write the sentence for a setting that does not exist, with those that may be meant.
+
+    Args:
+        key: Its name.
+        known: Names of the settings that exist.
+        typed: Write these as on a command line, --train.lr.
+    """
+    word, known = key.rpartition(".")[2], [*known, *(name for name, owner in OPTIONS.items() if owner in known)]
+    if word in EPOCHS and "train.num_steps" in known:
+        steps = "E epochs of M images are E * M / train.batch_size steps"
+        return f"{key!r} is not a setting; training counts steps: {steps}. Give {'--' * typed}train.num_steps."
+    last = {name: name.rpartition(".")[2] for name in known}
+    found = [name for name in known if last[name] in MEANT.get(word, (word,))]
+    if not found and "." in key:
+        found = get_close_matches(key, known, 1)
+    if not found:
+        close = get_close_matches(word, last.values(), 1)
+        found = [name for name in known if last[name] in close]
+    found.sort(key=lambda name: not name.startswith("train."))  # else in the order of --help
+    hint = " or ".join(f"--{name}" if typed else repr(name) for name in found[:3])
+    return f"{key!r} is not a setting;{f' did you mean {hint}?' if hint else ''} see --help for all."
 
 
 @functools.cache

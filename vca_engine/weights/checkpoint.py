@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from vca import before_joint
 from vca_engine.distributed import shard_like
-from vca_engine.files import checksum_of, set_usual_mode
+from vca_engine.files import checksum_of, nearest_there, set_usual_mode
 from vca_engine.records import read_json, with_checksum
 
 RECORD = "checkpoint.json"
@@ -136,6 +136,18 @@ def newest(path: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def runs_in(folder: Path) -> str:
+    """Write "it holds the runs demo, digits_sit; name one, e.g. runs/demo." of a folder of runs; "" of another."""
+    try:
+        found = [place.name for place in sorted(folder.iterdir()) if place.name[0] != "." and newest(place)]
+    except OSError:  # no folder, or one that cannot be read
+        return ""
+    if not found:
+        return ""
+    listed = f"{', '.join(found[:5])}{f' and {len(found) - 5:,} more' if len(found) > 5 else ''}"
+    return f"it holds the run{'s' * (len(found) > 1)} {listed}; name one, e.g. {folder / found[0]}."
+
+
 def find(path: str | Path) -> Path:
     """Find the checkpoint that a path means: itself, or the newest of a run.
 
@@ -146,15 +158,13 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"no checkpoint at {str(path)!r}: there is no such file or folder; name a run's folder, or one of its "
-            "checkpoints/step-* folders."
+            f"no checkpoint at {str(path)!r}: there is no such file or folder{nearest_there(path)}; name a run's "
+            "folder, or one of its checkpoints/step-* folders."
         )
     if found := newest(path):
         return found
-    raise ValueError(
-        f"{str(path)!r} is not a checkpoint; give a run's folder, or one of its checkpoints/step-* folders, which "
-        f"hold {RECORD} and safetensors."
-    )
+    allowed = f"give a run's folder, or one of its checkpoints/step-* folders, which hold {RECORD} and safetensors."
+    raise ValueError(f"{str(path)!r} is not a checkpoint; {runs_in(path) or allowed}")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

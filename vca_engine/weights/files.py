@@ -131,10 +131,8 @@ class _Content(NamedTuple):
 def _read_folder(path: Path) -> _Content:
     folder = path / "transformer" if (path / "model_index.json").is_file() else path
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"{str(path)!r} holds no weights; give a run's folder, one of its checkpoints/step-* folders, a folder of "
-            f"diffusers' DiT, or a file."
-        )
+        allowed = "give a run's folder, one of its checkpoints/step-* folders, a folder of diffusers' DiT, or a file."
+        raise ValueError(f"{str(path)!r} holds no weights; {checkpoint.runs_in(path) or allowed}")
     config = read_json(folder / "config.json")
     if "_class_name" not in config and (folder / HUB_FILE).is_file():
         return _read_file(folder / HUB_FILE)._replace(options=config)
