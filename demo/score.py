@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import fid
-from demo.classifier import accuracy, pixels
+from demo.classifier import pixels
+from fid.training import accuracy
 from vca import create
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors

@@ -4,6 +4,7 @@
     python -m fid stats IMAGES --out ref.npz --crop 256                a reference of your own images
     python -m fid compare a.npz b.npz                                  two files of statistics, no network
     python -m fid curve runs/mine/fid.jsonl --out fid.png              FID against training step
+    python -m fid train-extractor IMAGES --out FILE.safetensors        a network for --extractor classifier
     python -m fid selfcheck                                            are the weights and the arithmetic right here?
     torchrun --nproc_per_node 8 -m fid -- eval SAMPLES --ref REF       the same number on all GPUs
 
@@ -38,6 +39,7 @@ from fid.networks.resize import tf1_bilinear
 from fid.pictures import curve, neighbours, read_records
 from fid.references import load_ref, open_reference, save_reference
 from fid.result import Result, versions_of_packages
+from fid.training import train_extractor
 from vca_engine.files import expanded, written_aside
 from vca_engine.terminal import steady_output
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             no_room = isinstance(error, MemoryError | torch.OutOfMemoryError)
             if not no_room and "can't allocate memory" not in str(error):  # what torch says of a processor's
                 raise
-            _fail("the memory is too small for this; choose a smaller --batch, --crop or --keep-images.", 2)
+            _fail("the memory is too small for this; choose a smaller --batch, --num, --crop or --keep-images.", 2)
         except KeyboardInterrupt:
             _fail("interrupted.", 130)
 
@@ -190,6 +192,23 @@ def _curve(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
+def _train_extractor(args: argparse.Namespace) -> None:
+    if rank_and_size()[1] > 1:
+        raise ValueError("train-extractor is of one process; start it without torchrun.")
+    _check_output(args.out, ".safetensors", args.images)
+    images = Images(args.images, drop_alpha=args.drop_alpha, crop=args.crop)
+    choices = {"num": args.num, "held_out": args.held_out, "num_steps": args.steps, "seed": args.seed}
+    classifier, num = train_extractor(images, **choices, device=_device(args.device), progress=not args.quiet)
+    classifier.save(args.out)
+    _warn(images.warnings())
+    counts = np.bincount(images.labels)
+    chance = counts.max() / images.num
+    if classifier.accuracy < 1.5 * chance:
+        _warn(["it is hardly better than always naming the largest class: its features say little about the images."])
+    right = f"{classifier.accuracy:.1%} of {num} held-out images right"
+    print(f"{args.out}: {right} (always the largest of {(counts > 0).sum()} classes: {chance:.1%}), {classifier.name}")
+
+
 def _selfcheck(args: argparse.Namespace) -> None:
     """Print what must be the same on every machine."""
     row = torch.tensor([0, 1, 4, 9, 16], dtype=torch.uint8).expand(1, 3, 5, 5)
@@ -259,6 +278,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _steps(text: str) -> int:
+    """Read a number of steps, from 2 on: a schedule has a rise and a fall."""
+    if _count(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} steps are too few; choose 2 or more")
+    return int(text)
+
+
 def _path(text: str) -> str:
     """Take a path, with ~ as the shell takes it; refuse one of no letters, which an unset variable gives."""
     if not text or "\0" in text:
@@ -269,7 +295,7 @@ def _path(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__, formatter_class=formatter)
-    commands = parser.add_subparsers(required=True, metavar="eval|stats|compare|curve|selfcheck")
+    commands = parser.add_subparsers(required=True, metavar="eval|stats|compare|curve|train-extractor|selfcheck")
     network, output, quiet = (argparse.ArgumentParser(add_help=False) for _ in range(3))
     _add_network(network)
     output.add_argument("--json", type=_path, metavar="FILE", help="write the record; - prints it in place of the line")
@@ -295,6 +321,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--title", default="", help="a line above it")
     command.set_defaults(command=_curve)
+
+    text = "train a small classifier on images with classes, for --extractor classifier"
+    _add_train_extractor(commands.add_parser("train-extractor", parents=[quiet], help=text))
 
     command = commands.add_parser("selfcheck", help="check weights and arithmetic on this machine")
     command.add_argument("--weights", type=_path, metavar="FILE", help="file of Inception's weights")
@@ -352,6 +381,22 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
         "--keep-images", type=_count, default=0, metavar="K", help="keep K images in the file, for precision and recall"
     )
     parser.set_defaults(command=_stats)
+
+
+def _add_train_extractor(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("images", type=_path, metavar="IMAGES", help="a folder or .zip with a folder for each class, or an .npz")
+    add("--out", required=True, type=_path, metavar="FILE", help="the .safetensors to write")
+    add("--crop", type=int, metavar="SIZE", help="crop and resize as in training: ADM's centre crop to SIZE pixels")
+    add("--num", type=_count, metavar="N", help="take N of the images, evenly of all classes (default: all)")
+    text = "share of the images on which the accuracy is measured (default: %(default)s)"
+    add("--held-out", type=float, default=0.1, metavar="SHARE", help=text)
+    text = "steps of training, of 64 images (default: 10 epochs, but at least 600 and at most 6000)"
+    add("--steps", type=_steps, metavar="N", help=text)
+    add("--seed", type=_count, default=0, help="of choice, initialisation and order (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="where it is trained (default: cuda if there is one)")
+    add("--drop-alpha", action="store_true", help="take images with transparency, and leave it out")
+    parser.set_defaults(command=_train_extractor)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ REST = {
     "classify": "runs/deit_tiny_vca",
     "demo.score": "--checkpoint runs/demo --samples samples.npz --classifier classifier.safetensors",
 }
-SUBCOMMANDS = {"eval", "stats", "compare", "curve", "predict", "export"}
+SUBCOMMANDS = {"eval", "stats", "compare", "curve", "train-extractor", "predict", "export"}
 VALUES = {"CONFIG": "configs/sit_b2_vca.yaml", "K": "1", "N": "8", "SEED": "1"}
 
 
@@ -230,7 +230,9 @@ def made_small(command):
         words += ["--train.accumulate", "2"] if "--train.accumulate" in words else []
     elif command.program == "cache_latents":
         words += LATENT
-    elif command.program == "fid" and words[0] != "curve":
+    elif command.program == "fid" and words[0] == "train-extractor":
+        words += ["--crop", "16", "--steps", "4", "--held-out", "0.3", "--quiet"]
+    elif command.program == "fid" and words[0] != "curve" and "--extractor" not in words:
         words += ["--extractor", "classifier", "--weights", "judge.safetensors", "--quiet"]
     elif command.program == "sample" and "--sampler" in words:
         words += ["--sampler.num_steps", "3"]

@@ -1064,7 +1064,7 @@ def test_fewer_samples_when_that_is_asked_for(files, capsys):
     assert "100 samples)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["eval", "stats", "compare", "curve", "selfcheck"])
+@pytest.mark.parametrize("command", ["eval", "stats", "compare", "curve", "train-extractor", "selfcheck"])
 def test_help_documents_every_option(command):
     commands = next(action for action in _parser()._actions if action.dest == argparse.SUPPRESS or action.choices)
     undocumented = [a.dest for a in commands.choices[command]._actions if not a.help and not a.metavar]

@@ -1,6 +1,7 @@
 """The networks against other tools with the same random weights, the three resizes, and where weights are found."""
 
 import hashlib
+import json
 import shutil
 import sys
 import urllib.error
@@ -19,6 +20,7 @@ from fid.networks import inception
 from fid.networks.extractor import fingerprint
 from fid.networks.inception import WEIGHTS_FILES
 from fid.networks.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
+from fid.training import _split, train_extractor
 from vca_engine.precision import ieee_float32
 
 torch.set_num_threads(1)
@@ -451,6 +453,88 @@ def test_classifier_refuses(classifier, tmp_path):
         fid.Classifier(image_size=7)
     with pytest.raises(ValueError, match="expected uint8"):
         classifier(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """Folders of colour images, 12 pixels: a bar that lies and is red, stands and is red, or stands and is green."""
+    folder, rng = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    for name in ("lies", "stands", "stands_green"):
+        (folder / name).mkdir()
+        for i in range(30):
+            image, k = rng.integers(0, 60, (12, 12, 3), dtype=np.uint8), rng.integers(1, 10)
+            image[k : k + 2, :, 0] = 255
+            image = image if name == "lies" else image.swapaxes(0, 1)
+            Image.fromarray(image[..., ::-1] if name.endswith("green") else image).save(folder / name / f"{i}.png")
+    return folder
+
+
+def run_fid(capsys, *words):
+    from fid.__main__ import main
+
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def test_an_extractor_is_trained_on_ones_own_classes(shapes, tmp_path, capsys):
+    """It tells form and colour of images that it did not see, is the same again, and measures."""
+    file, again = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    small = ["--steps", 120, "--held-out", 0.2, "--device", "cpu"]
+    line = run_fid(capsys, "train-extractor", shapes, "--out", file, *small)
+    assert "a.safetensors: 100.0% of 18 held-out images right (always the largest of 3 classes: 33.3%)" in line
+    found = fid.Classifier.load(file)
+    assert (found.channels, found.num_classes, found.image_size, found.accuracy) == (3, 3, 12, 1.0)
+    assert found.made_of == f"72 images of {shapes}, 18 more held out, seed 0"
+    state = torch.get_rng_state()
+    run_fid(capsys, "train-extractor", shapes, "--out", again, *small)
+    assert torch.equal(torch.get_rng_state(), state)  # whoever calls it goes on drawing as before
+    assert fid.Classifier.load(again).name == found.name
+    measured = ["--extractor", "classifier", "--weights", file, "--groups", 0, "--device", "cpu"]
+    record = json.loads(run_fid(capsys, "eval", shapes, "--ref", shapes, *measured, "--json", "-"))
+    assert record["fd"] < 1e-6
+    assert record["weights"]["accuracy"] == 1.0
+    assert record["weights"]["made_of"] == found.made_of
+
+
+@pytest.mark.parametrize("size", [8, 12, 16, 64, 128])
+def test_the_classifier_of_colours_takes_each_size_and_sees_colours(size, tmp_path):
+    torch.manual_seed(0)
+    classifier = fid.Classifier(4, size, channels=3).eval()
+    images = random_images(2, size)
+    features = classifier(images)["features"]
+    assert features.shape == (2, 64)
+    assert not torch.equal(features, classifier(images.flip(1))["features"])
+    classifier.save(tmp_path / "x.safetensors")
+    assert torch.equal(fid.Classifier.load(tmp_path / "x.safetensors")(images)["features"], features)
+
+
+@pytest.mark.parametrize("num", [None, 60, 31])
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_what_is_held_out_is_the_share_of_each_class(num, share):
+    labels = np.repeat([0, 1, 2], [50, 30, 20])[np.random.default_rng(1).permutation(100)]
+    chosen, held = _split(labels, num, share, seed=0)
+    total = num or 100
+    assert (np.diff(chosen) > 0).all()
+    assert len(chosen) == total
+    assert held.sum() == int(total * share)
+    for k, part in enumerate((0.5, 0.3, 0.2)):  # every K-th of an order by classes: off by less than one at either end
+        assert abs((labels[chosen] == k).sum() - part * total) <= 1
+        assert abs((labels[chosen[held]] == k).sum() - part * total * share) <= 1
+
+
+def test_what_an_extractor_cannot_be_trained_on(shapes, tmp_path):
+    one = np.zeros((4, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "wide.npz", np.zeros((4, 8, 10, 3), dtype=np.uint8), np.arange(4) % 2)
+    for images, options, sentence in (
+        (fid.Images(one), {}, "has no classes to train on: give a folder or .zip with a folder for each class"),
+        (fid.Images(shapes / "lies"), {}, "has no classes to train on"),
+        (fid.Images(tmp_path / "wide.npz"), {"held_out": 0.5}, "10x8 pixels; the classifier takes squares"),
+        (fid.Images(shapes), {"held_out": 0.9}, "held out is 0.9; choose one above 0, and at most 0.5"),
+        (fid.Images(shapes), {"num": 91}, "--num is 91; choose at least 2, and at most the 90 images"),
+        (fid.Images(shapes), {"num": 5}, "5 images of 3 classes are too few to hold 0.1 of them out"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            train_extractor(images, **options)
 
 
 def cubic(distance):

@@ -27,4 +27,6 @@ def build_extractor(name: str, weights: str | Path | None, preset: str = "adm", 
     extractor = EXTRACTORS[name].load(weights)
     if weights is not None:
         extractor.weights = {"path": str(weights), "sha256": sha256_of(weights)}
+        known = {key: getattr(extractor, key, None) for key in ("accuracy", "made_of")}  # of a classifier
+        extractor.weights |= {key: value for key, value in known.items() if value is not None}
     return extractor

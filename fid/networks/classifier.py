@@ -1,4 +1,4 @@
-"""A small classifier as an extractor, for images that Inception does not know, such as handwritten digits."""
+"""A small classifier as an extractor, trained on one's own classes: for images that Inception does not know."""
 
 from pathlib import Path
 from typing import Self
@@ -15,11 +15,16 @@ from vca_engine.precision import ieee_float32
 
 
 class Classifier(FeatureExtractor):
-    """A small convolutional network for small grey images, trained by whoever needs it: 64 features and the logits.
+    """A small convolutional network, trained by whoever needs it: 64 features and the logits.
+
+    For grey images
 
         x = mean over RGB / 127.5 - 1
         h = ReLU(BN(conv 3x3, 32, stride 2)(ReLU(BN(conv 5x5, 16, stride 2, or 1 below 16 pixels)(x))))
         features = ReLU(fc(AdaptiveAvgPool_4x4(h)));   logits = fc(features)
+
+    and for colours x = RGB / 127.5 - 1 and h of blocks ReLU(BN(conv 3x3, stride 2)) of 32, 64, 128, ... 128 channels,
+    as many as it takes to halve the side to 8 pixels or less, but at least two.
 
     Distances in its features compare only with those of the same weights.
 
@@ -27,29 +32,34 @@ class Classifier(FeatureExtractor):
         num_classes: Width of the logits.
         image_size: Side of the images, in pixels; at least 8. Other sizes than this one are taken as well.
         accuracy: On validation images, in [0, 1], if known; kept in the file.
+        channels: 1, of grey images, or 3, of colours.
+        made_of: How it was trained, in words, if known; kept in the file.
 
     Raises:
-        ValueError: `image_size` below 8.
+        ValueError: `image_size` below 8, or other `channels`.
     """
 
     dim = 64
 
-    def __init__(self, num_classes: int = 10, image_size: int = 28, accuracy: float | None = None) -> None:
+    def __init__(
+        self,
+        num_classes: int = 10,
+        image_size: int = 28,
+        accuracy: float | None = None,
+        channels: int = 1,
+        made_of: str | None = None,
+    ) -> None:
         super().__init__()
         if image_size < 8:
             raise ValueError(f"image_size is {image_size}; the classifier takes sides of at least 8 pixels.")
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}; choose 1 for grey images, or 3 for colours.")
         self.num_classes, self.image_size, self.accuracy = num_classes, image_size, accuracy
+        self.channels, self.made_of = channels, made_of
+        blocks = _blocks_of_grey(image_size) if channels == 1 else _blocks_of_colours(image_size)
+        last = next(block.out_channels for block in reversed(blocks) if isinstance(block, nn.Conv2d))
         self.trunk = nn.Sequential(
-            nn.Conv2d(1, 16, kernel_size=5, stride=2 if image_size >= 16 else 1, padding=2),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(32 * 4 * 4, self.dim),
-            nn.ReLU(),
+            *blocks, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(last * 4 * 4, self.dim), nn.ReLU()
         )
         self.head = nn.Linear(self.dim, num_classes)
 
@@ -70,13 +80,15 @@ class Classifier(FeatureExtractor):
             found = [self(image[None]) for image in images]
             return {output: torch.cat([rows[output] for rows in found]) for output in self.dims}
         check_uint8(images)
-        x = images.float().mean(dim=1, keepdim=True) / 127.5 - 1  # (B, 1, H, W)
+        x = images.float()
+        x = (x.mean(dim=1, keepdim=True) if self.channels == 1 else x) / 127.5 - 1  # (B, channels, H, W)
         features = self.trunk(x)  # (B, 64)
         return {"features": features, "logits": self.head(features)}
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata holds the arguments of the constructor, and a checksum."""
         metadata = {"num_classes": self.num_classes, "image_size": self.image_size, "accuracy": self.accuracy}
+        metadata |= {"channels": None if self.channels == 1 else self.channels, "made_of": self.made_of}
         metadata = {key: str(value) for key, value in metadata.items() if value is not None}
         content = save(self.state_dict(), {**metadata, "checksum": self._checksum(metadata)})
         with written_aside(path) as temporary:
@@ -104,7 +116,8 @@ class Classifier(FeatureExtractor):
             ) from error
         try:
             accuracy = float(metadata["accuracy"]) if "accuracy" in metadata else None
-            classifier = cls(int(metadata["num_classes"]), int(metadata["image_size"]), accuracy)
+            sizes = int(metadata["num_classes"]), int(metadata["image_size"])
+            classifier = cls(*sizes, accuracy, int(metadata.get("channels", 1)), metadata.get("made_of"))
             classifier.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(f"'{path}' does not hold a classifier written by `Classifier.save`.") from error
@@ -116,3 +129,24 @@ class Classifier(FeatureExtractor):
     def _checksum(self, metadata: dict[str, str]) -> str:
         """Compute the checksum of the weights and of what a file says of them."""
         return checksum_of(f"{sorted(metadata.items())} {sha256_of_weights(self)}".encode())
+
+
+def _blocks_of_grey(image_size: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(1, 16, kernel_size=5, stride=2 if image_size >= 16 else 1, padding=2),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+    ]
+
+
+def _blocks_of_colours(image_size: int) -> list[nn.Module]:
+    """Make blocks that halve the side until it is 8 or less, two at least; the first leaves a side of 8 as it is."""
+    blocks, before, side, width = [], 3, image_size, 32
+    while len(blocks) < 6 or side > 8:
+        stride = 2 if side > 8 or blocks else 1
+        blocks += [nn.Conv2d(before, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        before, width, side = width, min(2 * width, 128), -(-side // stride)
+    return blocks
