@@ -10,7 +10,7 @@ demo: install
 	$(BIN)/python -m demo --config $(CONFIG)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
