@@ -32,7 +32,8 @@ from vca_engine.files import expanded
 from vca_engine.terminal import steady_output
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # the second are bytes that are not UTF-8, as Python hands them over
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # of a clone, or where packages are installed
+PACKAGES = {"classify", "dit_vca", "fid", "sit_vca", "vca", "vca_engine"}  # that are installed
 
 
 def parse(
@@ -283,8 +284,7 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
                     main(argv)
                 except (ValueError, OSError) as error:
                     raised_in, sentence = _origin(error)
-                    ours = ROOT in raised_in.parents and "site-packages" not in raised_in.parts
-                    if not (ours or isinstance(error, OSError)):
+                    if not (isinstance(error, OSError) or _is_ours(raised_in)):
                         raise
                     print(f"{prog}: {sentence}", file=sys.stderr)
                     raise SystemExit(2) from None
@@ -295,6 +295,14 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
         return wrapped
 
     return decorate
+
+
+def _is_ours(file: Path) -> bool:
+    """Say whether a file is of this project: of one of its packages, or else in the clone."""
+    if ROOT not in file.parents:
+        return False
+    parts = file.relative_to(ROOT).parts
+    return parts[0] in PACKAGES or ((ROOT / "pyproject.toml").is_file() and "site-packages" not in parts)
 
 
 def _origin(error: Exception) -> tuple[Path, str]:
