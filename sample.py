@@ -158,9 +158,9 @@ class SampleArguments(SampleOptions, ModelOptions):
 @report_errors("sample.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw what the command line asks for."""
-    texts = {"prog": "sample.py", "description": __doc__}
+    texts = {"prog": "sample.py", "description": __doc__, "first": "checkpoint"}
     choices = {f"fid_{name}": names for name, names in fid.CHOICES.items()}
-    args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts(), choices=choices)
+    args = parse(SampleArguments, argv, **texts, parts=assemble.parts(drawing=True), choices=choices)
     on_cpu = chosen_device(args.device) == "cpu"
     state = join_processes(on_cpu)  # while one process writes, the others wait
     drawing = make_drawing(args, state)

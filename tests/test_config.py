@@ -177,6 +177,7 @@ def test_help_says_what_each_option_of_each_part_means(program, capsys, monkeypa
                 line = re.search(rf"\n  --{key}\.{option} [^ ]+\s+(\w.+?)\n  --", section, re.DOTALL)
                 assert line, f"{key}.name {name}: {option}"
                 assert line[1].endswith(f"default {known})")
+    assert ("\nprocess.name classify:\n" in text) == (program == "train")  # sample.py draws
     assert "\ndata.name digits:\n  scikit-learn's 1,797 handwritten digits of 8x8 pixels" in text
 
 

@@ -106,10 +106,14 @@ PROCESSES = {
 }
 
 
-def parts() -> dict[str, Mapping[str, Any]]:
-    """Gather what is a name with options in a config: its registry, with what was entered until now."""
+def parts(*, drawing: bool = False) -> dict[str, Mapping[str, Any]]:
+    """Gather what is a name with options in a config: its registry, with what was entered until now.
+
+    Args:
+        drawing: Leave out the processes that make no images.
+    """
     return {
-        "process": {name: kind.process for name, kind in PROCESSES.items()},
+        "process": {name: kind.process for name, kind in PROCESSES.items() if kind.samplers or not drawing},
         "path": PATHS,
         "time": TIMES,
         "data": DATASETS,
