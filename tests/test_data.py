@@ -580,6 +580,17 @@ def test_of_very_many_images_some_are_looked_at_and_a_note_says_so(tmp_path, mon
     assert data.notes == ["data.image_size is 12, the size of the 4 of 10 images looked at"]
 
 
+def test_images_that_are_enlarged_are_warned_of(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name, size in {"big": (40, 32), "small": (40, 20), "smaller": (18, 19), "broken": None}.items():
+        file = tmp_path / "a" / f"{name}.png"
+        Image.new("RGB", size).save(file) if size else file.write_bytes(b"no image")
+    assert Folder(images=str(tmp_path), image_size=18).notes == []
+    (text,) = Folder(images=str(tmp_path), image_size=32).notes
+    assert text.startswith("warning: 2 of 3 images looked at are enlarged to data.image_size 32")
+    assert text.endswith(f"the smallest has 18x19 pixels, '{tmp_path}/a/smaller.png'")
+
+
 @pytest.mark.parametrize("name", ["text.jpg", "nothing.png", "tiny.png"])
 def test_what_is_no_image_is_named(tmp_path, name):
     root = write(tmp_path, ["a/good.png", f"b/{name}"])

@@ -24,6 +24,7 @@ from vca_engine.images.labels import check_label_range, classes_of
 from vca_engine.images.pixels import read_image
 
 MOST_OPENED = 10_000  # images whose size is read at the start, which takes a second
+MOST_CHECKED = 1_000  # the same, where only a warning depends on it
 
 
 class ImageDataset(Dataset):
@@ -188,6 +189,8 @@ class Folder(ImageDataset):
         self.names = self.files.names
         if image_size is None:
             image_size = self._common_side()
+        elif text := self._enlarged(image_size):
+            self.notes = [*self.notes, text]
         super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
 
     def name(self, index: int) -> str:
@@ -241,6 +244,22 @@ class Folder(ImageDataset):
         if len(sizes) < len(self.names):
             self.notes = [*self.notes, f"data.image_size is {width}, the size of the {looked_at} images looked at"]
         return width
+
+    def _enlarged(self, image_size: int) -> str:
+        """Say which images are smaller than `image_size`, of at most `MOST_CHECKED` evenly chosen ones; "" if none."""
+        try:
+            sizes = self.files.sizes(MOST_CHECKED)
+        except (UnreadableImageError, OSError):  # whoever reads them is told
+            return ""
+        small = {name: min(size) for name, size in sizes.items() if min(size) < image_size}
+        if not small:
+            return ""
+        least = min(small, key=small.get)
+        width, height = sizes[least]
+        return (
+            f"warning: {len(small):,} of {len(sizes):,} images looked at are enlarged to data.image_size {image_size}, "
+            f"which makes them blurred; the smallest has {width}x{height} pixels, {self.files.path(least)!r}"
+        )
 
 
 DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}
