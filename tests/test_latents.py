@@ -31,6 +31,7 @@ from vca_engine.images.codecs import PixelCodec, VAECodec, sample_posterior
 from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import LatentDataset
 from vca_engine.records import read_json, write_json
+from vca_engine.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -421,6 +422,35 @@ def test_a_cache_and_an_autoencoder_may_move(tmp_path, images, vae):
 
 
 # What is refused
+
+
+def test_images_that_the_latents_were_not_made_of_are_refused_and_never_recorded(tmp_path, images, vae, capsys):
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    others = shutil.copytree(images, tmp_path / "others")
+    train.main([*argv, "--data.images", others, "--run_dir", tmp_path / "moved"])  # the same images elsewhere
+    next(others.glob("up/*.png")).unlink()
+    for folder, found in (
+        (others, "holds 11 images of 4 classes, which are not those"),
+        (tmp_path / "gone", "is not there"),
+    ):
+        text = sentence(capsys, train.main, [*argv, "--data.images", folder, "--run_dir", tmp_path / "new"])
+        assert f"data.images '{folder}' {found}" in text
+        assert f"were made of, 12 images of 4 classes in '{images}'. Leave data.images out" in text
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_run_from_latents_goes_on_whatever_has_become_of_its_images(tmp_path, images, vae, capsys):
+    """It goes on with what it recorded, also if that is of before images were compared; other images are refused."""
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    train.main(argv)
+    next(images.glob("up/*.png")).unlink()
+    more = [*argv, "--train.num_steps", "5"]
+    others = shutil.copytree(images, tmp_path / "others")
+    assert "which are not those" in sentence(capsys, train.main, [*more, "--data.images", others])
+    train.main(more)
+    assert checkpoint.find(tmp_path / "run").name == "step-00000005"
 
 
 def test_the_cache_needs_a_name(tmp_path, images, vae, capsys):

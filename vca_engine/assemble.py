@@ -22,6 +22,7 @@ from vca_engine.config.schema import Config, to_dict
 from vca_engine.images.codecs import CODECS
 from vca_engine.images.datasets import DATASETS, ImageDataset
 from vca_engine.images.labels import DataInfo
+from vca_engine.images.latents import LatentDataset
 from vca_engine.records import differences
 
 Process = Diffusion | Transport | Classification
@@ -335,6 +336,33 @@ def needed_latents(config: Config, codec: Any) -> dict[str, Any]:
     options = {key: value for key, value in config.data.items() if key != "images"}
     defaults = defaults_of(lookup(DATASETS, config.data["name"], "data.name"))
     return {"data": {**defaults, **options}, "codec": codec.identity}
+
+
+def check_images_of_latents(config: Config, latents: LatentDataset) -> None:
+    """Check that data.images, if it is given, is what cached latents were made of; images that have gone are not read.
+
+    Raises:
+        ValueError: It is another folder, or its images are not the same any more.
+    """
+    folder, made_of = config.data.get("images"), latents.manifest["settings"]
+    if folder is None or "images" not in made_of:
+        return
+    source, num = made_of.get("source"), latents.manifest["num_images"] + len(latents.manifest["skipped"])
+    before = f"{num:,} images of {latents.num_classes:,} classes in {source!r}"
+    if Path(folder).exists():
+        found = images(with_image_size(config, latents.image_size))
+        if found.fingerprint == made_of["images"]:
+            return
+        now = f"holds {len(found):,} images of {found.num_classes:,} classes, which are not those"
+    elif source is not None and Path(folder).resolve() == Path(source).resolve():
+        return
+    else:
+        now = "is not there, and is not the folder"
+    raise ValueError(
+        f"data.images {folder!r} {now} that latents {config.latents!r} were made of, {before}. Leave data.images out "
+        "to train on these latents; or name another folder, --latents FOLDER, for those of your images, which "
+        "cache_latents.py makes; or train without a cache, --latents= (nothing after it)."
+    )
 
 
 def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> Config:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vca_engine import assemble
 from vca_engine.config.schema import Config, to_dict
-from vca_engine.distributed import full_tensor, part_at_exit
+from vca_engine.distributed import full_tensor, on_main_process, part_at_exit
 from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import LatentDataset
 from vca_engine.images.loader import load, to_device
@@ -93,6 +93,10 @@ class Run:
             self.codec.to(memory_format=torch.channels_last)
         if config.latents:
             self.data.check(assemble.needed_latents(config, self.codec))
+            if not (
+                start and checkpoint.read_record(start)["config"]["data"].get("images") == config.data.get("images")
+            ):
+                on_main_process(accelerator.state, lambda: assemble.check_images_of_latents(config, self.data))
         self.step, self.messages = 0, [] if config.latents else [*self.data.notes]
         self.process = assemble.process(config)
         sampler = assemble.sampler(config, self.process) if self.is_generator else None
@@ -152,7 +156,7 @@ class Run:
         if not self.is_generator:
             return text
         patch, places = network.patch_size, network.input_size[0]
-        of = "pixels" if places == side else f"{places}x{places} latents"
+        of = "pixels" if places == side else f"of latents of {places}x{places}"
         return f"{text}; {math.prod(network.grid_size):,} tokens, patches of {patch}x{patch} {of}"
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
