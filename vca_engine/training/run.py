@@ -93,9 +93,8 @@ class Run:
             self.codec.to(memory_format=torch.channels_last)
         if config.latents:
             self.data.check(assemble.needed_latents(config, self.codec))
-            if not (
-                start and checkpoint.read_record(start)["config"]["data"].get("images") == config.data.get("images")
-            ):
+            recorded = checkpoint.read_record(start)["config"]["data"] if start else {}
+            if not start or recorded.get("images") != config.data.get("images"):
                 on_main_process(accelerator.state, lambda: assemble.check_images_of_latents(config, self.data))
         self.step, self.messages = 0, [] if config.latents else [*self.data.notes]
         self.process = assemble.process(config)
