@@ -906,7 +906,7 @@ def test_a_size_on_the_command_line_takes_the_place_of_the_numbers_of_the_file(t
     for name, depth in (("a", 4), ("b", 5)):
         text = f"size: S/2\n  hidden_size: 128\n  depth: {depth}\n  mlp_ratio: 3"
         (tmp_path / f"{name}.yaml").write_text(f"model:\n  {text}\n")
-    need = "--run_dir r --process.name flow --data.name digits --codec.name pixels --config".split()
+    need = ["--run_dir", "r", "--process.name", "flow", "--data.name", "digits", "--codec.name", "pixels", "--config"]
 
     def model(*words):
         return parse(Config, [*need, str(tmp_path / "a.yaml"), *words], prog="p", description="").model

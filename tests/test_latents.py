@@ -440,6 +440,22 @@ def test_images_that_the_latents_were_not_made_of_are_refused_and_never_recorded
         assert not (tmp_path / "new").exists()
 
 
+def test_one_pass_lists_all_images_that_cannot_be_read(tmp_path, images, capsys):
+    argv = [*map(str, settings(tmp_path, "--codec", "pixels"))]
+    cache_latents.main([*argv, "--check-images"])
+    assert "all 12 images can be read: 4 classes (down: 3, left: 3, right: 3, up: 3)" in capsys.readouterr().out
+    (images / "up" / "0.png").write_bytes(b"no image")
+    (images / "left" / "2.png").write_bytes((images / "left" / "2.png").read_bytes()[:80])
+    with pytest.raises(SystemExit) as stop:
+        cache_latents.main([*argv, "--check-images", "--train.num_workers", "2"])
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "2 of 12 images cannot be read; mend or remove those" in said.err
+    for name, why in (("up/0.png", "it is in none of the formats"), ("left/2.png", "image file is truncated")):
+        assert f"'{images}/{name}' cannot be read as an image: {why}" in said.out
+    assert "--check-images, lists all such files" in sentence(capsys, train.main, argv)
+
+
 def test_a_run_from_latents_goes_on_whatever_has_become_of_its_images(tmp_path, images, vae, capsys):
     """It goes on with what it recorded, also if that is of before images were compared; other images are refused."""
     argv = settings(tmp_path, "--latents", tmp_path / "cache")

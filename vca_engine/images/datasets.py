@@ -59,7 +59,9 @@ class ImageDataset(Dataset):
             UnreadableImageError: The image is none; says what to do.
         """
         index, flip = key
-        with _saying_what_to_do(" cache_latents.py --cache.on_error skip finds all such files and leaves them out."):
+        with _saying_what_to_do(
+            " python cache_latents.py, with the same options and --check-images, lists all such files."
+        ):
             image = from_uint8(self.pixels(index))  # (C, H, W)
         return image.flip(-1) if flip else image, int(self.labels[index])
 
