@@ -441,7 +441,7 @@ def test_images_that_the_latents_were_not_made_of_are_refused_and_never_recorded
 
 
 def test_one_pass_lists_all_images_that_cannot_be_read(tmp_path, images, capsys):
-    argv = [*map(str, settings(tmp_path, "--codec", "pixels"))]
+    argv = [*map(str, settings(tmp_path, "--codec", "{name: pixels}"))]
     cache_latents.main([*argv, "--check-images"])
     assert "all 12 images can be read: 4 classes (down: 3, left: 3, right: 3, up: 3)" in capsys.readouterr().out
     (images / "up" / "0.png").write_bytes(b"no image")
@@ -502,7 +502,7 @@ def test_images_that_were_added_are_seen(tmp_path, images, vae, capsys):
     cache_latents.main(argv)
     shutil.copy(images / "up" / "1.png", images / "up" / "9.png")
     assert "were made with images " in sentence(capsys, cache_latents.main, argv)
-    train.main(argv)  # which does not look at them
+    assert "which are not those that latents" in sentence(capsys, train.main, argv)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
