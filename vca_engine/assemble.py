@@ -208,6 +208,18 @@ def images(config: Config) -> ImageDataset:
     return create(DATASETS, config.data, "data")
 
 
+def is_balanced(config: Config) -> bool:
+    """Say whether training draws each class equally often, as data.balance asks, of images and of their latents.
+
+    Raises:
+        ValueError: data.balance is no word that it may be.
+    """
+    balance = config.data.get("balance")
+    if balance not in (None, "classes"):
+        raise ValueError(f"data.balance is {balance!r}; choose classes, or leave it out.")
+    return balance is not None
+
+
 def with_image_size(config: Config, image_size: int | None) -> Config:
     """Complete data.image_size by that of the images, where the config does not say it and the data take one.
 
@@ -333,9 +345,9 @@ def needed_latents(config: Config, codec: Any) -> dict[str, Any]:
         config: With its image size; see `with_image_size`.
         codec: Its codec.
     """
-    options = {key: value for key, value in config.data.items() if key != "images"}
-    defaults = defaults_of(lookup(DATASETS, config.data["name"], "data.name"))
-    return {"data": {**defaults, **options}, "codec": codec.identity}
+    options = defaults_of(lookup(DATASETS, config.data["name"], "data.name")) | config.data
+    no_matter = ("images", "balance")  # where they are, and how often training draws each
+    return {"data": {k: v for k, v in options.items() if k not in no_matter}, "codec": codec.identity}
 
 
 def check_images_of_latents(config: Config, latents: LatentDataset) -> None:

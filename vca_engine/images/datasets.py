@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -174,13 +175,22 @@ class Folder(ImageDataset):
         image_size: Side to which images are resized and centre-cropped; not given means their own, if they are square
             and all have the same. Of more than `MOST_OPENED` images as many are asked for it, evenly chosen.
         flip: Whether training mirrors half of the images.
+        balance: classes draws each class equally often in training, however many images it has; not given means each
+            image equally often.
 
     Raises:
         FileNotFoundError: There is no such folder or .zip.
         ValueError: It holds no images, not all of them have a class, or `image_size` has to be given.
     """
 
-    def __init__(self, *, images: FilePath, image_size: int | None = None, flip: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        images: FilePath,
+        image_size: int | None = None,
+        flip: bool = True,
+        balance: Literal["classes"] | None = None,
+    ) -> None:
         if image_size is not None:
             check_side("data.image_size", image_size)
         try:
@@ -194,6 +204,7 @@ class Folder(ImageDataset):
         elif text := self._enlarged(image_size):
             self.notes = [*self.notes, text]
         super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
+        self.balance = balance
 
     def name(self, index: int) -> str:
         """Give the path of image `index` below the folder."""

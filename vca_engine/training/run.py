@@ -152,6 +152,7 @@ class Run:
         """Describe the images, their classes with the images of each, and the tokens that a generator makes of one."""
         side, network = self.info.image_size, self.averaged_network
         text = f"{len(self.data):,} images of {side}x{side} pixels, {self.info.describe_classes(self.data.labels)}"
+        text += ", each class drawn equally often" if assemble.is_balanced(self.config) else ""
         if not self.is_generator:
             return text
         patch, places = network.patch_size, network.input_size[0]
@@ -295,6 +296,7 @@ def _make_order(run: Run) -> EndlessBatches:
         start=run.step * run.cfg.accumulate,
         rank=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
+        labels=run.data.labels if assemble.is_balanced(run.config) else None,
     )
     if not run.is_generator:
         run.process.check_batch(len(order.positions(0)))
