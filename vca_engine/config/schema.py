@@ -44,7 +44,8 @@ class ModelConfig(Strict):
             (classify.MODELS).
         drop_path: Of a recogniser: probability, in training, that its last block is left out for an image; less in
             those before.
-        size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads.
+        size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads, also where
+            a file before it says these.
         patch_size: Side of a patch, instead of the one in size.
         hidden_size: Width, instead of the size's.
         depth: Number of blocks, instead of the size's.
@@ -56,7 +57,7 @@ class ModelConfig(Strict):
 
     name: str | None = None
     drop_path: Share = 0.0
-    size: str = "S/2"
+    size: str = field(default="S/2", metadata={"replaces": ("patch_size", "hidden_size", "depth", "num_heads")})
     patch_size: Size | None = None
     hidden_size: Size | None = None
     depth: Size | None = None
