@@ -268,7 +268,8 @@ def draw_missing(
 
 def evaluator_of(config: FidConfig, args: SampleArguments, state: PartialState) -> fid.Evaluator:
     """Make the evaluator of the run's config, with what the command line says."""
-    measured = dataclasses.replace(config, reference=args.fid, **args.of_fid)
+    other = args.fid_extractor not in (None, config.extractor)  # than the run's, whose weights and metrics are not its
+    measured = dataclasses.replace(FidConfig() if other else config, reference=args.fid, **args.of_fid)
     try:
         return fid.open_evaluator(**measured.evaluator_options(), device=state.device)
     except (ValueError, OSError) as error:  # which names an option of python -m fid

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fid.metrics import METRICS
+from fid.networks.extractor import FeatureExtractor
 from vca_engine.records import read_json, write_json
 
 VERSION = 1  # of the numbers: it changes when any of them can
@@ -73,7 +74,15 @@ class Result:
             against = "ADM ref"
         mode = (record.get("labels") or {}).get("mode")
         samples = f"{record['num_samples'] or 'an unknown number of'} {f'{mode}-label ' if mode else ''}samples"
+        samples += f"; compares {record['compares']}" if record.get("compares") else ""
         return f"{'  '.join(parts)}  ({against}, {record.get('protocol') or 'unknown protocol'}, {samples})"
+
+
+def comparable_with(label: str, extractor: str | None) -> str | None:
+    """Say what a distance compares with if its network has no name in the field; None of FID and FD-DINOv2."""
+    if label != FeatureExtractor.label:
+        return None
+    return f"only with numbers by {extractor}" if extractor else "only with numbers by the same extractor"
 
 
 def device_name(device: torch.device) -> str:

@@ -188,7 +188,8 @@ STEPS = [
     "--sample.per_class",
     "1",
 ]
-STEPS += ["--sample.sampler.num_steps", "8", "--fid.extractor", "classifier", "--fid.weights", "judge.safetensors"]
+STEPS += ["--sample.sampler.num_steps", "8"]
+JUDGED = ["--fid.extractor", "classifier", "--fid.weights", "judge.safetensors"]
 LATENT = ["--codec.path", "vae", "--data.image_size", "16"]
 SMALL = {"200": "4", "1000": "4", "10000": "4", "50000": "4", "20_000": "2", "256": "16", "512": "16"}
 IMAGES = {"/data/imagenet/train", "/data/mine/train", "DIR", "IMAGES", "SAMPLES", "50k.npz", "pets", "samples/"}
@@ -198,6 +199,7 @@ COVERED = {  # by a word of the command -> what runs it, or what it needs
     "--dry-run": "tests/test_train.py",
     "--device": "a GPU",
     "dinov2": "weights of DINOv2",
+    "random-inception": "tests/test_fid_network.py",
     "selfcheck": "weights of Inception",
     "admnet_guided_upsampled_imagenet256.npz": "samples of ADM",
     "VIRTUAL_imagenet256_labeled.npz --metrics is": "weights of Inception",
@@ -217,7 +219,7 @@ def made_small(command):
         if word in IMAGES and of != "--out":
             words[i] = "images"
         elif of in ("--ref", "--fid", "--fid.reference"):
-            words[i] = "reference.npz"
+            words[i] = "images" if "pixels" in words else "reference.npz"
         elif of == "--latents":
             words[i] = "new" if command.program == "cache_latents" and "--check" not in words else "latents"
         elif of == "--run_dir":
@@ -227,6 +229,7 @@ def made_small(command):
     imagenet = "configs/digits" not in " ".join(words)
     if command.program == "train":
         words += [*NETWORK, *STEPS, "--run_dir", "new", *(LATENT if imagenet else [])]
+        words += [] if "--fid.extractor" in words else JUDGED
         words += ["--train.accumulate", "2"] if "--train.accumulate" in words else []
     elif command.program == "cache_latents":
         words += LATENT
@@ -290,7 +293,7 @@ def workplace(tmp_path_factory):
         judged = ["--extractor", "classifier", "--weights", "judge.safetensors", "--quiet"]
         call(Command("cache_latents", (*of_images, *LATENT, "--latents", "latents")))
         measured = ["--train.snapshot_every", "1", "--fid.reference", "images", "--fid.every", "2", "--fid.num", "4"]
-        call(Command("train", (*of_images, *LATENT, *NETWORK, *STEPS, *measured, "--run_dir", "run")))
+        call(Command("train", (*of_images, *LATENT, *NETWORK, *STEPS, *JUDGED, *measured, "--run_dir", "run")))
         call(
             Command("fid", ("stats", "images", "--crop", "16", "--keep-images", "8", "--out", "reference.npz", *judged))
         )

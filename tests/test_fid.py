@@ -627,6 +627,24 @@ def test_what_is_doubtful_is_said():
     assert "unbalanced: 1 to 39" in " ".join(result.warnings)
 
 
+@pytest.mark.parametrize(("factor", "kind"), [(0.0, "only zeros"), (1e-9, "the same numbers")])
+def test_features_that_tell_nothing_apart_are_refused(factor, kind, tmp_path):
+    class Weak(Mean):
+        def forward(self, images):
+            found = super().forward(images)["features"]
+            return {"features": found * factor + (factor > 0), "logits": found}  # 1 + 1e-9 x is 1 in float32
+
+    mine, real = (torch.from_numpy(random_images(20, seed=seed)) for seed in (1, 2))
+    statistics = reference_of({"features": fid.Statistics(np.zeros(6), np.eye(6), 20)}, 20, None, None)
+    for reference, what in ((real, "20 images of the reference"), (statistics, "20 samples")):
+        with pytest.raises(ValueError, match=rf"^mean-00000000 gives {kind} \(features\) for all {what}, so"):
+            fid.evaluate(mine, reference, Weak())
+    with pytest.raises(ValueError, match="for all 20 images, so"):
+        fid.statistics(mine, Weak())
+    one = mine[:1].expand(20, -1, -1, -1)  # this says something of the samples, and not of the network
+    assert "19 of 20 samples are exact duplicates" in " ".join(fid.evaluate(one, real, Mean()).warnings)
+
+
 def test_an_extractor_of_ones_own():
     class Colours(fid.FeatureExtractor):
         dims = {"features": 3}
@@ -780,7 +798,7 @@ def test_command_line(files, capsys):
     assert printed.err == (
         "warning: the reference is of 100 images only: it is noisy itself, which the error bar does not show.\n"
     )
-    assert printed.out.endswith("70 samples)\n")
+    assert printed.out.endswith(f"70 samples; compares only with numbers by {classifier.name})\n")
 
     main(
         [
@@ -961,6 +979,7 @@ def test_curve(tmp_path, capsys):
         (["eval", "a"], "there is no reference", 2),
         (["eval", "a.npz"], "there is no reference; name it with --ref", 2),
         (["eval", "a.npz", "--ref", "a"], "'a.npz' holds statistics, 'a' images: run `python -m fid stats`", 2),
+        (["eval", "a", "--ref", "a", "--extractor", "pixels"], "pixels has no file of weights; leave --weights out", 2),
         (["eval", "a", "--ref", "a.npz", "--neighbours", "-2"], "'-2' is not a whole number from 0", 2),
         (
             ["eval", "a", "--ref", "a.npz", "--picture", "x.png"],
