@@ -3,7 +3,7 @@
     python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz    FID, sFID, IS, precision, recall of ADM's tables
     python -m fid stats IMAGES --out ref.npz --crop 256                a reference of your own images
     python -m fid compare a.npz b.npz                                  two files of statistics, no network
-    python -m fid curve runs/mine/fid.jsonl --out fid.png              FID against training step
+    python -m fid curve runs/mine/fid.jsonl --out fid.png              FID against training step, or --x cfg
     python -m fid train-extractor IMAGES --out FILE.safetensors        a network for --extractor classifier
     python -m fid selfcheck                                            are the weights and the arithmetic right here?
     torchrun --nproc_per_node 8 -m fid -- eval SAMPLES --ref REF       the same number on all GPUs
@@ -189,7 +189,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _curve(args: argparse.Namespace) -> None:
     _check_output(args.out, "", *args.records)
-    curve(read_records(args.records, lambda text: _warn([text])), args.out, args.title)
+    curve(read_records(args.records, lambda text: _warn([text])), args.out, args.title, args.x)
     print(f"wrote {args.out}")
 
 
@@ -322,12 +322,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("b", type=_path, metavar="REF.npz")
     command.set_defaults(command=_compare)
 
-    command = commands.add_parser("curve", help="draw FID against training step")
-    text = "a run's folder or its fid.jsonl, or records of sample.py --fid; those of one folder make one line"
+    command = commands.add_parser("curve", help="draw FID against training step or guidance")
+    text = "a run's folder or its fid.jsonl, or records of sample.py --fid; each folder has a line for each sampler, "
+    text += "guidance and average"
     command.add_argument("records", nargs="+", type=_path, metavar="RECORD", help=text)
     command.add_argument(
         "--out", default="fid.png", type=_path, metavar="FILE", help="the picture (default: %(default)s)"
     )
+    text = (
+        "what the horizontal axis is: step, or a setting of sampling: cfg, steps, seed, sampler.OPTION (default: step)"
+    )
+    command.add_argument("--x", default="step", metavar="SETTING", help=text)
     command.add_argument("--title", default="", help="a line above it")
     command.set_defaults(command=_curve)
 

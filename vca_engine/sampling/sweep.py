@@ -9,10 +9,10 @@ from tqdm import tqdm
 from vca_engine import assemble
 from vca_engine.config.reading import Spec, Word, from_dict
 from vca_engine.config.schema import SampleConfig, to_dict
+from vca_engine.records import SHORT
 from vca_engine.sampling.drawing import Drawing
 from vca_engine.sampling.tables import Table
 
-SHORT = {"cfg": "cfg_scale", "steps": "sampler.num_steps"}
 NOT_SWEPT = ("classes", "per_class", "guidance_interval")  # what is in the grid; and two numbers with a comma
 
 
