@@ -18,6 +18,7 @@ from vca_engine.files import written_aside
 from vca_engine.images.pictures import save_picture, sheet
 from vca_engine.records import SHORT, read_json, read_lines, setting_of
 
+SOFTWARE = "python -m fid curve"  # in the metadata of a PNG, by which a program knows its own
 OF_GUIDANCE = ("guided_channels", "guidance_interval", "negative_class", "guide")
 SETTINGS = {  # of the record of a sample, in which lines of a curve may differ -> how they are called there
     "step": "step",
@@ -92,7 +93,8 @@ def curve(
         axes.legend()
     try:
         with written_aside(path) as temporary:
-            figure.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
+            kind = Path(path).suffix[1:]
+            figure.savefig(temporary, format=kind, dpi=150, metadata={"Software": SOFTWARE} if kind == "png" else None)
     except ValueError as error:  # matplotlib's, of a suffix that it does not know
         raise ValueError(f"cannot draw '{path}': {error}.") from error
     finally:

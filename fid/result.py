@@ -64,10 +64,14 @@ class Result:
         values = {name: value for name, value in found.items() if name in numbers}
         return cls(values, {name: value for name, value in found.items() if name not in {*numbers, "schema"}})
 
+    @property
+    def cells(self) -> list[str]:
+        """The numbers as the line has them: `FID 2.27 ± 0.02 (noise floor 0.31)`, `sFID 4.61`, ..."""
+        return [cell for metric in METRICS.values() for cell in metric.cells(self.values, self.record)]
+
     def __str__(self) -> str:
         """Write one line fit for a table."""
         record = self.record
-        parts = [cell for metric in METRICS.values() for cell in metric.cells(self.values, record)]
         reference = record.get("reference")
         against = "no reference" if reference is None else f"against {reference['path']}"
         if reference and reference["kind"] == "adm":
@@ -75,7 +79,7 @@ class Result:
         mode = (record.get("labels") or {}).get("mode")
         samples = f"{record['num_samples'] or 'an unknown number of'} {f'{mode}-label ' if mode else ''}samples"
         samples += f"; compares {record['compares']}" if record.get("compares") else ""
-        return f"{'  '.join(parts)}  ({against}, {record.get('protocol') or 'unknown protocol'}, {samples})"
+        return f"{'  '.join(self.cells)}  ({against}, {record.get('protocol') or 'unknown protocol'}, {samples})"
 
 
 def comparable_with(label: str, extractor: str | None) -> str | None:

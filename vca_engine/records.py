@@ -8,7 +8,11 @@ from typing import Any
 
 from vca_engine.files import checksum_of, content_of, write_text
 
-SHORT = {"cfg": "cfg_scale", "steps": "sampler.num_steps"}  # how settings of a sample's record may be typed
+SHORT = {  # how settings of a sample's record may be typed
+    "cfg": "cfg_scale",
+    "steps": "sampler.num_steps",
+    "sampler": "sampler.name",
+}
 
 
 def setting_of(record: Mapping[str, Any], name: str) -> Any:

@@ -69,6 +69,10 @@ class Drawing:
         """Make what draws as other settings say, guided as this is, unless their cfg_scale is 1."""
         return self.pipe.image_sampler(sampling, **(self.guided_by if sampling.cfg_scale != 1.0 else {}))
 
+    def with_settings(self, sampling: SampleConfig) -> "Drawing":
+        """Make a drawing of its own of other settings, as `image_sampler_of`."""
+        return Drawing(self.pipe, sampling, self.state, **(self.guided_by if sampling.cfg_scale != 1.0 else {}))
+
     def settings(self) -> dict[str, Any]:
         """Say what, beside its number and label, makes an image what it is; nothing but on the main process."""
         return self.pipe.settings(self.sampling, **self.guided_by) if self.state.is_main_process else {}
