@@ -281,8 +281,8 @@ def draw_many(drawing: Drawing, args: SampleArguments, out: Path, evaluator: fid
     if state.is_main_process and not missing:
         print(f"{out}: its {args.num} images are there already")
     elif state.is_main_process:
-        drawn = f"{nfe:g} network evaluations an image, {rate:g} images/s"
-        print(f"wrote {out}: {args.num} images, {drawing.title}; {drawn}")
+        drawing.add_evaluations(nfe)
+        print(f"wrote {out}: {args.num} images, {drawing.title}; {rate:g} images/s")
     return result
 
 

@@ -99,7 +99,7 @@ def test_a_grid_has_a_row_a_class(draw, tmp_path, trained, capsys):
     left = inked[-1] + 1 + gap - width
     assert 0 < left < 40
     assert (picture[top:, :left] < 128).any()  # labels
-    assert "step 30, ode euler 3, cfg 1, seed 0; 2 network evaluations an image" in capsys.readouterr().out
+    assert "step 30, ode euler, 3 points, 2 steps, 2 evaluations, cfg 1, seed 0\n" in capsys.readouterr().out
     # image i of the grid is image i of the seed, enlarged: row 1, column 0 is number 3, of class 7
     draw("--num", 6, "--classes", "[7]", "--out", tmp_path / "six.npz")
     images, _ = read(tmp_path / "six.npz")
