@@ -77,20 +77,21 @@ def curve(
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     lines = lines_of(runs, x)
     for text, found in lines.items():
-        _draw_line(axes, [(_place(record, x), record) for record in found], name, text, label)
+        _draw_line(axes, [(_place(record, x), record) for record in found], name, text or label)
     floor = together[-1].get(f"{name}_noise_floor")
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle="--", label=f"expected of {num} perfect samples, {floor:.3g}")
     _scale(axes, min(r[name] for r in together), max(r[name] + 2 * (r.get(f"{name}_se") or 0) for r in together))
     axes.set_xlabel(AXES.get(x, x))
-    axes.set_ylabel(f"{label} of {num} samples, ± 2 standard errors")
+    axes.set_ylabel(f"{label} of {num} samples")
     axes.set_title(_plain(title or str(together[0].get("protocol") or "")))
     axes.grid(alpha=0.3)
     if len(lines) > 4:  # it would hide them
         figure.set_figheight(4 + 0.25 * len(lines))
-        figure.legend(loc="outside lower left", ncols=1 if len(max(lines, key=len)) > 30 else 2)
-    elif len(lines) > 1 or floor is not None:
-        axes.legend()
+        ncols = 1 if len(max(lines, key=len)) > 30 else 2
+        figure.legend(loc="outside lower left", ncols=ncols, title="± 2 standard errors")
+    else:
+        axes.legend(title="± 2 standard errors")
     try:
         with written_aside(path) as temporary:
             kind = Path(path).suffix[1:]
@@ -160,16 +161,8 @@ def _place(record: dict[str, Any], x: str) -> Any:
     return record.get("step") if x == "step" else setting_of(record.get("sample") or {}, x)
 
 
-def _draw_line(axes: Any, points: list[tuple[Any, dict[str, Any]]], name: str, line: str, label: str) -> None:
-    """Draw records at their places, with the least number of a line in its legend, or beside its point if it is alone.
-
-    Args:
-        axes: Where.
-        points: Place and record of each.
-        name: Of the number.
-        line: What the line is called; nothing if it is alone.
-        label: What the number is called.
-    """
+def _draw_line(axes: Any, points: list[tuple[Any, dict[str, Any]]], name: str, label: str) -> None:
+    """Draw the numbers called `name` of records at their places, and say in the legend where they are least."""
     if all(_is_number(place) for place, _ in points):
         points = sorted(points, key=lambda point: point[0])
     else:
@@ -178,11 +171,8 @@ def _draw_line(axes: Any, points: list[tuple[Any, dict[str, Any]]], name: str, l
     errors = [2 * (record.get(f"{name}_se") or 0.0) for _, record in points]
     best = min(range(len(values)), key=values.__getitem__)
     place = f"{places[best]:g}" if _is_number(places[best]) else places[best]
-    text = f"{line}: least {values[best]:.3g} at {place}" if line else label
+    text = f"{label}: least {values[best]:.3g} at {place}"
     axes.errorbar(places, values, yerr=errors, marker="o", capsize=3, label=_plain(text))
-    if not line:
-        below = (places[best], values[best] - errors[best])
-        axes.annotate(f"{values[best]:.3g}", below, textcoords="offset points", xytext=(0, -14), ha="center")
 
 
 def _scale(axes: Any, least: float, most: float) -> None:

@@ -142,7 +142,7 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path, ends: tuple[str, st
     num = max(map(len, by_t))
     if num:
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
-        figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.16)
+        figure.subplots_adjust(left=0.06, right=0.87, bottom=0.12, top=0.92, wspace=0.16)
         table = np.full((len(lines), num), np.nan)
         for values, row in zip(table, by_t, strict=True):
             values[: len(row)] = [value if _is_finite(value) else np.nan for value in row]
