@@ -200,6 +200,7 @@ COVERED = {  # by a word of the command -> what runs it, or what it needs
     "--device": "a GPU",
     "dinov2": "weights of DINOv2",
     "random-inception": "tests/test_fid_network.py",
+    "fid-step-*.json": "tests/test_fid.py",
     "selfcheck": "weights of Inception",
     "admnet_guided_upsampled_imagenet256.npz": "samples of ADM",
     "VIRTUAL_imagenet256_labeled.npz --metrics is": "weights of Inception",
