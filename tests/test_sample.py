@@ -28,7 +28,7 @@ from vca_engine.config.schema import SampleConfig
 from vca_engine.files import checksum_of, hold, sha256_of_weights
 from vca_engine.images.pictures import grid
 from vca_engine.records import read_json
-from vca_engine.sampling import writers
+from vca_engine.sampling import tables, writers
 from vca_engine.sampling.guidance import Guidance
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.sample_record import add_to_record, require_same_settings
@@ -114,6 +114,50 @@ def test_a_grid_has_a_row_a_class(draw, tmp_path, trained, capsys):
     assert Image.open(trained / "samples.png").size[1] == top + 10 * (cell + gap)
     for name in ("samples.png", "samples.json"):
         (trained / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "ode euler, 3 points, 2 steps, 2 evaluations, cfg 1, seed 0"),
+        ("--cfg_scale 3", "ode euler, 3 points, 2 steps, 4 evaluations, cfg 3, seed 0"),
+        ("--sampler.method heun --seed 4", "ode heun, 3 points, 2 steps, 4 evaluations, cfg 1, seed 4"),
+        ("--sampler sde --sampler.num_steps 4", "sde, 4 points, 4 steps, 4 evaluations, cfg 1, seed 0"),
+        (
+            "--sampler sde --sampler.num_steps 4 --sampler.last_step none",
+            "sde, 4 points, 3 steps, 3 evaluations, cfg 1, seed 0",
+        ),
+        (  # at noise levels 1 and 0.5, of which the interval holds the second
+            "--cfg_scale 2 --guidance_interval [0,0.7]",
+            "ode euler, 3 points, 2 steps, 3 evaluations, cfg 2, interval 0 to 0.7, seed 0",
+        ),
+        (
+            "--cfg_scale 2 --guided_channels 1 --negative_class 5 --guide RUN --guide_weights ema-0.1",
+            "ode euler, 3 points, 2 steps, 4 evaluations, cfg 2, first 1 channels guided, away from class 5, "
+            "guide digits step 30 ema-0.1, seed 0",
+        ),
+    ],
+)
+def test_a_picture_says_how_it_was_made(trained, draw, tmp_path, capsys, monkeypatch, options, said):
+    """On the terminal and above the picture; its record has the classes that nobody named."""
+    titles = []
+    monkeypatch.setattr(tables, "grid", lambda *args: titles.append(args[3]) or grid(*args))
+    words = [str(trained) if word == "RUN" else word for word in options.split()]
+    draw(*words, "--per_class", 1, "--out", tmp_path / "x.png")
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'x.png'}: step 30, {said}\n"
+    assert titles == [f"step 30, {said}"]
+    assert read_json(tmp_path / "x.json")["classes"] == list(range(10))
+
+
+def test_a_title_takes_as_many_lines_as_it_needs():
+    """A picture of 800 pixels at most is as wide as its title; beyond, the title has another line and loses nothing."""
+    image = np.zeros((1, 1, 64, 64, 3), dtype=np.uint8)
+    one, two = (grid(image, ["a"], title=" ".join(["words"] * n)) for n in (4, 30))
+    assert two.shape[0] == one.shape[0] + 16 + 8  # a line is a quarter of the image, and 8 pixels
+    assert two.shape[1] == 800
+    text = (two[: 4 + 2 * 24] < 128).any(axis=(1, 2))
+    assert text[:28].any()
+    assert text[28:].any()
 
 
 def test_the_checkpoint_may_stand_first(trained, tmp_path):

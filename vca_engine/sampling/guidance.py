@@ -65,10 +65,10 @@ def guidance_of(sampling: SampleConfig, *, negative: int | None = None, guide: n
 
 
 def guidance_options_in_words(sampling: SampleConfig) -> list[str]:
-    """Write what is guided, and when, if that is not all: `3 channels guided`, `interval 0 to 0.7`."""
+    """Write what is guided, and when, if that is not all: `first 3 channels guided`, `interval 0 to 0.7`."""
     words = []
     if sampling.guided_channels is not None:
-        words.append(f"{sampling.guided_channels} channels guided")
+        words.append(f"first {sampling.guided_channels} channels guided")
     if sampling.guidance_interval is not None:
         words.append("interval {:g} to {:g}".format(*sampling.guidance_interval))
     return words
