@@ -40,7 +40,8 @@ class ModelConfig(Strict):
     """The network.
 
     Args:
-        name: Of a recogniser, with process classify: deit_tiny, pvt_tiny, swin_tiny, cswin_tiny, ... (classify.MODELS).
+        name: Name of a recogniser, with process classify: deit_tiny, pvt_tiny, swin_tiny, cswin_tiny, ...
+            (classify.MODELS).
         drop_path: Of a recogniser: probability, in training, that its last block is left out for an image; less in
             those before.
         size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads.
@@ -50,7 +51,7 @@ class ModelConfig(Strict):
         num_heads: Attention heads, instead of the size's.
         mlp_ratio: Width of the MLP over hidden_size.
         class_dropout_prob: Share of labels replaced by the null class in training; 0 means no guidance.
-        attention: Attention layer by name (vca, mhsa, differential, agent, linear) with its options.
+        attention: Attention, vca, mhsa, differential, agent or linear; by name with its options.
     """
 
     name: str | None = None
@@ -88,7 +89,8 @@ class TrainConfig(Strict):
         ema_stds: Relative widths of power-function averages that are kept beside it, of which
             python -m vca_engine.training.reconstruct makes any other width afterwards (EDM2); [] means none.
         snapshot_every: Steps between two snapshots of these; one is written at the end, too.
-        precision: Of the network's arithmetic; auto is bf16 on a GPU that has it and float32 elsewhere.
+        precision: Precision of the arithmetic, auto, no or bf16; auto is bf16 on a GPU that has it, and no, which is
+            float32, elsewhere.
         tf32: Let GPUs round the inputs of float32 products to TF32.
         compile: Compile each block with torch.compile.
         fused: AdamW as one kernel; otherwise a step has to wait for the device to know whether it is skipped.
@@ -185,10 +187,11 @@ class SampleConfig(Strict):
     """How images are drawn: in previews, and by sample.py unless it is told otherwise.
 
     Args:
-        sampler: Sampler by name with its options; not given means the published one, 250 steps of ddpm or sde. For ode
-            and sde, num_steps counts points of time, as published, so it is one more than the steps between them.
-        cfg_scale: Guidance, other + cfg_scale (output - other), where the other output is that without a class; 1 is
-            none.
+        sampler: Sampler by name with its options; ddpm, ddim, dpm-solver and unipc are of a diffusion, ode and sde of a
+            flow. Not given means the published one, 250 steps of ddpm or sde. For ode and sde, num_steps counts points
+            of time, as published, so it is one more than the steps between them.
+        cfg_scale: Guidance, 1 is none: other + cfg_scale (output - other), where the other output is that without a
+            class.
         guided_channels: Guide the first channels only; not given means all, 3 reproduces the published tables.
         guidance_interval: Lowest and highest noise level, from 0 (data) to 1 (noise), at which there is guidance, e.g.
             [0,0.7]; not given means all.
@@ -232,7 +235,7 @@ class FidConfig(Strict):
     """How drawn images are measured: by sample.py --fid, and every now and then in training.
 
     Args:
-        reference: What they are compared with: a file of statistics, or images (a folder, .zip, .npz, .npy).
+        reference: What drawn images are compared with: a file of statistics, or images (a folder, .zip, .npz, .npy).
         extractor: Network of the features.
         preset: Protocol of Inception.
         weights: Its file of weights; not given means where python -m fid looks for them.
@@ -267,8 +270,8 @@ class EvalConfig(Strict):
     """How a recogniser is measured in training: with its averaged weights, on images that it does not learn from.
 
     Args:
-        data: These images, by name with their options, where they differ from data: images DIR, or split test. Not
-            given means that nothing is measured.
+        data: Images to evaluate a recogniser on; by name with their options, where they differ from data: images DIR,
+            or split test. Not given means that nothing is measured.
         every: Training steps between two evaluations; not given means at the end only.
         crop: Share of the shorter side of an image that is shown: 0.875 is 224 of 256 pixels.
     """
@@ -292,11 +295,11 @@ class CacheConfig(Strict):
     Args:
         moments: Keep mean and standard deviation, from which training draws anew in every epoch; else one draw for
             ever.
-        precision: Of the codec's arithmetic.
+        precision: Precision of the codec's arithmetic.
         batch_size: Images encoded together, on each process.
         shard_size: Images in a file.
-        on_error: At a damaged image, or one that is none, stop; or skip it, and list it in the manifest. What the disk
-            does not give, as a link to nothing, always stops.
+        on_error: Stop at a damaged image, or one that is none, or skip it; then it is listed in the manifest. What the
+            disk does not give, as a link to nothing, always stops.
     """
 
     moments: bool = True
@@ -312,12 +315,12 @@ class Config(Strict):
 
     Args:
         run_dir: Folder of the run: checkpoints, previews, metrics. The same command goes on where it stopped.
-        process: Process by name with its options: diffusion (a DiT), flow (a SiT) or classify (a recogniser).
-        data: Images by name with their options: folder (images: a folder or .zip; image_size), mnist, digits.
-        codec: Codec by name with its options: vae (path or hub name) or pixels.
+        process: Process, diffusion (DiT), flow (SiT) or classify (recogniser); by name with its options.
+        data: Kind of images, folder, mnist or digits; by name with its options.
+        codec: Codec between images and latents, pixels or vae; by name with its options.
         init: Weights to start from: a run, or one of its checkpoints; a .safetensors or published .pt file; a folder of
             diffusers; a name on the hub, e.g. facebook/DiT-XL-2-256. Not given means random ones.
-        latents: Folder of cached latents, made by cache_latents.py with the same config; not given means that images
+        latents: Folder of latents that cache_latents.py made with the same config; not given means that images
             are read and encoded in every step.
         cache: How those are made.
         seed: Seed of initialisation, data order and noise.

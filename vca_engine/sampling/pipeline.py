@@ -158,6 +158,7 @@ class Pipeline(TrainedModel):
         self,
         class_labels: int | str | Sequence[int | str],
         *,
+        num_images_per_class: int = 1,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         seed: int | None = None,
@@ -165,10 +166,12 @@ class Pipeline(TrainedModel):
         output_type: Literal["pil", "np"] = "pil",
         **options: Any,
     ) -> Output:
-        """Draw an image of each class; image i is a function of the seed, i and its class, to rounding.
+        """Draw images of each class; image i is a function of the seed, i and its class, to rounding.
 
         Args:
             class_labels: Numbers or names.
+            num_images_per_class: Images of each of them, one after the other: [1, 2] with 3 are the classes 1, 1, 1, 2,
+                2, 2.
             guidance_scale: 1 is no guidance; not given means as the model's config says, here and in what follows.
             num_inference_steps: Of the sampler; for ode and sde points of time.
             seed: Of all of them.
@@ -177,7 +180,8 @@ class Pipeline(TrainedModel):
             options: Other fields of `SampleConfig`: guidance_interval=(0, 0.7), guided_channels=3, group_size=64.
 
         Raises:
-            ValueError: An unknown class, or a sampler or guidance that this model cannot have.
+            ValueError: An unknown class, fewer than one image of each, or a sampler or guidance that this model cannot
+                have.
             TypeError: An option that is none.
         """
         if output_type not in ("pil", "np"):
@@ -187,6 +191,9 @@ class Pipeline(TrainedModel):
         labels = self.label_ids([class_labels] if isinstance(class_labels, int | str) else class_labels)
         if not labels:
             raise ValueError("class_labels is empty; name at least one class.")
+        if num_images_per_class < 1:
+            raise ValueError(f"num_images_per_class is {num_images_per_class}; choose at least 1.")
+        labels = [label for label in labels for _ in range(num_images_per_class)]
         image_sampler = self.image_sampler(sampling)
         images = image_sampler.all(labels, sampling.group_size)
         record = {**self.settings(sampling), "labels": labels, "nfe": image_sampler.nfe, **self.facts()}
