@@ -203,6 +203,7 @@ COVERED = {  # by a word of the command -> what runs it, or what it needs
     "VIRTUAL_imagenet256_labeled.npz --metrics is": "weights of Inception",
     "sample.py DiT-XL-2": "tests/test_pipeline.py",
     "path quadratic": "tests/test_extending.py",
+    "runs/swapped": "tests/test_recipes.py",
     "deit": "tests/test_recognition.py and tests/test_recogniser.py",
     "reconstructed/": "tests/test_ema.py",
 }
