@@ -26,10 +26,10 @@ SMALL = "--widths [4,8] --batch_size 4 --num_steps 12 --checkpoint_every 4 --log
 def images(tmp_path_factory):
     """A folder of 20 images of 16x16 pixels, each of one colour."""
     folder = tmp_path_factory.mktemp("data") / "images"
-    folder.mkdir()
+    (folder / "all").mkdir(parents=True)
     for i in range(20):
         colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / 20, 0.8, 0.9))
-        Image.new("RGB", (16, 16), colour).save(folder / f"{i:02}.png")
+        Image.new("RGB", (16, 16), colour).save(folder / "all" / f"{i:02}.png")
     return folder
 
 
@@ -48,7 +48,7 @@ def trained(images, tmp_path_factory):
 def test_the_folder_is_a_codec_whose_latents_have_mean_0_and_deviation_1(trained, images):
     codec = VAECodec(3, path=str(trained))
     assert (codec.downsample, codec.channels) == (2, 4)
-    x = torch.stack([from_uint8(np.asarray(Image.open(file))) for file in sorted(images.iterdir())])
+    x = torch.stack([from_uint8(np.asarray(Image.open(file))) for file in sorted(images.rglob("*.png"))])
     mean = codec.moments(x)[:, :4]
     torch.testing.assert_close(mean.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)  # sums of float32
     torch.testing.assert_close(mean.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-4)
@@ -95,7 +95,7 @@ def test_a_second_time_there_is_nothing_to_do_and_other_settings_are_refused(tra
     [
         (["--widths", "[6,8]"], "widths is [6, 8]; choose multiples of 4, e.g. [16,32,32]."),
         (["--widths", "[4,4,4,4,4,4]"], "images of 16x16 cannot be halved 5 times; choose --data.image_size with"),
-        (["--levels", "3"], "levels is not a setting"),
+        (["--levels", "3"], "'levels' is not a setting"),
     ],
 )
 def test_what_does_not_fit_is_a_sentence(images, tmp_path, capsys, more, said):
