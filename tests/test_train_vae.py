@@ -3,6 +3,7 @@
 import colorsys
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +54,17 @@ def test_the_folder_is_a_codec_whose_latents_have_mean_0_and_deviation_1(trained
     torch.testing.assert_close(mean.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)  # sums of float32
     torch.testing.assert_close(mean.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-4)
     assert codec.decode(mean).shape == x.shape
+
+
+def test_the_block_of_the_page_measures_other_images(trained, images, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "vae").symlink_to(trained)
+    (tmp_path / "others").symlink_to(images)
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "autoencoder.md").read_text(), re.DOTALL)
+    exec(block, {})
+    shown = float(re.search(r"hues ([\d.]+) of the circle", capsys.readouterr().out)[1])
+    assert 0 < shown < 0.5
 
 
 def test_what_it_writes_of_the_training(trained):
