@@ -6,6 +6,7 @@
     python reproduce.py fid --estimate --tflops 400 --utilisation 0.4 --price 2     GPU-hours, disk, money
     python reproduce.py fid --data.images ... --fid.reference ... --submit          one SLURM job a row
     python reproduce.py ablation-stages --scale tiny              the same commands in minutes, on packaged digits
+    python reproduce.py study --list                              docs/study.md: is python -m benchmarks.study
 
 Every step is a command that you could have typed. It is printed, and its output goes to a file in the folder of the
 row. What is there is not made again, so the same command goes on where it stopped. A row that fails does not stop the
@@ -156,6 +157,8 @@ class Plan:
 def main(argv: Sequence[str] | None = None) -> None:
     """Do what the command line says."""
     words = list(sys.argv[1:] if argv is None else map(str, argv))
+    if words[:1] == ["study"]:
+        raise SystemExit(subprocess.run([sys.executable, "-m", "benchmarks.study", *words[1:]], cwd=ROOT).returncode)
     args = parse(ReproduceArguments, words, prog="reproduce.py", description=__doc__, first="table")
     rows = chosen_rows(args)
     if args.list:
@@ -171,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_places(rows, args)
         if args.scale == "tiny":  # matrices this small gain nothing from a second thread
             os.environ.setdefault("OMP_NUM_THREADS", "1")
+            rows = [row for row in rows if args.rows or fits(row)]
         if failed := run_rows(rows, args):
             raise SystemExit(f"reproduce.py: not done: {', '.join(failed)}; the same command tries again.")
 
@@ -187,6 +191,16 @@ def chosen_rows(args: ReproduceArguments, *, whole: bool = False) -> list[PaperR
     rows = lookup(tables, args.table, "table") if args.table else {n: r for t in tables.values() for n, r in t.items()}
     names = [lookup(rows, name, "a row").name for name in (not whole and args.rows) or rows]
     return [find_row(name + TINY * (args.scale == "tiny")) for name in names]
+
+
+def fits(row: PaperRow) -> bool:
+    """Say whether the network of a row can be made for its images, as some cannot for tiny ones; if not, print why."""
+    try:
+        network_of(config_of("--config", row.name))
+    except ValueError as error:
+        print(f"{row.name}: left out: {error}", flush=True)
+        return False
+    return True
 
 
 def words_of(row: PaperRow, args: ReproduceArguments) -> list[str]:

@@ -38,8 +38,8 @@ import train_vae
 from benchmarks.comparisons import bootstrap_interval, write_report
 from classify.recogniser import Recogniser
 from demo.__main__ import VAE
-from demo.classifier import accuracy
 from demo.score import nchw
+from fid.training import accuracy
 from vca import create
 from vca_engine.config.cli import report_errors
 from vca_engine.files import hold
