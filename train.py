@@ -30,7 +30,7 @@ from vca_engine.config.reading import FilePath
 from vca_engine.config.schema import Config
 from vca_engine.distributed import same_on_all_processes
 from vca_engine.images.codecs import sample_posterior
-from vca_engine.signals import STOPPED, StopSignal
+from vca_engine.signals import STOPPED, GivenUpError, StopSignal
 from vca_engine.training.dry_run import dry_run
 from vca_engine.training.log import check_tracker
 from vca_engine.training.outputs import Outputs, lock_folder, mend, unfinished
@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with outputs:
         stopped = train(run, outputs, stop)
     if stopped:
-        accelerator.print(f"stopped at step {run.step}, with a checkpoint; run the same command to go on.")
+        what = "with a checkpoint" if run.step else "before anything was to be saved"
+        accelerator.print(f"stopped at step {run.step}, {what}; run the same command to go on.")
         raise SystemExit(STOPPED)
     use = assemble.command_to_use(config.process["name"], run.folder)
     accelerator.print(f"done: {run.step:,} steps. {use}")
@@ -133,7 +134,11 @@ def train(run: Run, outputs: Outputs, stop: StopSignal) -> bool:
     with bar, contextlib.closing(run.batches()) as batches:
         since, steps = time.perf_counter(), 0
         while run.step < cfg.num_steps and not stopped:
-            take_step(run, batches)
+            try:
+                take_step(run, batches, stop)
+            except GivenUpError:
+                stopped = True
+                break
             steps += 1
             bar.update()
             if is_due(run.step, 10):
@@ -161,15 +166,20 @@ def train(run: Run, outputs: Outputs, stop: StopSignal) -> bool:
     return stopped
 
 
-def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+def take_step(run: Run, batches: Iterator[tuple[Tensor, Tensor, Tensor]], stop: StopSignal | None = None) -> None:
     """Take one step of the optimizer, unless the gradient is not finite, and let the averages follow.
 
     Args:
         run: The run.
         batches: Those of the run: images (B, C, H, W) or moments, labels (B,), positions (B,).
+        stop: Signals that may end it; None lets it end by itself.
+
+    Raises:
+        GivenUpError: A signal came before the gradients were complete; nothing of the step was done.
     """
-    for _ in range(run.cfg.accumulate):
-        add_gradients(run, *next(batches))
+    with stop.giving_up() if stop else contextlib.nullcontext():
+        for _ in range(run.cfg.accumulate):
+            add_gradients(run, *next(batches))
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.cfg, run.step)
     norm = clip(run.network.parameters(), run.cfg.max_grad_norm)  # ()

@@ -156,18 +156,20 @@ def test_the_seed_is_that_of_everything(tmp_path):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, capsys, monkeypatch, number):
+def test_a_signal_gives_the_step_up_and_leaves_a_checkpoint(tmp_path, capsys, monkeypatch, number):
+    """In the second half of the fourth step, of which nothing is left."""
     plain, calls = Transport.loss, []
 
     def interrupted(self, model, x, y, **draws):
         calls.append(0)
-        if len(calls) == 3:
+        if len(calls) == 8:
             os.kill(os.getpid(), number)
         return plain(self, model, x, y, **draws)
 
     monkeypatch.setattr(Transport, "loss", interrupted)
-    options = "--train.schedule cosine --train.warmup_steps 2 --train.log_every 2"
+    options = "--train.schedule cosine --train.warmup_steps 2 --train.log_every 2 --train.accumulate 2"
     folder = stopped(tmp_path / "cut", 6, options)
+    assert len(calls) == 8
     assert "stopped at step 3, with a checkpoint; run the same command to go on." in capsys.readouterr().out
     assert checkpoint.read_record(checkpoint.find(folder))["step"] == 3
     assert [line[0] for line in metrics(folder)] == [2]
@@ -175,6 +177,14 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(tmp_path, capsys, monke
     assert_same(tensors(run(folder, 6, options)), tensors(whole))
     assert metrics(folder) == metrics(whole)  # the line of step 4 knows of step 3, which was before the stop
     assert pictures(folder) == pictures(whole)
+
+
+def test_a_signal_in_the_first_step_leaves_nothing_to_go_on_from(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Transport, "loss", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    folder = stopped(tmp_path / "run", 2)
+    assert "stopped at step 0, before anything was to be saved; run the same" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert_same(tensors(run(folder, 2)), tensors(run(tmp_path / "whole", 2)))
 
 
 def test_what_nohup_began_outlives_its_terminal():
@@ -763,7 +773,7 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
             return func(*args, **(kwargs or {}))
 
     steps = []
-    monkeypatch.setattr(train, "take_step", lambda run, batches: (plain(run, batches), steps.append(run.step)))
+    monkeypatch.setattr(train, "take_step", lambda run, *rest: (plain(run, *rest), steps.append(run.step)))
     options = "--train.max_grad_norm 0.5 --train.accumulate 2 --train.log_every 4 --model.class_dropout_prob 0.5"
     with Watch():
         run(tmp_path / "run", 6, options, DIFFUSION)

@@ -20,8 +20,12 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that end a prog
 SAME = 5.0  # seconds within which a second Ctrl-C is the first one, passed on by a launcher
 
 
+class GivenUpError(Exception):
+    """A signal has ended a block that may be given up, see `StopSignal.giving_up`."""
+
+
 class StopSignal:
-    """A stop after the current step, on one of `SIGNALS`, agreed on by all processes.
+    """A stop on one of `SIGNALS`: of one process at once, of several after the current step, agreed on by all.
 
     Before `begin` there is nothing to save, and the program ends at once. Ctrl-C once more, after some seconds, kills.
 
@@ -34,6 +38,7 @@ class StopSignal:
         self.received: float | None = None  # when this process has got a signal
         self.group: Any = None
         self.num_processes = 0
+        self.gives_up = False  # whether a signal ends what runs now
         for number in SIGNALS:
             if not _is_nohup(number):
                 signal.signal(number, self._receive)
@@ -43,6 +48,18 @@ class StopSignal:
         self.num_processes = accelerator.num_processes
         if self.num_processes > 1:  # on the CPU, where asking does not wait for a GPU
             self.group = distributed.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Let a signal end the block at once, by GivenUpError, in a run of one process.
+
+        Python sees a signal between two operations of the network, but not within its backward pass.
+        """
+        self.gives_up = self.num_processes == 1
+        try:
+            yield
+        finally:
+            self.gives_up = False
 
     def share(self) -> bool:
         """Let each process know whether any has got a signal, and return it. All of them call this; it takes time."""
@@ -60,6 +77,8 @@ class StopSignal:
             raise SystemExit(STOPPED)
         if self.received is None:
             self.received, self.requested = now, self.num_processes == 1
+            if self.gives_up:
+                raise GivenUpError
         elif number == signal.SIGINT and now - self.received > SAME:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
