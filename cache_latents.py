@@ -1,10 +1,10 @@
 """Encode every image once, so that training reads latents instead of images.
 
     python cache_latents.py --config configs/sit_b2_vca.yaml --data.images DIR --latents /data/latents
-    torchrun --nproc_per_node 8 cache_latents.py --config ...           the same bytes, by eight processes
-    python cache_latents.py --config ... --check                        read all of it again, and draw check.png
+    torchrun --nproc_per_node 8 cache_latents.py --config ...           write the same bytes with eight processes
+    python cache_latents.py --config ... --check                        read all latents again, and draw check.png
 
-The folder is `latents` of the config; train.py with the same config reads it. Interrupted, the same command goes on.
+`--latents` names the folder; train.py with the same config reads it. After an interruption, the same command goes on.
 """
 
 import sys
@@ -38,8 +38,8 @@ class CacheArguments(Config):
     """Options of the encoding.
 
     Args:
-        check: Verify a finished cache instead: checksums, counts, finite numbers; and draw 16 images
-            beside their latents.
+        check: Do not encode, but check a finished cache: checksums, counts, finite numbers. Also draw 16 images beside
+            their decoded latents.
     """
 
     check: bool = False
@@ -47,7 +47,7 @@ class CacheArguments(Config):
 
 @report_errors("cache_latents.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Encode the images of the command line, or check what is there."""
+    """Encode the images that the command line names, or check a finished cache."""
     texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": assemble.options_help()}
     choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
     args = parse(CacheArguments, argv, **texts, parts=assemble.parts(), choices=choices)
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def settings_of(args: CacheArguments, images: ImageDataset, codec: Any, device: str) -> dict[str, Any]:
-    """Say what the latents are made of, for the manifest."""
+    """List the settings, data and codec that the latents are made with, for the manifest."""
     return {
         **assemble.needed_latents(args, codec),
         "source": args.data.get("images"),
@@ -119,7 +119,7 @@ def settings_of(args: CacheArguments, images: ImageDataset, codec: Any, device: 
 
 
 def check(args: CacheArguments) -> None:
-    """Read a finished cache and say whether it is whole, and draw check.png into it."""
+    """Read a finished cache, print whether it is complete, and draw check.png into it."""
     cache = LatentDataset(args.latents)
     with tqdm(total=len(cache), unit="image", desc="check") as bar:
         for num in cache.verify():
@@ -145,7 +145,7 @@ def check(args: CacheArguments) -> None:
 
 
 def picture(cache: LatentDataset, images: ImageDataset, codec: Any, device: str) -> tuple[Path, float]:
-    """Draw a grid of images, each with its decoded latent at its right; return its file and their mean difference."""
+    """Draw images, each beside its decoded latent; return the file and the mean difference, in grey levels."""
     kept = np.delete(np.arange(len(images)), [skip["index"] for skip in cache.manifest["skipped"]])
     chosen = np.linspace(0, len(cache) - 1, NUM_SHOWN).round().astype(int)
     latents = torch.stack([cache[int(i), False][0][: codec.channels].float() for i in chosen]).to(device)
