@@ -47,7 +47,7 @@ Crop = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments(WeightsOptions):
-    """A recogniser, and images whose classes are known.
+    """Evaluate a recogniser on images whose classes are known.
 
     Args:
         data: Images to evaluate on; give only the options that differ from training: --data.images DIR, --data.split
@@ -70,10 +70,10 @@ class EvalArguments(WeightsOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictArguments(WeightsOptions):
-    """A recogniser, and images.
+    """Print the most probable classes of images.
 
     Args:
-        images: Image files, and folders or .zip files of images; the words after the checkpoint.
+        images: Image files, and folders or .zip files of images, which may stand without --images.
         crop: Share of the shorter side of an image that the network sees; by default that of training.
         top: Number of most probable classes to print.
         batch_size: Images that go through the network together.
@@ -89,7 +89,7 @@ class PredictArguments(WeightsOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(CheckpointOptions):
-    """A recogniser to write as an ONNX file.
+    """Write a recogniser as an ONNX file.
 
     Args:
         crop: Share of the shorter side of an image that the network sees, for the metadata; by default that of
@@ -103,10 +103,10 @@ class ExportArguments(CheckpointOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments(Strict):
-    """Runs to compare.
+    """Compare the accuracies of runs over seeds: a table and a picture.
 
     Args:
-        runs: Folders of runs; the words of the command line. Runs that differ only in the seed are a group.
+        runs: Folders of the runs, which may stand without --runs. Runs that differ only in the seed are a group.
         out: Picture to write, .png, .pdf or .svg; a .json file beside it gets all numbers.
     """
 
