@@ -97,7 +97,8 @@ class Fields(NamedTuple):
 @report_errors("app.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and open the page."""
-    args = parse(AppArguments, argv, prog="app.py", description=__doc__, first="checkpoint", parts=assemble.parts())
+    texts = {"prog": "app.py", "description": __doc__}
+    args = parse(AppArguments, argv, **texts, first="checkpoint", parts=assemble.parts(drawing=True))
     pipe = Pipeline.from_pretrained(args.checkpoint, **args.loading(), device=chosen_device(args.device))
     defaults = {f.name: f.default for f in dataclasses.fields(AppArguments)}
     loading = {**args.loading(), "device": args.device}

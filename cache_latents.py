@@ -31,6 +31,11 @@ from vca_engine.images.latents import DamagedError, LatentDataset
 from vca_engine.images.pictures import grid, save_picture
 
 NUM_SHOWN = 16
+USUAL = {  # of a config; --help lists nothing else
+    "encoding": ("latents", "check", "seed", "train.num_workers"),
+    "images": ("data", "data.images", "data.image_size", "data.flip", "codec", "codec.path"),
+    "cache": ("cache.moments", "cache.precision", "cache.batch_size", "cache.shard_size", "cache.on_error"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class CacheArguments(Config):
 @report_errors("cache_latents.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Encode the images that the command line names, or check a finished cache."""
-    texts = {"prog": "cache_latents.py", "description": __doc__, "epilog": assemble.options_help()}
+    texts = {"prog": "cache_latents.py", "description": __doc__, "usual": USUAL}
     choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
     args = parse(CacheArguments, argv, **texts, parts=assemble.parts(), choices=choices)
     if args.latents is None:

@@ -54,7 +54,9 @@ UNGUIDED = (
 )
 
 
-def export(run: Path, out: Path, weights: str = "ema", vae: str | None = None) -> list[str]:
+def export(
+    run: Path, out: Path, weights: str = "ema", vae: str | None = None, *, license: str | None = None
+) -> list[str]:
     """Write a folder for `DiTPipeline.from_pretrained`: transformer, vae, scheduler, model_index.json, README.md.
 
     Args:
@@ -63,6 +65,7 @@ def export(run: Path, out: Path, weights: str = "ema", vae: str | None = None) -
         out: Folder to write; it must be empty or not exist.
         weights: The weights to take: ema, ema-0.05 and the like, or model.
         vae: The autoencoder, if it is no longer where it was in training.
+        license: Licence that you give the weights, as the hub calls it; by default the model card names none.
 
     Returns:
         Notes for the user, which the model card has, too.
@@ -85,7 +88,8 @@ def export(run: Path, out: Path, weights: str = "ema", vae: str | None = None) -
         notes.append(FILLED.format(num=model.num_classes, row=NULL_ROW))
     usage = USAGE.format(folder=out.name, scale=4.0 if guided else 1.0)
     facts = {**facts_of(checkpoint.read_record(folder), weights), "written by": f"diffusers {diffusers.__version__}"}
-    card = model_card(out.absolute().name, usage, facts, notes=notes, library="diffusers", tags=[*GENERATOR, "dit"])
+    options = {"notes": notes, "library": "diffusers", "license": license, "tags": [*GENERATOR, "dit"]}
+    card = model_card(out.absolute().name, usage, facts, **options)
     with folder_written_aside(out) as temporary:
         theirs.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -144,8 +148,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=typed_path, help="folder to write")
     parser.add_argument("--weights", default="ema", help="ema (the default), ema-0.05 and the like, or model")
     parser.add_argument("--vae", type=expanded, help="the autoencoder, if it is no longer where it was in training")
+    parser.add_argument("--license", help="licence of the weights, e.g. mit; by default the model card names none")
     args = parser.parse_args(argv)
-    for note in export(args.run, args.out, args.weights, args.vae):
+    for note in export(args.run, args.out, args.weights, args.vae, license=args.license):
         print(f"note: {note}")
     print(f"wrote {args.out}: draw with DiTPipeline.from_pretrained({str(args.out)!r}), as its README.md shows")
 

@@ -81,7 +81,8 @@ class SampleArguments(SampleOptions, ModelOptions):
         columns: Columns of these two, 10 by default.
         sweep: A grid over a setting, a row each value, e.g. cfg=1,1.5,4, steps=10,50,250, seed=0,1,
             sampler.method=euler,heun.
-        likelihood: Of real images under a flow, in bits per dimension, of as many as num says, else of 1000.
+        likelihood: Measure the likelihood of real images under a flow, in bits per dimension, of as many as num says,
+            else of 1000.
         data: Those images, if not the ones of training, e.g. --data.images DIR, --data.split test.
         fid: With num, measure the images against this reference: a file of statistics, or images.
         fid_extractor: Network of the features. Not given means as in the run's config, here and in what follows.
@@ -157,9 +158,9 @@ class SampleArguments(SampleOptions, ModelOptions):
 @report_errors("sample.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw what the command line asks for."""
-    texts = {"prog": "sample.py", "description": __doc__, "epilog": assemble.sampler_help()}
+    texts = {"prog": "sample.py", "description": __doc__, "first": "checkpoint"}
     choices = {f"fid_{name}": names for name, names in fid.CHOICES.items()}
-    args = parse(SampleArguments, argv, **texts, first="checkpoint", parts=assemble.parts(), choices=choices)
+    args = parse(SampleArguments, argv, **texts, parts=assemble.parts(drawing=True), choices=choices)
     on_cpu = chosen_device(args.device) == "cpu"
     state = join_processes(on_cpu)  # while one process writes, the others wait
     drawing = make_drawing(args, state)

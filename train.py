@@ -1,9 +1,8 @@
 """Train a DiT, a SiT or a recogniser. Run the same command again to go on where it stopped.
 
     python train.py --config configs/digits_sit.yaml --train.lr 2e-3 --run_dir runs/mine
-    python train.py --config configs/sit_b2_vca.yaml --data.images DIR --dry-run   what it takes, and whether it works
-    accelerate launch train.py --config configs/sit_b2_vca.yaml --data.images DIR              (all GPUs)
-    torchrun --nproc_per_node 8 train.py --config configs/sit_b2_vca.yaml --data.images DIR    (the same)
+    python train.py --config sit_b2_vca --data.images DIR --dry-run      what it takes; a trial
+    accelerate launch train.py --config sit_b2_vca --data.images DIR     on all GPUs
 
 Order of the data, times, noise, dropped labels, and the views and mixtures of images that a recogniser learns from are
 functions of the seed and of the image's position in the run. So a run that was stopped and resumed is the run that was
@@ -41,15 +40,29 @@ from vca_engine.training.step import clip, draws, learning_rate, nan_if_not_fini
 from vca_engine.weights import checkpoint
 from vca_engine.weights.files import attention_of
 
+USUAL = {  # what the first screen of --help lists
+    "run": ("run_dir", "resume", "dry_run", "seed"),
+    "images": ("data", "data.images", "data.image_size", "codec", "codec.path", "latents"),
+    "network": ("process", "model.size", "model.name", "model.attention", "init"),
+    "training": (
+        *("train.num_steps", "train.batch_size", "train.lr", "train.precision"),
+        "train.checkpoint_every",
+    ),
+    "pictures and numbers": (
+        *("train.sample_every", "sample.sampler", "sample.cfg_scale"),
+        *("fid.reference", "fid.every", "eval.data"),
+    ),
+}
+
 
 @dataclass(frozen=True)
 class TrainArguments(Config):
     """Options of a training.
 
     Args:
-        resume: auto goes on from the newest checkpoint in run_dir, if there is one; none wants none to be there; a run
-            or checkpoint is what a new run_dir goes on from.
-        dry_run: Say what the run takes, try two steps of everything in a temporary folder, and keep nothing.
+        resume: What to go on from; auto is the newest checkpoint in run_dir, if there is one; none wants none to be
+            there; a run or checkpoint is what a new run_dir goes on from.
+        dry_run: Say what the run takes, and try two steps of all of it; in a temporary folder, so that nothing is kept.
     """
 
     resume: FilePath = "auto"
@@ -59,7 +72,7 @@ class TrainArguments(Config):
 @report_errors("train.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, as the command line says."""
-    texts = {"prog": "train.py", "description": __doc__, "epilog": assemble.options_help()}
+    texts = {"prog": "train.py", "description": __doc__, "usual": USUAL}
     choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
     args = parse(TrainArguments, argv, **texts, parts=assemble.parts(), choices=choices)
     config = Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Config)})

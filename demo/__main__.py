@@ -30,6 +30,10 @@ ORIGIN = {
     "digits": "1,797 handwritten digits (Alpaydin & Kaynak 1998), as the package scikit-learn ships them",
 }
 
+USUAL = {  # what the first screen of --help lists; the rest are those of train.py
+    "demo": ("run_dir", "seed", "train.num_steps", "train.batch_size", "train.lr", "sample.cfg_scale", "sample.sampler")
+}
+
 
 @dataclass(frozen=True)
 class Step:
@@ -53,7 +57,7 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run every step of the demo that is not done yet."""
     settings = list(sys.argv[1:] if argv is None else argv)
-    texts = {"prog": "python -m demo", "description": __doc__}
+    texts = {"prog": "python -m demo", "description": __doc__, "usual": USUAL}
     choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
     config = parse(Config, settings, **texts, parts=assemble.parts(), choices=choices)
     name = config.data["name"]

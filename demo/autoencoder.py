@@ -22,11 +22,16 @@ from vca_engine.images.order import EndlessBatches
 
 VAE_STEPS, VAE_BATCH_SIZE, VAE_LEARNING_RATE, KL_WEIGHT = 400, 32, 5e-3, 1e-3
 
+USUAL = {
+    "autoencoder": ("data", "data.images", "data.image_size", "codec.path", "seed")
+}  # all that it uses of a config
+
 
 @report_errors("demo.autoencoder")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default that of the process."""
-    config = parse(Config, argv, prog="python -m demo.autoencoder", description=__doc__, parts=assemble.parts())
+    texts = {"prog": "python -m demo.autoencoder", "description": __doc__, "usual": USUAL}
+    config = parse(Config, argv, **texts, parts=assemble.parts())
     folder = Path(config.codec.get("path", ""))
     if config.codec["name"] != "vae" or folder.exists():
         raise ValueError(f"codec is {config.codec}; give the vae codec a path that does not exist yet.")

@@ -12,7 +12,6 @@ class DiT(
     Transformer,
     PyTorchModelHubMixin,
     library_name="vca-diffusion",
-    license="apache-2.0",
     coders={Mapping: (dict, dict)},  # of any mapping, a dict goes into config.json
     paper_url="https://arxiv.org/abs/2212.09748",
     tags=["class-conditional", "image-generation", "diffusion", "dit", "visual-contrast-attention"],

@@ -13,7 +13,6 @@ class SiT(
     Transformer,
     PyTorchModelHubMixin,
     library_name="vca-diffusion",
-    license="apache-2.0",
     coders={Mapping: (dict, dict)},  # of any mapping, a dict goes into config.json
     paper_url="https://arxiv.org/abs/2401.08740",
     tags=["class-conditional", "image-generation", "flow-matching", "sit", "visual-contrast-attention"],

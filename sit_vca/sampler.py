@@ -261,7 +261,8 @@ class SDE:
         method: `euler` (Euler-Maruyama) or `heun`.
         num_steps: Points of time; num_steps - 1 steps, and the last one.
         time_shift: Above 1, more of the points lie near noise.
-        diffusion: Form of w(t), a name in `DIFFUSION_FORMS`.
+        diffusion: Form of w(t), name in `DIFFUSION_FORMS`: constant, sbdm, sigma, linear, decreasing or
+            increasing-decreasing.
         diffusion_norm: Its factor c.
         last_step: `none`; `mean`, x + drift h; `tweedie`, x / alpha + sigma^2 / alpha score; `euler`, x + velocity h.
         last_step_size: Its length h; the SDE stops at 1 - h.

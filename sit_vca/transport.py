@@ -51,7 +51,7 @@ class Transport:
     """A path, what the network predicts on it, and how the loss is weighted.
 
     Args:
-        path: Name in `PATHS`, `{"name": ..., option: value}`, or a `Path`.
+        path: Name in `PATHS`, linear, gvp or vp, or `{"name": ..., option: value}`, or a `Path`.
         prediction: Name in `PREDICTIONS`: velocity, noise or score.
         weight: Name in `WEIGHTS`: none, velocity or likelihood. Not used where the prediction is the velocity.
         time: Distribution of t in training, scaled to the interval: name in `TIMES`, `uniform` or `lognormal`, or

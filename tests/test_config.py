@@ -18,10 +18,10 @@ import cache_latents
 import dit_vca
 import sample
 import train
-from demo import classifier, score
+from demo import autoencoder, classifier, score
 from dit_vca import Diffusion
 from sit_vca import Transport
-from vca import annotations_of, create
+from vca import annotations_of, create, defaults_of
 from vca import members_of as members
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
@@ -39,6 +39,7 @@ from vca_engine.config.schema import (
     to_dict,
 )
 from vca_engine.config.yamlfile import Plain, parse_yaml, write_yaml
+from vca_engine.images import datasets
 from vca_engine.records import differences
 
 REQUIRED = {
@@ -121,14 +122,81 @@ def test_configs_cannot_be_changed(file):
 def test_help_describes_every_setting(main, cls, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main(["--help", "all"])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.replace("`", "").split())
     for key, description in leaves(cls):
         assert f"--{key} " in text, f"{key} is missing"
         assert len(description) > 10, f"{key} is not described"
         # the type and the default come after the description
-        assert " ".join(description.rstrip(".").split()) in text, f"{key} is not described by {description!r}"
+        assert " ".join(description.rstrip(".").replace("`", "").split()) in text, (
+            f"{key} is not described by {description!r}"
+        )
+
+
+def test_the_first_screen_of_train_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 50
+    assert max(map(len, text.splitlines())) <= 100
+    assert "--help [all]" in text
+    assert "python train.py --config" in text  # an example
+    assert re.search(r"--train.lr X +Learning rate of AdamW \(0.0001\)\n", text)
+    assert re.search(r"--data.images PATH +The folder", text)
+
+
+@pytest.mark.parametrize(
+    "program, used, not_used",
+    [(cache_latents, ["data.flip", "codec.path", "cache.shard_size"], ["train.lr", "model.size", "sample.seed"])]
+    + [(autoencoder, ["data.images", "codec.path", "seed"], ["train.lr", "model.size", "latents"])],
+    ids=["cache_latents", "autoencoder"],
+)
+def test_help_lists_what_a_program_uses_of_a_config_and_all_of_it_where_asked(program, used, not_used, capsys):
+    for words in ["--help"], ["--help", "all"]:
+        with pytest.raises(SystemExit):
+            program.main(words)
+        text = capsys.readouterr().out
+        assert [name for name in used if f"\n  --{name}" not in text] == []
+        assert [name for name in not_used if f"\n  --{name}" in text] == (not_used if "all" in words else [])
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_help_says_what_each_option_of_each_part_means(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        {"train": train, "sample": sample}[program].main(["--help", "all"])
+    text = capsys.readouterr().out
+    for part, key in {"data": "data", "sampler": "sample.sampler" if program == "train" else "sampler"}.items():
+        for name, entry in assemble.parts()[part].items():
+            section = re.split(r"\n+\w", text.partition(f"\n{key}.name {name}:\n")[2])[0]
+            section = f"{section.rstrip()}\n  --end"
+            for option, default in defaults_of(entry).items():
+                known = "not given" if default is None else str(default).lower()
+                line = re.search(rf"\n  --{key}\.{option} [^ ]+\s+(\w.+?)\n  --", section, re.DOTALL)
+                assert line, f"{key}.name {name}: {option}"
+                assert line[1].endswith(f"default {known})")
+    assert ("\nprocess.name classify:\n" in text) == (program == "train")  # sample.py draws
+    assert "\ndata.name digits:\n  scikit-learn's 1,797 handwritten digits of 8x8 pixels" in text
+
+
+def test_an_option_that_somebody_enters_is_in_the_help(capsys, monkeypatch):
+    class Mine(datasets.Digits):
+        """My own digits.
+
+        Args:
+            tilt: Degrees that they are turned by.
+        """
+
+        def __init__(self, *, tilt: float = 5.0) -> None:
+            super().__init__()
+
+    monkeypatch.setitem(datasets.DATASETS, "mine", Mine)
+    with pytest.raises(SystemExit):
+        train.main(["--help", "all"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "data.name mine: My own digits. --data.tilt TILT Degrees that they are turned by." in text
 
 
 def leaves(cls, prefix=""):
@@ -248,7 +316,7 @@ def test_a_word_that_people_type_is_answered_with_the_setting(file, capsys, word
     ):
         if meant:
             text = sentence(capsys, *needed, f"--{word}", "3", cls=cls)
-            assert f" is not a setting; did you mean {meant}? see --help for all." in text
+            assert f" is not a setting; did you mean {meant}? see --help all." in text
 
 
 def test_epochs_are_answered_with_the_number_of_steps_that_they_are(file, capsys):

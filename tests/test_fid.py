@@ -1032,7 +1032,7 @@ def test_help_lists_networks_protocols_and_metrics(program, monkeypatch, capsys)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setitem(fid.METRICS, "mine", None)
     with pytest.raises(SystemExit):
-        importlib.import_module(program).main(["--help"])
+        importlib.import_module(program).main(["--help", "all"])
     printed = capsys.readouterr().out
     for name, form in {"extractor": "{%s}", "preset": "{%s}", "metrics": "[{%s},...]"}.items():
         assert f"--{PREFIXES[program]}{name} {form % ','.join(fid.CHOICES[name])}" in printed

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard
 from PIL import Image
 
 import sample
@@ -145,6 +146,8 @@ def test_a_call_gives_pictures_and_takes_names(published, vae):
         pipe([])
     with pytest.raises(ValueError, match="class True is neither a number nor a name"):
         pipe([True])
+    with pytest.raises(ValueError, match="num_images_per_class is 0; choose at least 1"):
+        pipe([1], num_images_per_class=0)
     heun = {"name": "ode", "method": "heun"}
     pipe.config = dataclasses.replace(pipe.config, sample=SampleConfig(sampler=heun))
     tensor = pipe(torch.tensor([1, 1]), sampler={"num_steps": 3}, seed=2, output_type="np")
@@ -301,6 +304,29 @@ def small(tmp_path, kind="flow", num_classes=3, **sampling):
     network = perturbed(assemble.network(config, shape, codec))
     origin = {"path": "here", "kind": "checkpoint", "part": "ema", "step": 7, "id": "x", "size": "", "attention": ""}
     return Pipeline(config, shape, network, assemble.process(config), codec, origin, Path(tmp_path))
+
+
+def test_several_images_of_each_class_are_those_of_a_list_with_each_class_so_often(tmp_path):
+    pipe = small(tmp_path, sampler=EULER)
+    output = pipe([1, "class 2"], num_images_per_class=3, **FEW)
+    assert output.record["labels"] == [1, 1, 1, 2, 2, 2]
+    assert (output.images == pipe([1, 1, 1, 2, 2, 2], **FEW).images).all()
+    assert len({image.tobytes() for image in output.images}) == 6
+
+
+def test_a_pipeline_goes_to_a_device_as_a_whole_and_is_given_back(vae, published):
+    pipe = Pipeline.from_pretrained(published[0] / "SiT.pt", vae=vae)
+    assert pipe.to("meta") is pipe
+    assert pipe.device.type == "meta"
+    tensors = [*pipe.network.state_dict().values(), *pipe.codec.state_dict().values(), pipe.codec.scale]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("license", [None, "cc-by-nc-4.0"])
+def test_a_model_card_names_the_licence_that_was_given(license, tmp_path):
+    given = {} if license is None else {"license": license}
+    small(tmp_path / "run").save_pretrained(tmp_path / "model", **given)
+    assert ModelCard.load(tmp_path / "model" / "README.md").data.license == license
 
 
 def test_mistakes_with_weights_are_sentences(published, vae, tmp_path):

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -148,7 +151,31 @@ def test_every_file_is_looked_at():
 def test_the_wheel_holds_every_package_but_the_demo_and_the_benchmarks():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     folders = {f.parent for f in FILES if f.name == "__init__.py"}
-    assert {*listed} == {".".join(f.relative_to(ROOT).parts) for f in folders} - {"demo", "benchmarks"}
+    found = {".".join(f.relative_to(ROOT).parts) for f in folders} - {"demo", "benchmarks"}
+    assert {*listed} == found | {"vca_engine.configs"}  # which is the folder configs, with no module in it
+
+
+def test_container_and_workflow_call_targets_that_the_makefile_has():
+    """Neither can be run here: a container needs a daemon, and the workflow GitHub."""
+    targets = {*re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)}
+    container = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    built, started = re.findall(r"^RUN make (\w+)$|^CMD \[\"make\", \"(\w+)\"\]$", container, re.MULTILINE)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    commands = [step["run"].split() for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    assert {words[0] for words in commands} == {"make"}
+    assert {words[1] for words in commands} == {"lint", "docs", "test"}
+    assert {"lint", "docs", "test", built[0], started[1]} <= targets
+
+
+@pytest.mark.parametrize("uv", ["", "/bin/uv"])
+def test_make_installs_by_uv_where_it_is_there(uv, tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    command = ["make", "--dry-run", "install", f"UV={uv}", f"VENV={tmp_path}", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    by_uv = f"/bin/uv pip install --python {tmp_path}/bin/python --editable '.[dev]'"
+    by_pip = f"{tmp_path}/bin/python -m pip install --progress-bar on --editable '.[dev]'"
+    assert (by_uv in done.stdout, by_pip in done.stdout) == (bool(uv), not uv)
 
 
 WALKS = (

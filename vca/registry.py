@@ -128,7 +128,9 @@ def _describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {list(items)}"
     if origin is tuple:
-        return f"{len(items)} values, written so: {'[2,3]' if (int,) in map(members_of, items) else '[0.1,0.9]'}"
+        words = ",".join(get_args(item)[0] for item in items if get_origin(item) is Literal)
+        numbers = "2,3" if (int,) in map(members_of, items) else "0.1,0.9"
+        return f"{len(items)} values, written so: [{words or numbers}]"
     if origin in (list, Sequence):
         return f"a list of {LISTS.get(members_of(items[0])[0], 'values')}, written so: [3,7]"
     return "a name with options" if origin in (dict, Mapping) else TYPES.get(kind, "")

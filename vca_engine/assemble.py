@@ -106,10 +106,14 @@ PROCESSES = {
 }
 
 
-def parts() -> dict[str, Mapping[str, Any]]:
-    """Gather what is a name with options in a config: its registry, with what was entered until now."""
+def parts(*, drawing: bool = False) -> dict[str, Mapping[str, Any]]:
+    """Gather what is a name with options in a config: its registry, with what was entered until now.
+
+    Args:
+        drawing: Leave out the processes that make no images.
+    """
     return {
-        "process": {name: kind.process for name, kind in PROCESSES.items()},
+        "process": {name: kind.process for name, kind in PROCESSES.items() if kind.samplers or not drawing},
         "path": PATHS,
         "time": TIMES,
         "data": DATASETS,
@@ -353,36 +357,3 @@ def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> C
         return config
     taken = {option: value for option, value in known.items() if option in options or not options}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, attention={**taken, **spec}))
-
-
-def sampler_help() -> str:
-    """List the samplers and their options, for the --help of sample.py."""
-    return _table(
-        "samplers and their options, e.g. --sampler.num_steps 50, --sampler.name sde --sampler.last_step tweedie:",
-        {f"of a {name}": kind.samplers for name, kind in PROCESSES.items() if kind.samplers},
-    )
-
-
-def options_help() -> str:
-    """List the parts of a model that are chosen by name, with their options, for --help."""
-    registries = {
-        "process": parts()["process"],
-        "process.path (flow)": PATHS,
-        "process.time (flow)": TIMES,
-        "data": DATASETS,
-        "codec": CODECS,
-        "model.attention": ATTENTIONS,
-        **{f"sample.sampler ({name})": kind.samplers for name, kind in PROCESSES.items() if kind.samplers},
-    }
-    example = "names and their options, e.g. --process.name flow --process.path vp, --sample.sampler.num_steps 50:"
-    return _table(example, registries)
-
-
-def _table(title: str, parts: dict[str, dict[str, Any]]) -> str:
-    """Write a line for each entry of each registry, with its keyword-only arguments."""
-    lines = [title]
-    for part, registry in parts.items():
-        for i, (name, entry) in enumerate(registry.items()):
-            options = ", ".join(o for o in options_of(entry) if o not in ("layer_index", "num_prefix_tokens"))
-            lines.append(f"  {part if i == 0 else '':<27} {name:<13} {options}".rstrip())
-    return "\n".join(lines)

@@ -1,6 +1,5 @@
 """The command line of a program: YAML files and options -> a dataclass, or one sentence and exit code 2."""
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -11,18 +10,16 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_origin
 
-from docstring_parser import parse_from_object
-
-from vca import describe_type, lookup, members_of
+from vca import lookup, members_of
+from vca_engine.config.help import Usual, default_of, write_help
 from vca_engine.config.paper import read_config
 from vca_engine.config.reading import (
     MissingSettingError,
     Registries,
     Settings,
     Word,
-    bounds_of,
     is_spec,
     leaves,
     refused,
@@ -35,8 +32,8 @@ from vca_engine.files import expanded
 from vca_engine.terminal import steady_output
 
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # the second are bytes that are not UTF-8, as Python hands them over
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG_HELP = "YAML file of settings, or a row of configs/paper.yaml, e.g. sit_b2_vca; what comes later overrides it."
+ROOT = Path(__file__).resolve().parents[2]  # of a clone, or where packages are installed
+PACKAGES = {"classify", "dit_vca", "fid", "sit_vca", "vca", "vca_engine"}  # that are installed
 
 
 def parse(
@@ -45,11 +42,11 @@ def parse(
     *,
     prog: str,
     description: str,
-    epilog: str = "",
     first: str | None = None,
     others: str | None = None,
     parts: Registries | None = None,
     choices: Registries | None = None,
+    usual: Usual | None = None,
 ) -> Settings:
     """Make an instance of a dataclass from the command line, which may name YAML files; what is later overrides.
 
@@ -58,18 +55,22 @@ def parse(
         argv: The words; not given means those of this process.
         prog: Name of the program.
         description: What stands above the options in --help.
-        epilog: What stands below them.
         first: The field that a word without an option is the value of.
         others: The list that all further such words are the items of.
         parts: Registries whose entries say of what type the options of specs are.
         choices: Setting, such as fid.metrics -> registry in which its word, or each of its words, is a name.
+        usual: What --help lists, in groups: title -> settings; --help all lists all, as --help does if this is not
+            given.
 
     Raises:
         SystemExit: After --help or --print_config; with code 2 after a user's mistake, which one sentence names.
     """
     words = list(sys.argv[1:] if argv is None else map(str, argv))
-    if {"-h", "--help"} & {*words}:
-        print(_help(cls, prog, description, epilog, choices or {}))
+    asked = next((place for place, word in enumerate(words) if word in ("-h", "--help")), None)
+    if asked is not None:
+        usage = f"{prog} {f'{first.upper()} ' if first else ''}[--config FILE ...] [--SETTING VALUE ...]"
+        usual = None if words[asked + 1 : asked + 2] == ["all"] else usual
+        print(write_help(cls, usage, description, choices=choices or {}, parts=parts or {}, usual=usual))
         raise SystemExit(0)
     try:
         values, printed, comments = _values(cls, words, first, others)
@@ -224,7 +225,7 @@ def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:
         cls = next(f.type for f in dataclasses.fields(cls) if f.name == group)
     field, options = next(f for f in dataclasses.fields(cls) if f.name == last), key.removeprefix(owner).split(".")[1:]
     if is_spec(field.type) and (options or (isinstance(value, str) and value not in NULLS)):
-        found[last] = found = _as_dict(found.get(last, _default_of(field)))
+        found[last] = found = _as_dict(found.get(last, default_of(field)))
         *inner, last = options or ["name"]
         for option in inner:
             found[option] = found = _as_dict(found.get(option))
@@ -263,68 +264,9 @@ def _with_defaults(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         if dataclasses.is_dataclass(f.type):
             found[f.name] = _with_defaults(f.type, values.get(f.name, {}))
         else:
-            default = _default_of(f)
+            default = default_of(f)
             found[f.name] = values.get(f.name, None if default is dataclasses.MISSING else default)
     return found
-
-
-def _default_of(field: dataclasses.Field) -> Any:
-    """Give the default of a field; dataclasses.MISSING if it has to be given."""
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def _help(cls: type, prog: str, description: str, epilog: str, choices: Registries) -> str:
-    """List every setting with its description, type and default, in the groups of the dataclass."""
-    usage = f"{prog} [--config FILE ...] [--SETTING VALUE ...]"
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage=usage,
-        description=description.replace("%", "%%"),
-        epilog=epilog,
-        add_help=False,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    general = parser.add_argument_group("options")
-    general.add_argument("-h", "--help", action="store_true", help="Show this message and exit.")
-    general.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
-    general.add_argument("--print_config", action="store_true", help="Print the resulting settings as YAML and exit.")
-
-    def add(cls: type, prefix: str, title: str, text: str | None = None) -> None:
-        group, texts = parser.add_argument_group(title, text), _descriptions(cls)
-        for f in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(f.type):
-                add(f.type, f"{prefix}{f.name}.", f"{prefix}{f.name}", texts[f.name])
-                continue
-            default = _default_of(f)
-            words = [word for k in members_of(f.type) if get_origin(k) is Literal for word in get_args(k)]
-            words = words or [*choices.get(f"{prefix}{f.name}", ())]
-            metavar = "{" + ",".join(words) + "}" if words else "[{true,false}]" if f.type is bool else f.name.upper()
-            if words and any(get_origin(k) is list for k in members_of(f.type)):
-                metavar = f"[{metavar},...]"
-            kind = "" if words or f.type is bool else f"{describe_type(f.type).removesuffix(' or null')}; "
-            kind += f"{bounds}; " if (bounds := bounds_of(f.type)) else ""
-            known = "required" if default is dataclasses.MISSING else f"default {_shown(default)}"
-            text = f"{texts[f.name]} ({kind}{known})".replace("%", "%%")
-            group.add_argument(f"--{prefix}{f.name}", metavar=metavar, help=text)
-
-    add(cls, "", "settings")
-    return parser.format_help()
-
-
-def _shown(value: Any) -> str:
-    """Write a default as one would type it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_shown(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_shown, value)) + "]"
-    return "not given" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _descriptions(cls: type) -> dict[str, str]:
-    """Find the text of each field in the docstring of the class, or of the one that it extends."""
-    texts = [parse_from_object(c).params for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
-    return {p.arg_name: " ".join(p.description.split()) for params in texts for p in params if p.description}
 
 
 def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -342,8 +284,7 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
                     main(argv)
                 except (ValueError, OSError) as error:
                     raised_in, sentence = _origin(error)
-                    ours = ROOT in raised_in.parents and "site-packages" not in raised_in.parts
-                    if not (ours or isinstance(error, OSError)):
+                    if not (isinstance(error, OSError) or _is_ours(raised_in)):
                         raise
                     print(f"{prog}: {sentence}", file=sys.stderr)
                     raise SystemExit(2) from None
@@ -354,6 +295,14 @@ def report_errors(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
         return wrapped
 
     return decorate
+
+
+def _is_ours(file: Path) -> bool:
+    """Say whether a file is of this project: of one of its packages, or else in the clone."""
+    if ROOT not in file.parents:
+        return False
+    parts = file.relative_to(ROOT).parts
+    return parts[0] in PACKAGES or ((ROOT / "pyproject.toml").is_file() and "site-packages" not in parts)
 
 
 def _origin(error: Exception) -> tuple[Path, str]:

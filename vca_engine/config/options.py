@@ -43,7 +43,7 @@ class CheckpointOptions(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsOptions(CheckpointOptions):
-    """Trained weights, and the arithmetic that they are used with.
+    """The arithmetic that trained weights are used with.
 
     Args:
         precision: no, the weights' float32, or bf16.
@@ -64,7 +64,7 @@ class WeightsOptions(CheckpointOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(WeightsOptions):
-    """A trained model that makes images, and the arithmetic that it is used with.
+    """Trained weights that make images, with what published ones do not say.
 
     Args:
         checkpoint: A run's folder, for its newest checkpoint, or one of its checkpoints/step-* folders; a published

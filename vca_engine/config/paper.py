@@ -11,7 +11,8 @@ from vca import nearest
 from vca_engine.config.yamlfile import read_yaml
 from vca_engine.files import expanded
 
-TABLES = Path(__file__).resolve().parents[2] / "configs" / "paper.yaml"  # of a clone; an installed package has none
+INSTALLED, CLONE = (Path(__file__).resolve().parents[k] / "configs" / "paper.yaml" for k in (1, 2))
+TABLES = INSTALLED if INSTALLED.is_file() else CLONE
 TINY = "-tiny"
 ABOUT = ("title", "measure", "about", "like", "tiny")  # keys of a part that are no settings
 
@@ -113,7 +114,7 @@ def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
     place = Path(expanded(path))
     name = place.name.removesuffix(".yaml") if place.parent.name == "configs" else path
     is_free = os.path.isdir(place) or not os.path.lexists(place)
-    may_be_row = is_free and TABLES.is_file() and not (name == path and place.suffix)
+    may_be_row = is_free and not (name == path and place.suffix)
     if may_be_row and name in _all_rows():
         row = _all_rows()[name]
         return list(row.settings), row.comments()

@@ -227,7 +227,7 @@ def unknown(key: str, known: Sequence[str], typed: bool = False) -> str:
         found = [name for name in known if last[name] in close]
     found.sort(key=lambda name: not name.startswith("train."))  # else in the order of --help
     hint = " or ".join(f"--{name}" if typed else repr(name) for name in found[:3])
-    return f"{key!r} is not a setting;{f' did you mean {hint}?' if hint else ''} see --help for all."
+    return f"{key!r} is not a setting;{f' did you mean {hint}?' if hint else ''} see --help all."
 
 
 @functools.cache

@@ -19,7 +19,7 @@ def model_card(
     *,
     notes: Sequence[str] = (),
     library: str = "vca-diffusion",
-    license: str = "apache-2.0",
+    license: str | None = None,
     tags: Sequence[str] = GENERATOR,
 ) -> str:
     """Write a model card in Markdown.
@@ -31,7 +31,8 @@ def model_card(
             None is left out.
         notes: What a user has to know, a sentence or two each.
         library: Name of the package that loads it.
-        license: Of the weights, as the hub calls it; `other` where it is not known.
+        license: Of the weights, as the hub calls it, e.g. mit. Not given means that the card names none: that of this
+            code is not one of the weights.
         tags: What it is, to be found by: `GENERATOR` or `RECOGNISER`, and more.
     """
     data = ModelCardData(license=license, library_name=library, tags=[*tags])

@@ -159,6 +159,7 @@ class Pipeline(TrainedModel):
         self,
         class_labels: int | str | Sequence[int | str],
         *,
+        num_images_per_class: int = 1,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
         seed: int | None = None,
@@ -166,12 +167,13 @@ class Pipeline(TrainedModel):
         output_type: Literal["pil", "np"] = "pil",
         **options: Any,
     ) -> Output:
-        """Draw an image of each class. Up to rounding, image i is a function of the seed, i and its class.
+        """Draw images of each class. Up to rounding, image i is a function of the seed, i and its class.
 
         An argument that is None has the value of the model's config.
 
         Args:
             class_labels: Numbers or names of classes.
+            num_images_per_class: Images of each class, one after the other: with 3, [1, 2] are 1, 1, 1, 2, 2, 2.
             guidance_scale: Scale of guidance; 1 is no guidance.
             num_inference_steps: Steps of the sampler; for ode and sde, points of time.
             seed: Seed of all images.
@@ -181,7 +183,8 @@ class Pipeline(TrainedModel):
             options: Other fields of `SampleConfig`: guidance_interval=(0, 0.7), guided_channels=3, group_size=64.
 
         Raises:
-            ValueError: There is no such class, or the model cannot draw with this sampler or this guidance.
+            ValueError: There is no such class, `num_images_per_class` is below 1, or the model cannot draw with this
+                sampler or this guidance.
             TypeError: `options` has a name that is no field of `SampleConfig`.
         """
         if output_type not in ("pil", "np"):
@@ -191,6 +194,9 @@ class Pipeline(TrainedModel):
         labels = self.label_ids([class_labels] if isinstance(class_labels, int | str) else class_labels)
         if not labels:
             raise ValueError("class_labels is empty; name at least one class.")
+        if num_images_per_class < 1:
+            raise ValueError(f"num_images_per_class is {num_images_per_class}; choose at least 1.")
+        labels = [label for label in labels for _ in range(num_images_per_class)]
         image_sampler = self.image_sampler(sampling)
         images = image_sampler.all(labels, sampling.group_size)
         record = {**self.settings(sampling), "labels": labels, "nfe": image_sampler.nfe, **self.facts()}

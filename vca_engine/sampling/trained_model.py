@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import HfApi
@@ -78,13 +78,17 @@ class TrainedModel:
             tf32: Whether a GPU may round the inputs of float32 products to TF32.
             compile: Compile each block with torch.compile.
         """
-        device = torch.device(device or chosen_device("auto"))
+        self.to(device or chosen_device("auto"))
         set_tf32(tf32)
-        self.network.to(device)
-        self.codec.to(device)
         if compile:
             for block in assemble.blocks(self.network):
                 block.compile()
+
+    def to(self, device: str | torch.device) -> Self:
+        """Bring network and autoencoder to a device, and give back the model itself."""
+        self.network.to(device)
+        self.codec.to(device)
+        return self
 
     def facts(self) -> dict[str, Any]:
         """Say where the weights were, on which device they are used, and by which versions: JSON values."""
@@ -96,11 +100,15 @@ class TrainedModel:
         """Write lines of Python that use the model out of the folder, or from the hub, by its name."""
         raise NotImplementedError
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, license: str | None = None) -> None:
         """Write a folder that holds all that `from_pretrained` needs: weights, config, autoencoder, and a model card.
 
         It is a checkpoint as training writes it, with the autoencoder beside, so that sample.py and `train.py --init`
         take it, too.
+
+        Args:
+            folder: Where; it may be there if it is empty.
+            license: That you give the weights, as the hub calls it, e.g. mit; not given means that the card names none.
 
         Raises:
             ValueError: The folder holds something already.
@@ -113,14 +121,16 @@ class TrainedModel:
             if hasattr(self.codec, "vae"):
                 self.codec.vae.register_to_config(_name_or_path=Path(self.config.codec["path"]).name)
                 self.codec.vae.save_pretrained(made / VAE)
-            (made / "README.md").write_text(_card(self, folder.name), encoding="utf-8")
+            (made / "README.md").write_text(_card(self, folder.name, license), encoding="utf-8")
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool = False, token: str | None = None, license: str | None = None
+    ) -> str:
         """Put what `save_pretrained` writes on the Hugging Face hub, under owner/name; gives its address."""
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / repo_id.rpartition("/")[2]
-            self.save_pretrained(made)
+            self.save_pretrained(made, license=license)
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=made)
         return str(address)
@@ -233,7 +243,7 @@ def _saved_record(model: TrainedModel) -> dict[str, Any]:
     return _without_folders(record)
 
 
-def _card(model: TrainedModel, title: str) -> str:
+def _card(model: TrainedModel, title: str, license: str | None) -> str:
     """Write the README.md of a folder of the model."""
     trained = model.source.get("step") is not None
     known = facts_of(_saved_record(model), model.source["part"])
@@ -245,7 +255,7 @@ def _card(model: TrainedModel, title: str) -> str:
     }
     tags = [*(GENERATOR if assemble.is_generator(model.config) else RECOGNISER)]
     tags += ["visual-contrast-attention"] if model.config.model.attention["name"] == "vca" else []
-    return model_card(title, model.usage(title), facts, tags=tags, license="apache-2.0" if trained else "other")
+    return model_card(title, model.usage(title), facts, tags=tags, license=license)
 
 
 def _without_folders(value: Any) -> Any:
