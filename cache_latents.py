@@ -3,10 +3,12 @@
     python cache_latents.py --config configs/sit_b2_vca.yaml --data.images DIR --latents /data/latents
     torchrun --nproc_per_node 8 cache_latents.py --config ...           write the same bytes with eight processes
     python cache_latents.py --config ... --check                        read all latents again, and draw check.png
+    python cache_latents.py --config ... --data.images DIR --check-images      list all images that cannot be read
 
 `--latents` names the folder; train.py with the same config reads it. After an interruption, the same command goes on.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -26,8 +28,10 @@ from vca_engine.config.schema import Config
 from vca_engine.distributed import join_processes, on_main_process
 from vca_engine.images import to_uint8
 from vca_engine.images.datasets import ImageDataset
-from vca_engine.images.encode import INFORMATIVE, ROUNDING, CacheWriter, reopen, tidy
+from vca_engine.images.encode import INFORMATIVE, ROUNDING, CacheWriter, Pixels, reopen, tidy
+from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import DamagedError, LatentDataset
+from vca_engine.images.loader import load
 from vca_engine.images.pictures import grid, save_picture
 
 NUM_SHOWN = 16
@@ -45,9 +49,11 @@ class CacheArguments(Config):
     Args:
         check: Do not encode, but check a finished cache: checksums, counts, finite numbers. Also draw 16 images beside
             their decoded latents.
+        check_images: Do not encode, but read every image, and list those that cannot be read; needs no latents.
     """
 
     check: bool = False
+    check_images: bool = False
 
 
 @report_errors("cache_latents.py")
@@ -56,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = {"prog": "cache_latents.py", "description": __doc__, "usual": USUAL}
     choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
     args = parse(CacheArguments, argv, **texts, parts=assemble.parts(), choices=choices)
+    if args.check_images:
+        check_images(args)
+        return
     if args.latents is None:
         raise ValueError("latents is not given; name the folder to write, --latents FOLDER.")
     assemble.check_settings(args)
@@ -121,6 +130,32 @@ def settings_of(args: CacheArguments, images: ImageDataset, codec: Any, device: 
         "batch_size": args.cache.batch_size,
         "device": device,
     }
+
+
+def check_images(args: CacheArguments) -> None:
+    """Read every image of the data once, as training does, and list those that cannot be read.
+
+    Raises:
+        ValueError: Some cannot; they are listed already.
+    """
+    images = assemble.images(args)
+    for note in images.notes:
+        print(f"note: {note}", file=sys.stderr)
+    batches, broken = [[*range(k, min(k + 32, len(images)))] for k in range(0, len(images), 32)], 0
+    workers = args.train.workers()
+    read = load(Pixels(images, skip=True), batches, num_workers=workers, minutes=args.train.timeout, pin=False)
+    with tqdm(total=len(images), unit="image", desc="read") as bar, contextlib.closing(read):
+        for _, why in read:
+            for text in filter(None, why):
+                tqdm.write(text)
+                broken += 1
+            bar.update(len(why))
+    if broken:
+        raise ValueError(
+            f"{broken:,} of {len(images):,} images cannot be read; mend or remove those that are listed. With a cache, "
+            "--cache.on_error skip leaves them out."
+        )
+    print(f"all {len(images):,} images can be read: {DataInfo.of(images).describe_classes(images.labels)}")
 
 
 def check(args: CacheArguments) -> None:

@@ -178,6 +178,11 @@ class Views(Dataset):
         size = {"input_size": (images.channels, images.image_size, images.image_size), "interpolation": "bicubic"}
         self.transform = create_transform(**size, mean=mean, std=std, **options)
         self.images, self.seed = images, seed
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))  # (C, 1, 1)
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        """Turn views (B, C, H, W) into images in [-1, 1], where an erased part, which is noise, may leave that."""
+        return 2 * (x * self.std.to(x) + self.mean.to(x)) - 1
 
     def __len__(self) -> int:
         return len(self.images)

@@ -344,7 +344,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     add("--tf32", action="store_true", help="faster on a GPU, and some 0.1 %% off in the features")
     add("--num", type=int, metavar="N", help="take the first N images; with fewer the command fails")
     add("--mixed-sizes", action="store_true", help="take images of different sizes, each resized on its own")
-    add("--drop-alpha", action="store_true", help="take images with transparency, and leave it out")
+    add("--drop-alpha", action="store_true", help="take the colours of transparent pixels as stored, not on white")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -395,7 +395,7 @@ def _add_train_extractor(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=_steps, metavar="N", help=text)
     add("--seed", type=_count, default=0, help="of choice, initialisation and order (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), help="where it is trained (default: cuda if there is one)")
-    add("--drop-alpha", action="store_true", help="take images with transparency, and leave it out")
+    add("--drop-alpha", action="store_true", help="take the colours of transparent pixels as stored, not on white")
     parser.set_defaults(command=_train_extractor)
 
 

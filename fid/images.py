@@ -4,7 +4,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vca_engine.images import ArrayFile, ArrayInMemory, ImageFiles, check_side, open_image
+from vca_engine.images import ArrayFile, ArrayInMemory, ImageFiles, check_side, on_white, open_image
 
 AHEAD = 4  # batches whose files are decoded before they are asked for
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # a webp may be lossless, which its name does not say
@@ -29,7 +29,8 @@ class Images:
             (N, H, W, 3).
         num: How many; all of them if not given.
         mixed_sizes: Take images of different sizes.
-        drop_alpha: Take images with transparency, and leave it out.
+        drop_alpha: Take the colours of transparent pixels as they are stored; else they are laid on white, as in
+            training.
         crop: Side of ADM's centre crop, which makes all sizes one; files are then read as training reads them: turned
             as their camera says, 16 bits scaled to 8, transparency laid on white. Not given means as they are.
 
@@ -122,6 +123,10 @@ class Images:
         if self._reader.grey:
             some = "some images" if self._reader.names else "images"
             found.append(f"{some} of '{Path(self.source)}' are grey; they were taken as RGB.")
+        if getattr(self._reader, "transparent", False):
+            found.append(
+                f"some images of '{Path(self.source)}' are transparent; they were laid on white, as training does."
+            )
         if changes and isinstance(self._reader, FilesAsTheyAre) and (text := self._reader.changes()):
             found.append(text)
         if self.labels is not None and self.num < len(self._reader):
@@ -150,17 +155,18 @@ class FilesAsTheyAre:
 
     Args:
         path: Where they are.
-        drop_alpha: Leave out what says how transparent a pixel is; else it is refused.
+        drop_alpha: Leave out what says how transparent a pixel is; else images are laid on white.
 
     Attributes:
         grey: Whether any image that was read had no colours.
+        transparent: Whether any image that was read was laid on white.
 
     Raises:
         ValueError: There are no images.
     """
 
     def __init__(self, path: Path, drop_alpha: bool) -> None:
-        self.files, self.drop_alpha, self.grey = ImageFiles(path), drop_alpha, False
+        self.files, self.drop_alpha, self.grey, self.transparent = ImageFiles(path), drop_alpha, False, False
         self.kind, self.names = "zip" if self.files.zipped else "folder", self.files.names
 
     @cached_property
@@ -182,14 +188,13 @@ class FilesAsTheyAre:
         """Read image `i`, (H, W, 3) uint8; with a crop, its centre square as training takes it, (crop, crop, 3).
 
         Raises:
-            ValueError: It cannot be read, or is not of 8 bits, or transparent; names it.
+            ValueError: It cannot be read, or is not of 8 bits; names it.
             OSError: The disk does not give it.
         """
         if crop is not None:
             return self.files.pixels(self.names[i], crop)
-        mode, pixels, transparent = self.files.decode(self.names[i], _as_it_is)
-        if transparent and not self.drop_alpha:
-            raise ValueError(f"{self.name(i)} has mode {mode}; convert to RGB first or pass --drop-alpha.")
+        mode, pixels, transparent = self.files.decode(self.names[i], partial(_as_it_is, drop_alpha=self.drop_alpha))
+        self.transparent |= transparent and not self.drop_alpha
         if mode not in (*MODES, *ALPHA):
             raise ValueError(f"{self.name(i)} has mode {mode}; convert it to 8-bit RGB or grey first.")
         if mode in ("1", "L", "LA"):
@@ -221,12 +226,13 @@ def _open(source: Any, drop_alpha: bool) -> ArrayInMemory | ArrayFile | FilesAsT
         raise ValueError(f"{error}{' Did you mean an .npz with arr_0?' if arrays else ''}") from None
 
 
-def _as_it_is(file: IO[bytes]) -> tuple[str, np.ndarray, bool]:
-    """Give Pillow's mode, the pixels (H, W, 3) uint8, and whether any of them is transparent."""
+def _as_it_is(file: IO[bytes], drop_alpha: bool) -> tuple[str, np.ndarray, bool]:
+    """Give Pillow's mode, the pixels (H, W, 3) uint8, on white or as stored, and whether any is transparent."""
     with open_image(file) as image:
-        mode, pixels = image.mode, np.array(image.convert("RGB"))
-        alpha = mode in ALPHA or "transparency" in image.info
-        return mode, pixels, alpha and image.convert("RGBA").getextrema()[3][0] < 255
+        mode, alpha = image.mode, image.mode in ALPHA or "transparency" in image.info
+        transparent = alpha and image.convert("RGBA").getextrema()[3][0] < 255
+        laid = on_white(image) if transparent and not drop_alpha else image.convert("RGB")
+        return mode, np.array(laid), transparent
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[int], Any], items: Iterable[int], ahead: int) -> Iterator[Any]:

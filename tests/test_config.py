@@ -967,3 +967,24 @@ def test_a_path_without_meaning_is_refused_by_the_name_of_its_setting(file, tmp_
         with pytest.raises(SystemExit, match="2"):
             train.main(["--config", str(file), *words])
         assert f"train.py: {key} is " in capsys.readouterr().err
+
+
+def test_a_size_on_the_command_line_takes_the_place_of_the_numbers_of_the_file(tmp_path):
+    """What is typed beside it stays, before it or after it; and a file that says both means both."""
+    for name, depth in (("a", 4), ("b", 5)):
+        text = f"size: S/2\n  hidden_size: 128\n  depth: {depth}\n  mlp_ratio: 3"
+        (tmp_path / f"{name}.yaml").write_text(f"model:\n  {text}\n")
+    need = ["--run_dir", "r", "--process.name", "flow", "--data.name", "digits", "--codec.name", "pixels", "--config"]
+
+    def model(*words):
+        return parse(Config, [*need, str(tmp_path / "a.yaml"), *words], prog="p", description="").model
+
+    assert (model().size, model().hidden_size, model().depth) == ("S/2", 128, 4)
+    for words in (["--model.size", "B/4"], ["--model", "{size: B/4}"]):
+        found = model(*words)
+        assert (found.size, found.hidden_size, found.depth, found.mlp_ratio) == ("B/4", None, None, 3)
+    for words in ("--model.size B/4 --model.depth 6", "--model.depth 6 --model.size B/4"):
+        found = model(*words.split())
+        assert (found.size, found.hidden_size, found.depth) == ("B/4", None, 6)
+    found = model("--model.size", "B/4", "--config", str(tmp_path / "b.yaml"))
+    assert (found.size, found.hidden_size, found.depth) == ("S/2", 128, 5)

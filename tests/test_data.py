@@ -580,6 +580,17 @@ def test_of_very_many_images_some_are_looked_at_and_a_note_says_so(tmp_path, mon
     assert data.notes == ["data.image_size is 12, the size of the 4 of 10 images looked at"]
 
 
+def test_images_that_are_enlarged_are_warned_of(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name, size in {"big": (40, 32), "small": (40, 20), "smaller": (18, 19), "broken": None}.items():
+        file = tmp_path / "a" / f"{name}.png"
+        Image.new("RGB", size).save(file) if size else file.write_bytes(b"no image")
+    assert Folder(images=str(tmp_path), image_size=18).notes == []
+    (text,) = Folder(images=str(tmp_path), image_size=32).notes
+    assert text.startswith("warning: 2 of 3 images looked at are enlarged to data.image_size 32")
+    assert text.endswith(f"the smallest has 18x19 pixels, '{tmp_path}/a/smaller.png'")
+
+
 @pytest.mark.parametrize("name", ["text.jpg", "nothing.png", "tiny.png"])
 def test_what_is_no_image_is_named(tmp_path, name):
     root = write(tmp_path, ["a/good.png", f"b/{name}"])
@@ -694,3 +705,34 @@ def test_a_label_out_of_range_is_named(label):
         ImageDataset(np.array([0, label, 2]), ["a", "b", "c"], image_size=8, channels=1, flip=False)
     with pytest.raises(ValueError, match="holds no images"):
         ImageDataset(np.array([]), ["a"], image_size=8, channels=1, flip=False)
+
+
+# Balanced classes
+
+
+LABELS = np.repeat([0, 2, 3], [7, 2, 19])  # there is no image of class 1
+
+
+def test_balanced_classes_are_drawn_equally_often_and_each_image_of_one_too():
+    """In 3 r positions each class has r, exactly; and of n images that r draws are of, each has r / n, rounded."""
+    rounds = 133
+    keys = batches(1, num_images=28, batch_size=3 * rounds, seed=5, flip=True, start=0, labels=LABELS)[0]
+    drawn = np.bincount([index for index, _ in keys], minlength=28)
+    assert [int(drawn[k == LABELS].sum()) for k in range(4)] == [rounds, 0, rounds, rounds]
+    for k in (0, 2, 3):
+        each = rounds / (k == LABELS).sum()
+        assert {*drawn[k == LABELS]} <= {math.floor(each), math.ceil(each)}
+    classes = LABELS[[index for index, _ in keys]].reshape(rounds, 3)
+    assert (np.sort(classes, axis=1) == [0, 2, 3]).all()
+    assert len({tuple(row) for row in classes.tolist()}) == 6  # in every order
+    flips = sum(mirrored for _, mirrored in keys)
+    assert abs(flips - 1.5 * rounds) < 4 * math.sqrt(0.75 * rounds)  # 4 deviations of a binomial
+
+
+def test_balanced_batches_are_a_function_of_seed_and_position():
+    options = {"num_images": 28, "seed": 5, "flip": True, "labels": LABELS}
+    whole = batches(50, batch_size=4, start=0, **options)
+    assert batches(13, batch_size=4, start=37, **options) == whole[37:]
+    pairs = zip(*(batches(50, batch_size=4, start=0, rank=r, num_processes=2, **options) for r in (0, 1)), strict=True)
+    assert [a + b for a, b in pairs] == whole
+    assert batches(50, batch_size=4, start=0, **{**options, "seed": 6}) != whole

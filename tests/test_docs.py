@@ -191,7 +191,17 @@ STEPS = [
 STEPS += ["--sample.sampler.num_steps", "8", "--fid.extractor", "classifier", "--fid.weights", "judge.safetensors"]
 LATENT = ["--codec.path", "vae", "--data.image_size", "16"]
 SMALL = {"200": "4", "1000": "4", "10000": "4", "50000": "4", "20_000": "2", "256": "16", "512": "16"}
-IMAGES = {"/data/imagenet/train", "/data/mine/train", "DIR", "IMAGES", "SAMPLES", "50k.npz", "pets", "samples/"}
+IMAGES = {
+    "/data/imagenet/train",
+    "/data/mine/train",
+    "DIR",
+    "IMAGES",
+    "SAMPLES",
+    "50k.npz",
+    "pets",
+    "emoji",
+    "samples/",
+}
 COVERED = {  # by a word of the command -> what runs it, or what it needs
     "--help": "tests/test_startup.py",
     "--print_config": "tests/test_config.py",
@@ -224,12 +234,12 @@ def made_small(command):
             words[i] = "new"
         elif (word.startswith("runs/") and of != "--out") or word in ("RUN", "$step"):
             words[i] = "run"
-    imagenet = "configs/digits" not in " ".join(words)
+    imagenet = not any(f"configs/{name}" in " ".join(words) for name in ("digits", "folder"))
     if command.program == "train":
         words += [*NETWORK, *STEPS, "--run_dir", "new", *(LATENT if imagenet else [])]
         words += ["--train.accumulate", "2"] if "--train.accumulate" in words else []
     elif command.program == "cache_latents":
-        words += LATENT
+        words += LATENT if imagenet else []
     elif command.program == "fid" and words[0] == "train-extractor":
         words += ["--crop", "16", "--steps", "4", "--held-out", "0.3", "--quiet"]
     elif command.program == "fid" and words[0] != "curve" and "--extractor" not in words:

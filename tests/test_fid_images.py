@@ -275,6 +275,17 @@ def test_folders_that_are_refused(tmp_path):
         fid.Images(tmp_path / "x.zip")
 
 
+def test_transparent_images_are_laid_on_white_as_in_training(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGBA", (8, 8), (10, 20, 30, 40)).save(tmp_path / "a" / "x.png")  # 40 of 255 parts colour, the rest white
+    images = fid.Images(tmp_path)
+    ((_, batch),) = images.batches(8)
+    assert batch[0, :, 0, 0].tolist() == [217, 218, 220]
+    assert np.array_equal(batch[0].permute(1, 2, 0), data.Folder(images=str(tmp_path), image_size=8).pixels(0))
+    assert "are transparent; they were laid on white, as training does" in images.warnings()[0]
+    assert read_all(tmp_path, drop_alpha=True)[0, 0, 0].tolist() == [10, 20, 30]
+
+
 def test_image_files_that_are_refused(tmp_path):
     folder = write_pngs(tmp_path / "sizes", random_images(2))
     Image.new("RGB", (8, 12)).save(folder / "odd.png")
@@ -288,11 +299,6 @@ def test_image_files_that_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"0001\.png' cannot be read as an image: "):
             read_all(folder)
 
-    (tmp_path / "alpha").mkdir()
-    Image.new("RGBA", (8, 8), (10, 20, 30, 40)).save(tmp_path / "alpha" / "x.png")
-    with pytest.raises(ValueError, match=r"x\.png' has mode RGBA; convert to RGB first or pass --drop-alpha"):
-        read_all(tmp_path / "alpha")
-    assert read_all(tmp_path / "alpha", drop_alpha=True)[0, 0, 0].tolist() == [10, 20, 30]
     (tmp_path / "deep").mkdir()
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep" / "x.png")
     with pytest.raises(ValueError, match=r"has mode I;16; convert it to 8-bit"):

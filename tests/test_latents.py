@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import cache_latents
@@ -31,6 +32,7 @@ from vca_engine.images.codecs import PixelCodec, VAECodec, sample_posterior
 from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import LatentDataset
 from vca_engine.records import read_json, write_json
+from vca_engine.weights import checkpoint
 
 pytestmark = pytest.mark.usefixtures("as_in_a_new_process")
 
@@ -412,6 +414,29 @@ def test_from_a_folder_of_images_to_samples(tmp_path, images, vae, cached):
             assert (arrays["arr_0"] == images_before).all()
 
 
+def test_balanced_classes_go_on_exactly_from_images_and_from_a_cache_of_them(tmp_path, images, vae, capsys):
+    """3 + 2 steps are 5 bit for bit; the cache was made without a word of balance, which no latent depends on."""
+    for k in (0, 1):
+        (images / "up" / f"{k}.png").unlink()
+    cache_latents.main(settings(tmp_path, "--latents", tmp_path / "cache"))
+    balanced = ["--data.balance", "classes", "--train.log_every", 1]
+    for cached in ([], ["--latents", tmp_path / "cache"]):
+        found = []
+        for name, steps in (("whole", [5]), ("parts", [3, 5])):
+            folder = tmp_path / f"{name}{len(cached)}"
+            for num in steps:
+                extra = [*balanced, *cached, "--run_dir", folder, "--train.num_steps", num]
+                train.main(settings(tmp_path, *extra))
+            found.append(load_file(checkpoint.find(folder) / "ema.safetensors"))
+        assert found[0].keys() == found[1].keys()
+        assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+        assert "(down: 3, left: 3, right: 3, up: 1), each class drawn equally often" in capsys.readouterr().out
+    text = sentence(capsys, train.main, [*settings(tmp_path, "--run_dir", folder, *cached), "--train.num_steps", "6"])
+    assert "data.balance classes" in text.replace("'", "")
+    text = sentence(capsys, train.main, settings(tmp_path, "--data.balance", "class", "--run_dir", tmp_path / "new"))
+    assert "data.balance is 'class'; choose classes, or leave it out." in text
+
+
 def test_a_cache_and_an_autoencoder_may_move(tmp_path, images, vae):
     cache_latents.main(settings(tmp_path, "--latents", tmp_path / "cache"))
     shutil.move(tmp_path / "cache", tmp_path / "elsewhere")
@@ -421,6 +446,51 @@ def test_a_cache_and_an_autoencoder_may_move(tmp_path, images, vae):
 
 
 # What is refused
+
+
+def test_images_that_the_latents_were_not_made_of_are_refused_and_never_recorded(tmp_path, images, vae, capsys):
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    others = shutil.copytree(images, tmp_path / "others")
+    train.main([*argv, "--data.images", others, "--run_dir", tmp_path / "moved"])  # the same images elsewhere
+    next(others.glob("up/*.png")).unlink()
+    for folder, found in (
+        (others, "holds 11 images of 4 classes, which are not those"),
+        (tmp_path / "gone", "is not there"),
+    ):
+        text = sentence(capsys, train.main, [*argv, "--data.images", folder, "--run_dir", tmp_path / "new"])
+        assert f"data.images '{folder}' {found}" in text
+        assert f"were made of, 12 images of 4 classes in '{images}'. Leave data.images out" in text
+        assert not (tmp_path / "new").exists()
+
+
+def test_one_pass_lists_all_images_that_cannot_be_read(tmp_path, images, capsys):
+    argv = [*map(str, settings(tmp_path, "--codec", "{name: pixels}"))]
+    cache_latents.main([*argv, "--check-images"])
+    assert "all 12 images can be read: 4 classes (down: 3, left: 3, right: 3, up: 3)" in capsys.readouterr().out
+    (images / "up" / "0.png").write_bytes(b"no image")
+    (images / "left" / "2.png").write_bytes((images / "left" / "2.png").read_bytes()[:80])
+    with pytest.raises(SystemExit) as stop:
+        cache_latents.main([*argv, "--check-images", "--train.num_workers", "2"])
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "2 of 12 images cannot be read; mend or remove those" in said.err
+    for name, why in (("up/0.png", "it is in none of the formats"), ("left/2.png", "image file is truncated")):
+        assert f"'{images}/{name}' cannot be read as an image: {why}" in said.out
+    assert "--check-images, lists all such files" in sentence(capsys, train.main, argv)
+
+
+def test_a_run_from_latents_goes_on_whatever_has_become_of_its_images(tmp_path, images, vae, capsys):
+    """It goes on with what it recorded, also if that is of before images were compared; other images are refused."""
+    argv = settings(tmp_path, "--latents", tmp_path / "cache")
+    cache_latents.main(argv)
+    train.main(argv)
+    next(images.glob("up/*.png")).unlink()
+    more = [*argv, "--train.num_steps", "5"]
+    others = shutil.copytree(images, tmp_path / "others")
+    assert "which are not those" in sentence(capsys, train.main, [*more, "--data.images", others])
+    train.main(more)
+    assert checkpoint.find(tmp_path / "run").name == "step-00000005"
 
 
 def test_the_cache_needs_a_name(tmp_path, images, vae, capsys):
@@ -456,7 +526,7 @@ def test_images_that_were_added_are_seen(tmp_path, images, vae, capsys):
     cache_latents.main(argv)
     shutil.copy(images / "up" / "1.png", images / "up" / "9.png")
     assert "were made with images " in sentence(capsys, cache_latents.main, argv)
-    train.main(argv)  # which does not look at them
+    assert "which are not those that latents" in sentence(capsys, train.main, argv)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

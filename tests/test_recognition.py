@@ -25,7 +25,8 @@ from vca import VisualContrastAttention
 from vca_engine import assemble
 from vca_engine.config.cli import parse
 from vca_engine.config.schema import Config, TrainConfig
-from vca_engine.images.datasets import Digits
+from vca_engine.images import from_uint8
+from vca_engine.images.datasets import Digits, ImageDataset
 from vca_engine.images.labels import DataInfo
 from vca_engine.training import reconstruct
 from vca_engine.training.dry_run import count_saved
@@ -340,13 +341,28 @@ def test_a_recogniser_learns_the_digits(tmp_path):
     assert json.loads((folder / "eval.jsonl").read_text())["top1"] > 50  # by chance it is 10
 
 
-def test_a_dry_run_keeps_nothing(tmp_path, capsys):
+def test_a_dry_run_keeps_one_picture(tmp_path, capsys):
     run(tmp_path / "run", 50, "--dry-run --train.schedule cosine --train.cooldown_steps 5")
     said = capsys.readouterr().out
     assert "every step works; nothing was kept" in said
     assert "VisionTransformer" in said
     assert "previews" not in said
-    assert list(tmp_path.iterdir()) == []
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["run", "run/data.png"]
+
+
+def test_views_as_pixels_are_the_images_that_timm_normalised():
+    """Without augmentation they are the images themselves, to the rounding of float32 (numbers up to 3)."""
+    pixels = np.random.default_rng(0).integers(256, size=(2, 16, 16, 3), dtype=np.uint8)
+
+    class Pair(ImageDataset):
+        def pixels(self, index):
+            return pixels[index]
+
+    images = Pair([0, 1], ["a", "b"], image_size=16, channels=3, flip=False)
+    views = Classification(mixup=0, cutmix=0, augment="none", colour_jitter=0, erasing=0, min_area=1)
+    views = views.training_views(images, seed=0)
+    x = torch.stack([views[k, False, k][0] for k in range(2)])
+    torch.testing.assert_close(views.to_pixels(x), from_uint8(pixels), atol=1e-5, rtol=0)
 
 
 MISTAKES = [

@@ -31,7 +31,9 @@ import train
 from sit_vca import Transport
 from vca import VisualContrastAttention, defaults_of
 from vca_engine import assemble
-from vca_engine.config.schema import TrainConfig
+from vca_engine.config.cli import parse
+from vca_engine.config.schema import Config, TrainConfig
+from vca_engine.images import to_uint8
 from vca_engine.images.loader import DeadWorkerError, load
 from vca_engine.records import read_json
 from vca_engine.sampling.guidance import Guidance
@@ -40,6 +42,8 @@ from vca_engine.signals import SIGNALS, STOPPED, StopSignal
 from vca_engine.training import log as logs
 from vca_engine.training.log import Log, plot_losses, read_metrics, smooth
 from vca_engine.training.meter import Meter
+from vca_engine.training.outputs import draw_first_batch
+from vca_engine.training.run import Run, make_accelerator
 from vca_engine.training.step import learning_rate
 from vca_engine.weights import checkpoint
 
@@ -844,20 +848,56 @@ def test_two_programs_never_write_into_one_folder(tmp_path, capsys):
     run(tmp_path / "run", 2)
 
 
-def test_a_dry_run_says_what_a_run_takes_and_keeps_nothing(tmp_path, capsys):
+def test_a_dry_run_says_what_a_run_takes_and_keeps_one_picture(tmp_path, capsys):
     options = "--train.checkpoint_every 10 --train.snapshot_every 50 --train.keep_checkpoints 2 --train.keep_every 40"
     train.main(settings(tmp_path / "run", 100, f"--dry-run {options} --train.accumulate 2"))
     out = capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["data.png"]
+    assert f"nothing was kept but {tmp_path}/run/data.png, what the first step sees" in out
     parameters = int(re.search(r"SiT, ([\d,]+) parameters", out)[1].replace(",", ""))
     assert "100 steps of 8 images (1 processes x 2 x 4): 800 images, 0.6 epochs" in out
-    assert "1,297 images of 10 classes, 8x8" in out
+    assert "1,297 images of 8x8 pixels, 10 classes (0: 123, 1: 139, " in out
+    assert "; 16 tokens, patches of 2x2 pixels\n" in out
+    assert re.search(r"in the second step: \d+ seconds, and previews", out)
     folder = run(tmp_path / "run", 1)
     assert parameters == sum(v.numel() for k, v in tensors(folder).items() if k[:6] == "model ") - 16 * 16  # pos_embed
     mib = sum(f.stat().st_size for f in checkpoint.find(folder).iterdir()) / 2**20
     count, size = re.search(r"disk +(\d+) checkpoints of ([\d.]+) MiB, 2 snapshots", out).groups()
     assert int(count) == 4 + 1  # 40, 80, 90, 100, and the one that is written before another goes
     assert float(size) == pytest.approx(mib, rel=0.1)
+
+
+def test_a_dry_run_refuses_a_step_that_does_not_fit_into_the_memory(tmp_path, capsys):
+    """Before it is tried: 16 tokens of 256 channels in float32 have 16 KiB, of which each of 4 blocks keeps more than 16."""
+    options = "--dry-run --train.batch_size 1000000 --model.hidden_size 256 --model.depth 4"  # 1 TB
+    text = sentence(capsys, settings(tmp_path / "run", 2, options))
+    assert re.search(
+        r"1,000,000 images at a time take about [\d,]{4,}\.\d GiB, and [\d.,]+ GiB are free\. No step", text
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_picture_of_the_first_batch_shows_what_the_first_step_sees(tmp_path):
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        for k in range(6):
+            Image.fromarray(rng.integers(256, size=(24, 40, 3), dtype=np.uint8)).save(folder / name / f"{k}.png")
+    options = f"--data.name folder --data.images {folder} --data.image_size 16 --train.batch_size 4"
+    config = parse(Config, settings(tmp_path / "run", 1, options), prog="", description="", parts=assemble.parts())
+    made = Run(config, make_accelerator(config))
+    x, y, positions = next(made.batches())
+    shown, labels, places = made.first_images(24)
+    assert torch.equal(shown, x)
+    assert (labels.tolist(), places.tolist()) == (y.tolist(), positions.tolist())
+    picture = draw_first_batch(made)
+    zoom, gap, text = 8, 6, 13  # 16 pixels in 128
+    for k, image in enumerate(to_uint8(x)):
+        top, left = 2 * gap + text, gap + k * (128 + gap)
+        cell = picture[top : top + 128, left : left + 128]
+        assert np.array_equal(cell, image.repeat(zoom, 0).repeat(zoom, 1))
+    run(tmp_path / "run", 1, options)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "run" / "data.png")), picture)
 
 
 def test_a_dry_run_finds_what_would_stop_the_run(tmp_path, capsys, monkeypatch):
@@ -874,7 +914,7 @@ def test_a_dry_run_finds_what_would_stop_the_run(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     assert "No space left on device" in sentence(capsys, settings(tmp_path / "run", 2, "--dry-run"))
-    assert list(tmp_path.iterdir()) == []
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["run", "run/data.png"]
 
 
 # Processes that load data

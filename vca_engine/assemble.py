@@ -22,6 +22,7 @@ from vca_engine.config.schema import Config, to_dict
 from vca_engine.images.codecs import CODECS
 from vca_engine.images.datasets import DATASETS, ImageDataset
 from vca_engine.images.labels import DataInfo
+from vca_engine.images.latents import LatentDataset
 from vca_engine.records import differences
 
 Process = Diffusion | Transport | Classification
@@ -211,6 +212,18 @@ def images(config: Config) -> ImageDataset:
     return create(DATASETS, config.data, "data")
 
 
+def is_balanced(config: Config) -> bool:
+    """Say whether training draws each class equally often, as data.balance asks, of images and of their latents.
+
+    Raises:
+        ValueError: data.balance is no word that it may be.
+    """
+    balance = config.data.get("balance")
+    if balance not in (None, "classes"):
+        raise ValueError(f"data.balance is {balance!r}; choose classes, or leave it out.")
+    return balance is not None
+
+
 def with_image_size(config: Config, image_size: int | None) -> Config:
     """Complete data.image_size by that of the images, where the config does not say it and the data take one.
 
@@ -339,9 +352,36 @@ def needed_latents(config: Config, codec: Any) -> dict[str, Any]:
         config: With its image size; see `with_image_size`.
         codec: Its codec.
     """
-    options = {key: value for key, value in config.data.items() if key != "images"}
-    defaults = defaults_of(lookup(DATASETS, config.data["name"], "data.name"))
-    return {"data": {**defaults, **options}, "codec": codec.identity}
+    options = defaults_of(lookup(DATASETS, config.data["name"], "data.name")) | config.data
+    no_matter = ("images", "balance")  # where they are, and how often training draws each
+    return {"data": {k: v for k, v in options.items() if k not in no_matter}, "codec": codec.identity}
+
+
+def check_images_of_latents(config: Config, latents: LatentDataset) -> None:
+    """Check that data.images, if it is given, is what cached latents were made of; images that have gone are not read.
+
+    Raises:
+        ValueError: It is another folder, or its images are not the same any more.
+    """
+    folder, made_of = config.data.get("images"), latents.manifest["settings"]
+    if folder is None or "images" not in made_of:
+        return
+    source, num = made_of.get("source"), latents.manifest["num_images"] + len(latents.manifest["skipped"])
+    before = f"{num:,} images of {latents.num_classes:,} classes in {source!r}"
+    if Path(folder).exists():
+        found = images(with_image_size(config, latents.image_size))
+        if found.fingerprint == made_of["images"]:
+            return
+        now = f"holds {len(found):,} images of {found.num_classes:,} classes, which are not those"
+    elif source is not None and Path(folder).resolve() == Path(source).resolve():
+        return
+    else:
+        now = "is not there, and is not the folder"
+    raise ValueError(
+        f"data.images {folder!r} {now} that latents {config.latents!r} were made of, {before}. Leave data.images out "
+        "to train on these latents; or name another folder, --latents FOLDER, for those of your images, which "
+        "cache_latents.py makes; or train without a cache, --latents= (nothing after it)."
+    )
 
 
 def with_attention_of(config: Config, known: dict[str, Any], *options: str) -> Config:

@@ -8,7 +8,7 @@ import re
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -23,6 +23,7 @@ from vca_engine.config.reading import (
     is_spec,
     leaves,
     refused,
+    replaced_settings,
     typed,
     unknown,
     validate,
@@ -104,6 +105,7 @@ def _values(
         ValueError: An unknown option, one without a value, or a file that cannot be read.
     """
     kinds, found, printed, comments, rest = dict(leaves(cls)), {}, False, [], deque(words)
+    on_command_line: set[str] = set()
     while rest:
         word = rest.popleft()
         if word and not word.startswith("-") and first and first not in found:
@@ -137,13 +139,19 @@ def _values(
             files, lines = read_config(value)
             comments += lines
             for settings in files:
+                _forget_replaced(found, _keys(settings), cls)
                 _merge(found, settings, cls)
         elif dataclasses.is_dataclass(kinds.get(key)):
             if value in NULLS:
                 raise ValueError(refused(name, Plain(value), kinds[key], {"type": "dataclass_type"}))
             group = _braces(name, value) if value.startswith("{") else read_yaml(value)
-            _merge(found, functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group), cls)
+            group = functools.reduce(lambda inner, part: {part: inner}, reversed(key.split(".")), group)
+            on_command_line |= _keys(group)
+            _forget_replaced(found, _keys(group), cls, on_command_line)
+            _merge(found, group, cls)
         else:
+            on_command_line.add(key)
+            _forget_replaced(found, {key}, cls, on_command_line)
             spec = value.startswith("{") and is_spec(kinds.get(key))
             _put(found, key, _braces(name, value) if spec else Word(value), cls)
     return found, printed, comments
@@ -214,6 +222,30 @@ def _merge(found: dict[str, Any], more: dict[str, Any], cls: type) -> None:
             _merge(found.setdefault(name, {}), value, fields[name])
         elif not (isinstance(value, Plain) and value in NULLS):
             raise ValueError(refused(name, value, fields[name], {"type": "dataclass_type"}))
+
+
+def _keys(settings: Any, prefix: str = "") -> set[str]:
+    """List the dotted names of all that nested dicts say."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix(".")}
+    return {key for name, value in settings.items() for key in _keys(value, f"{prefix}{name}.")}
+
+
+def _forget_replaced(found: dict[str, Any], given: Collection[str], cls: type, spare: Collection[str] = ()) -> None:
+    """Let settings that are given now, such as model.size, take the place of what was said before in other words.
+
+    Args:
+        found: The settings until now.
+        given: Dotted names of those that come now.
+        cls: The dataclass of all settings.
+        spare: Settings that stand together with these, and stay.
+    """
+    for key, replaced in replaced_settings(cls).items():
+        for name in replaced if key in given else ():
+            *groups, last = name.split(".")
+            group = functools.reduce(lambda inner, part: inner.get(part) or {}, groups, found)
+            if name not in spare:
+                group.pop(last, None)
 
 
 def _put(found: dict[str, Any], key: str, value: Any, cls: type) -> None:

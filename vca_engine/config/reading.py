@@ -206,6 +206,17 @@ def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(f.type, f"{prefix}{f.name}.")
 
 
+def replaced_settings(cls: type, prefix: str = "") -> dict[str, list[str]]:
+    """Find the settings that stand for others of their group: dotted name -> dotted names of those."""
+    found = {}
+    for f in dataclasses.fields(cls):
+        if names := f.metadata.get("replaces"):
+            found[prefix + f.name] = [prefix + name for name in names]
+        if dataclasses.is_dataclass(f.type):
+            found |= replaced_settings(f.type, f"{prefix}{f.name}.")
+    return found
+
+
 def unknown(key: str, known: Sequence[str], typed: bool = False) -> str:
     """Write the sentence for a setting that does not exist, with those that may be meant.
 

@@ -44,7 +44,8 @@ class ModelConfig(Strict):
             (classify.MODELS).
         drop_path: Probability that training leaves out the last block of a recogniser for an image; it is lower for
             earlier blocks.
-        size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads.
+        size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads, in
+            place of those in earlier files.
         patch_size: Side of a patch, in place of that of size.
         hidden_size: Width, in place of that of size.
         depth: Number of blocks, in place of that of size.
@@ -56,7 +57,7 @@ class ModelConfig(Strict):
 
     name: str | None = None
     drop_path: Share = 0.0
-    size: str = "S/2"
+    size: str = field(default="S/2", metadata={"replaces": ("patch_size", "hidden_size", "depth", "num_heads")})
     patch_size: Size | None = None
     hidden_size: Size | None = None
     depth: Size | None = None

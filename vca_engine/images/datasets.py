@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from vca_engine.images.labels import check_label_range, classes_of
 from vca_engine.images.pixels import read_image
 
 MOST_OPENED = 10_000  # images whose size is read at the start, which takes a second
+MOST_CHECKED = 1_000  # the same, where only a warning depends on it
 
 
 class ImageDataset(Dataset):
@@ -58,7 +60,9 @@ class ImageDataset(Dataset):
             UnreadableImageError: The image is none; says what to do.
         """
         index, flip = key
-        with _saying_what_to_do(" cache_latents.py --cache.on_error skip finds all such files and leaves them out."):
+        with _saying_what_to_do(
+            " python cache_latents.py, with the same options and --check-images, lists all such files."
+        ):
             image = from_uint8(self.pixels(index))  # (C, H, W)
         return image.flip(-1) if flip else image, int(self.labels[index])
 
@@ -171,13 +175,22 @@ class Folder(ImageDataset):
         image_size: Side to which images are resized and centre-cropped; not given means their own, if they are square
             and all have the same. Of more than `MOST_OPENED` images as many are asked for it, evenly chosen.
         flip: Whether training mirrors half of the images.
+        balance: classes draws each class equally often in training, however many images it has; not given means each
+            image equally often.
 
     Raises:
         FileNotFoundError: There is no such folder or .zip.
         ValueError: It holds no images, not all of them have a class, or `image_size` has to be given.
     """
 
-    def __init__(self, *, images: FilePath, image_size: int | None = None, flip: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        images: FilePath,
+        image_size: int | None = None,
+        flip: bool = True,
+        balance: Literal["classes"] | None = None,
+    ) -> None:
         if image_size is not None:
             check_side("data.image_size", image_size)
         try:
@@ -188,7 +201,10 @@ class Folder(ImageDataset):
         self.names = self.files.names
         if image_size is None:
             image_size = self._common_side()
+        elif text := self._enlarged(image_size):
+            self.notes = [*self.notes, text]
         super().__init__(labels, class_names, image_size=image_size, channels=3, flip=flip)
+        self.balance = balance
 
     def name(self, index: int) -> str:
         """Give the path of image `index` below the folder."""
@@ -241,6 +257,22 @@ class Folder(ImageDataset):
         if len(sizes) < len(self.names):
             self.notes = [*self.notes, f"data.image_size is {width}, the size of the {looked_at} images looked at"]
         return width
+
+    def _enlarged(self, image_size: int) -> str:
+        """Say which images are smaller than `image_size`, of at most `MOST_CHECKED` evenly chosen ones; "" if none."""
+        try:
+            sizes = self.files.sizes(MOST_CHECKED)
+        except (UnreadableImageError, OSError):  # whoever reads them is told
+            return ""
+        small = {name: min(size) for name, size in sizes.items() if min(size) < image_size}
+        if not small:
+            return ""
+        least = min(small, key=small.get)
+        width, height = sizes[least]
+        return (
+            f"warning: {len(small):,} of {len(sizes):,} images looked at are enlarged to data.image_size {image_size}, "
+            f"which makes them blurred; the smallest has {width}x{height} pixels, {self.files.path(least)!r}"
+        )
 
 
 DATASETS = {"digits": Digits, "mnist": MNIST, "folder": Folder}

@@ -13,6 +13,7 @@ from vca_engine.config.schema import require
 from vca_engine.images.files import ImageFiles, by_suffix
 from vca_engine.images.label_files import Labels, composed, read_label_files
 
+MOST_CHARACTERS = 240  # of a list of classes with their counts
 # Folders of the parts of a data set, such as train2017; several of them beside each other are hardly its classes.
 SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|dev|eval(uation)?|test(ing)?|holdout|unlabeled)([\W\d_].*)?", re.I)
 
@@ -142,6 +143,17 @@ class DataInfo(Strict):
     def of(cls, data: Any) -> Self:
         """Describe a dataset, of images or of latents."""
         return cls(data.image_size, data.channels, data.class_names)
+
+    def describe_classes(self, labels: np.ndarray) -> str:
+        """Say how many of the images with these labels (N,) each class has; of many classes, the least and the most."""
+        counts, names = np.bincount(labels, minlength=len(self.class_names)), self.class_names
+        if len(names) == 1:
+            return f"1 class ({names[0]})"
+        shown = [f"{name}: {count:,}" for name, count in zip(names, counts, strict=True)]
+        text = ", ".join(shown)
+        if len(text) > MOST_CHARACTERS:
+            text = f"from {shown[int(counts.argmin())]} to {shown[int(counts.argmax())]}"
+        return f"{len(names):,} classes ({text})"
 
     def __post_init__(self) -> None:
         require(self.image_size > 0, "image_size", self.image_size, "choose at least 1")

@@ -51,13 +51,14 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), t
     return np.array(canvas)
 
 
-def sheet(lines: Sequence[Sequence[tuple[np.ndarray, str]]], title: str) -> np.ndarray:
-    """Draw lines of images, each with its label below it, (height, width, 3) uint8; the first column is set apart.
+def sheet(lines: Sequence[Sequence[tuple[np.ndarray, str]]], title: str, apart: bool = True) -> np.ndarray:
+    """Draw lines of images, each with its label below it, (height, width, 3) uint8.
 
     Args:
         lines: Images (H, W, 3) uint8, and their labels. Small ones are enlarged by a whole factor, pixel by pixel, and
             all are brought to the size of the first.
         title: A line above all.
+        apart: Set the first column apart.
     """
     height, width, _ = lines[0][0][0].shape
     zoom = max(1, -(-128 // height))  # room for the labels
@@ -71,9 +72,9 @@ def sheet(lines: Sequence[Sequence[tuple[np.ndarray, str]]], title: str) -> np.n
     for i, line in enumerate(lines):
         top = 2 * gap + text + i * line_height
         for j, (image, label) in enumerate(line):
-            left = gap + j * (cell[0] + gap) + (2 * gap if j else 0)
+            left = gap + j * (cell[0] + gap) + (2 * gap if j and apart else 0)
             canvas.paste(Image.fromarray(image).resize(cell, Image.Resampling.NEAREST), (left, top))
-            draw.text((left, top + cell[1] + 1), label, fill="black", font=font)
+            draw.text((left, top + cell[1] + 1), _fit(printable(label), font, cell[0]), fill="black", font=font)
     return np.array(canvas)
 
 

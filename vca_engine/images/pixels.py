@@ -172,9 +172,14 @@ def to_rgb(opened: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("it has floating-point numbers, whose range is not known")
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return on_white(image)
     return image.convert("RGB")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Lay an image with transparent parts on white: RGB."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -156,3 +156,10 @@ def estimate(configs: Mapping[str, Config], speed: float, price: float | None) -
 def gib(num_bytes: float) -> str:
     """Write `12.3 GiB`, or MiB below 1 GiB."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Write `12.3 hours`, or minutes below 2 hours, or seconds below 2 minutes."""
+    if seconds < 120:
+        return f"{seconds:,.0f} seconds"
+    return f"{seconds / 60:,.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"

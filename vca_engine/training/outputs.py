@@ -22,9 +22,9 @@ from vca_engine import assemble
 from vca_engine.config.schema import Config, save_yaml, to_dict
 from vca_engine.distributed import gather
 from vca_engine.files import hold, is_older, remove_temporary, write_text
-from vca_engine.images import NonFiniteError
+from vca_engine.images import NonFiniteError, to_uint8
 from vca_engine.images.loader import load
-from vca_engine.images.pictures import grid, save_film, save_picture
+from vca_engine.images.pictures import grid, save_film, save_picture, sheet
 from vca_engine.sampling.classes import evenly_spaced_classes, find_class, random_label
 from vca_engine.signals import StopSignal
 from vca_engine.training.distances import BEST_FILE, DISTANCES_FILE, EVALUATIONS_FILE, best_of, show_distances
@@ -33,6 +33,8 @@ from vca_engine.training.resume import CONFIG_FILE, write_resumed_from
 from vca_engine.training.run import Run
 from vca_engine.weights import checkpoint
 from vca_engine.weights.checkpoint import SNAPSHOTS, folder_of
+
+DATA_FILE, NUM_SHOWN, COLUMNS = "data.png", 24, 8  # the picture of the first batch, of so many images of it
 
 
 class Outputs:
@@ -85,6 +87,8 @@ class Outputs:
         if self.main:
             self.log = Log(self.folder, run.step, run.step < self.cfg.num_steps, run.accelerator.trackers)
             print("\n".join([str(run), *run.messages]), flush=True)
+            if not (run.step and (self.folder / DATA_FILE).exists()):
+                self.log.attempt(DATA_FILE, _save_first_batch, run, self.folder / DATA_FILE)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -260,6 +264,29 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
             show_distances(folder, read_metrics(evaluations))
     except OSError as error:
         tqdm.write(f"warning: {error}")
+
+
+def _save_first_batch(run: Run, file: Path) -> None:
+    save_picture([draw_first_batch(run)], file)
+
+
+def draw_first_batch(run: Run) -> np.ndarray:
+    """Draw the first images that the next step sees, with their classes, as a picture (H, W, 3) uint8.
+
+    They are as training reads them: cropped, mirrored, augmented, but not mixed; cached latents are decoded.
+    """
+    x, y, _ = run.first_images(NUM_SHOWN)
+    if run.config.latents:
+        x = torch.cat([run.codec.decode(z) for z in x[:, : run.codec.channels].float().split(4)])  # (B, C, H, W)
+    if not run.is_generator:
+        x = run.views.to_pixels(x)
+    names = [run.info.class_names[k] for k in y.tolist()]
+    cells = list(zip(to_uint8(x), names, strict=True))
+    lines = [cells[first : first + COLUMNS] for first in range(0, len(cells), COLUMNS)]
+    what = "decoded latents" if run.config.latents else "images"
+    flips = ", half of them mirrored" if run.data.flip else ""
+    title = f"{what} that step {run.step + 1:,} trains on: {len(cells)} of {run.cfg.batch_size:,}{flips}"
+    return sheet(lines, title, apart=False)
 
 
 def _save_preview(run: Run, classes: list[int], file: Path, log: Log) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from vca_engine import assemble
 from vca_engine.config.schema import Config, to_dict
-from vca_engine.distributed import full_tensor, part_at_exit
+from vca_engine.distributed import full_tensor, on_main_process, part_at_exit
 from vca_engine.images.labels import DataInfo
 from vca_engine.images.latents import LatentDataset
 from vca_engine.images.loader import load, to_device
@@ -92,6 +93,9 @@ class Run:
             self.codec.to(memory_format=torch.channels_last)
         if config.latents:
             self.data.check(assemble.needed_latents(config, self.codec))
+            recorded = checkpoint.read_record(start)["config"]["data"] if start else {}
+            if not start or recorded.get("images") != config.data.get("images"):
+                on_main_process(accelerator.state, lambda: assemble.check_images_of_latents(config, self.data))
         self.step, self.messages = 0, [] if config.latents else [*self.data.notes]
         self.process = assemble.process(config)
         sampler = assemble.sampler(config, self.process) if self.is_generator else None
@@ -139,10 +143,21 @@ class Run:
     def __str__(self) -> str:
         return (
             f"{self.folder}: {type(self.averaged_network).__name__}, {self.num_parameters:,} parameters; "
-            f"{len(self.data):,} images, {self.num_classes:,} classes; {self.cfg.num_steps:,} steps of "
-            f"{self.cfg.batch_size} images, {self.step:,} done; {self.accelerator.num_processes} x {self.device.type}, "
-            f"precision {self.accelerator.mixed_precision}"
+            f"{self.cfg.num_steps:,} steps of {self.cfg.batch_size} images, {self.step:,} done; "
+            f"{self.accelerator.num_processes} x {self.device.type}, precision {self.accelerator.mixed_precision}\n"
+            f"data: {self.describe_data()}"
         )
+
+    def describe_data(self) -> str:
+        """Describe the images, their classes with the images of each, and the tokens that a generator makes of one."""
+        side, network = self.info.image_size, self.averaged_network
+        text = f"{len(self.data):,} images of {side}x{side} pixels, {self.info.describe_classes(self.data.labels)}"
+        text += ", each class drawn equally often" if assemble.is_balanced(self.config) else ""
+        if not self.is_generator:
+            return text
+        patch, places = network.patch_size, network.input_size[0]
+        of = "pixels" if places == side else f"of latents of {places}x{places}"
+        return f"{text}; {math.prod(network.grid_size):,} tokens, patches of {patch}x{patch} {of}"
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Read batches from this step on: images (B, C, H, W) or moments, labels (B,), and positions (B,)."""
@@ -150,6 +165,13 @@ class Run:
         pin = self.device.type == "cuda" and not self.cfg.preload
         loaded = load(self.views, self.order, num_workers=workers, minutes=self.cfg.timeout, pin=pin)
         return to_device(loaded, self.order, self.device)
+
+    def first_images(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the first images of the next batch, at most so many, as `batches` gives them."""
+        keys = next(iter(self.order))[:most]
+        x, y = next(load(self.views, [keys], num_workers=0, minutes=self.cfg.timeout, pin=False))
+        positions = torch.tensor(self.order.positions(self.order.start)[: len(keys)])
+        return x.to(self.device), y.to(self.device), positions.to(self.device)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -274,6 +296,7 @@ def _make_order(run: Run) -> EndlessBatches:
         start=run.step * run.cfg.accumulate,
         rank=run.accelerator.process_index,
         num_processes=run.accelerator.num_processes,
+        labels=run.data.labels if assemble.is_balanced(run.config) else None,
     )
     if not run.is_generator:
         run.process.check_batch(len(order.positions(0)))
