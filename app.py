@@ -41,6 +41,7 @@ from vca import defaults_of
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.options import ModelOptions
+from vca_engine.config.reading import Spec
 from vca_engine.config.schema import NEED_GUIDANCE, SampleConfig, require
 from vca_engine.precision import chosen_device
 from vca_engine.sampling.classes import evenly_spaced_classes
@@ -50,7 +51,11 @@ MOST = 256  # images of one click
 MOST_STEPS, MOST_CFG = 1000, 100.0
 MOST_REQUEST_BYTES = 2**20  # of a request: the fields of the page are some hundred bytes, and a number for each class
 GALLERY_STYLE = """#gallery .grid-container {grid-template-columns: repeat(auto-fill, minmax(%dpx, 1fr))}
-#gallery img {image-rendering: %s}"""
+#gallery img {image-rendering: %s}
+#gallery .thumbnail-lg {display: flex; flex-direction: column; height: auto; aspect-ratio: auto}
+#gallery .thumbnail-lg img {height: auto; aspect-ratio: 1}
+#gallery .caption-label {position: static; max-width: 100%%; width: 100%%; border: 0}
+#gallery .caption-label, #gallery .caption {white-space: normal; overflow-wrap: anywhere}"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ class Fields(NamedTuple):
         cfg_scale: Guidance.
         sampler: Its name.
         method: Of the sampler ode.
-        steps: Its num_steps.
+        steps: Steps that it takes; num_steps counts points of time where the sampler does, one more.
         low: Lowest noise level with guidance.
         high: Highest one.
     """
@@ -191,8 +196,9 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
     default, names = pipe.config.sample, pipe.class_names
     sampler = assemble.describe_sampling(pipe.config)["sampler"]
     samplers = assemble.process_kind(pipe.config).samplers
-    steps_of = {name: defaults_of(entry)["num_steps"] for name, entry in samplers.items()}
-    steps_of[sampler["name"]] = sampler["num_steps"]
+    specs = {name: {"name": name, **defaults_of(entry)} for name, entry in samplers.items()}
+    specs[sampler["name"]] = sampler
+    steps_of = {name: spec["num_steps"] - points_beyond_steps(pipe, spec) for name, spec in specs.items()}
     choices = [(name if name == str(k) else f"{name} ({k})", k) for k, name in enumerate(names)]
     first = pipe.label_ids(default.classes or []) or evenly_spaced_classes(range(len(names)))
 
@@ -220,7 +226,9 @@ def build_page(pipe: Pipeline, loaded_with: Mapping[str, Any] | None = None) -> 
                     methods = {"value": ode["method"], "visible": ode is sampler}
                     method = gr.Dropdown(list(ODE_METHODS), label="Method", min_width=90, **methods)
                     label = f"Steps, up to {MOST_STEPS}"
-                    steps = gr.Number(sampler["num_steps"], precision=0, label=label, min_width=90, elem_id="steps")
+                    steps = gr.Number(
+                        steps_of[sampler["name"]], precision=0, label=label, min_width=90, elem_id="steps"
+                    )
                 interval = default.guidance_interval
                 low, high = interval or (0.0, 1.0)
                 with gr.Accordion("Guidance interval: 0 is data, 1 is noise", open=interval is not None):
@@ -254,7 +262,7 @@ def answer(
     except Exception as error:  # also of torch, such as a GPU without memory: the page has to say something
         sentence = html.escape(str(error) or type(error).__name__, quote=False)
         raise gr.Error(sentence, print_exception=not isinstance(error, ValueError | OSError)) from error
-    captions = [pipe.class_names[k].split(",")[0] for k in record["labels"]]
+    captions = [pipe.class_names[k] for k in record["labels"]]
     again = command(pipe.source["path"], loaded_with, sampling, fields.classes, fields.num)
     return list(zip(images, captions, strict=True)), again, json.dumps(record, indent=2)
 
@@ -271,6 +279,15 @@ def while_somebody_waits(page: gr.Blocks, report: Callable[[float], None]) -> Ca
     return reported
 
 
+def points_beyond_steps(pipe: Pipeline, sampler: Spec) -> int:
+    """Count by how much the num_steps of a sampler, which may be points of time, exceeds the steps that it takes."""
+    sampling = dataclasses.replace(pipe.config.sample, sampler=sampler)
+    made = assemble.sampler(dataclasses.replace(pipe.config, sample=sampling), pipe.process)
+    if not hasattr(made, "steps_taken"):
+        return 0
+    return 1 if made.steps_taken is None else made.num_steps - made.steps_taken
+
+
 def settings(pipe: Pipeline, fields: Fields) -> SampleConfig:
     """Turn the fields of the page into settings; an empty one is as the model's config says.
 
@@ -280,15 +297,16 @@ def settings(pipe: Pipeline, fields: Fields) -> SampleConfig:
     default, num = pipe.config.sample, fields.num
     require(bool(fields.classes), "classes", fields.classes, "choose at least one")
     require(num is not None and 0 < num <= MOST, "images", num, f"choose 1 to {MOST}; sample.py draws more")
-    few = fields.steps is None or fields.steps <= MOST_STEPS
-    require(few, "steps", fields.steps, f"choose at most {MOST_STEPS}; sample.py takes more")
+    few = fields.steps is None or 1 <= fields.steps <= MOST_STEPS
+    require(few, "steps", fields.steps, f"choose 1 to {MOST_STEPS}; sample.py takes more")
     scale = fields.cfg_scale
     finite = scale is None or (math.isfinite(scale) and abs(scale) <= MOST_CFG)
     require(finite, "cfg scale", scale, f"choose -{MOST_CFG:g} to {MOST_CFG:g}; 1 is no guidance")
-    given = {"num_steps": fields.steps, "method": fields.method if fields.sampler == "ode" else None}
-    spec = {"name": fields.sampler, **{key: value for key, value in given.items() if value is not None}}
+    spec = {"name": fields.sampler, **({"method": fields.method} if fields.sampler == "ode" else {})}
     if fields.sampler == assemble.describe_sampling(pipe.config)["sampler"]["name"]:
         spec = {**(default.sampler or {}), **spec}
+    if fields.steps is not None:
+        spec["num_steps"] = fields.steps + points_beyond_steps(pipe, spec)
     interval = (fields.low, fields.high)
     everywhere = interval == (0, 1) and default.guidance_interval is None
     groups = -(-num // default.group_size)  # rounded up, and the groups as even as can be, since all are drawn whole

@@ -9,6 +9,7 @@
     python sample.py runs/demo --trajectory                     from noise to data: runs/demo/trajectory.png
     python sample.py runs/demo --interpolate --out runs/demo/interpolation.gif
     python sample.py runs/demo --sweep cfg=1,1.5,4                   a grid over a setting: runs/demo/sweep.png
+    python sample.py runs/demo --num 5000 --fid REF --sweep cfg=1,1.5,2      FID over it: a table, runs/demo/fid-cfg.png
     python sample.py runs/demo --likelihood                     bits per dimension of a flow
 
 The checkpoint is a run or one of its checkpoints, a .pt of the published DiT or SiT, a folder of diffusers' DiT, or a
@@ -30,6 +31,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from accelerate import PartialState
+from PIL import Image
 from pydantic import Field
 from tqdm import tqdm
 
@@ -47,9 +49,11 @@ from vca_engine.sampling.likelihood import likelihood_settings, measure_likeliho
 from vca_engine.sampling.pictures import draw_picture
 from vca_engine.sampling.pipeline import Pipeline
 from vca_engine.sampling.sample_record import add_to_record, alone_at, partial_of, read_sample_record
-from vca_engine.sampling.sweep import swept
+from vca_engine.sampling.sweep import swept, swept_name
 from vca_engine.sampling.writers import Writer, writer_of
 from vca_engine.signals import end_on_signals, uninterrupted
+
+IN_FID_FILE = ("cfg_scale", "sampler.name", "sampler.num_steps")  # settings that the name of a record holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +83,9 @@ class SampleArguments(SampleOptions, ModelOptions):
         interpolate: Draw the way from the first noise of this seed to that of the next; what a sampler draws later is
             the same.
         columns: Columns of these two, 10 by default.
-        sweep: A grid over a setting, a row each value, e.g. cfg=1,1.5,4, steps=10,50,250, seed=0,1,
-            sampler.method=euler,heun.
+        sweep: A grid over a setting, a row each value, e.g. cfg=1,1.5,4, cfg=1:5 (1,2,3,4,5), cfg=1:2:0.25,
+            steps=10,50,250, seed=0,1, sampler.method=euler,heun. With num and fid: each value is measured, and --out is
+            the .png of the distances; the records are in its folder.
         likelihood: Measure the likelihood of real images under a flow, in bits per dimension, of as many as num says,
             else of 1000.
         data: Those images, if not the ones of training, e.g. --data.images DIR, --data.split test.
@@ -119,10 +124,11 @@ class SampleArguments(SampleOptions, ModelOptions):
         require(self.fid is None or self.num is not None, "fid", self.fid, "say of how many images with --num N")
         require(self.fid is None or self.num > 1, "num", self.num, "a distance needs at least 2 images")
         chosen = [name for name in ("trajectory", "interpolate", "sweep", "likelihood", "fid") if getattr(self, name)]
-        if len(chosen) > 1:
+        if len(chosen) > 1 and chosen != ["sweep", "fid"]:
             raise ValueError(f"--{chosen[0]} and --{chosen[1]} are two different things; choose one.")
         if self.num is not None and self.picture not in (None, "samples"):
-            raise ValueError(f"--{self.picture} draws a picture, and --num many images; choose one.")
+            hint = ", or measure each value with --fid REF" if self.sweep else ""
+            raise ValueError(f"--{self.picture} draws a picture, and --num many images; choose one{hint}.")
         if self.of_fid and not self.fid:
             raise ValueError(f"fid_{next(iter(self.of_fid))} is given, but no reference; name it with --fid.")
         if self.guide_weights and not self.guide:
@@ -151,7 +157,7 @@ class SampleArguments(SampleOptions, ModelOptions):
     @property
     def picture(self) -> str | None:
         """The picture that is wanted: samples, which is the grid, or another; None where it is something else."""
-        chosen = [name for name in ("trajectory", "interpolate", "sweep") if getattr(self, name)]
+        chosen = [name for name in ("trajectory", "interpolate", "sweep") if getattr(self, name) and not self.fid]
         return chosen[0] if chosen else (None if self.num or self.likelihood else "samples")
 
 
@@ -166,8 +172,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     drawing = make_drawing(args, state)
     if args.likelihood:
         measure_likelihood(drawing, args.out, args.num, args.data or {})
+    elif args.num and args.sweep:
+        measure_sweep(drawing, args)
     elif args.num:
-        draw_many(drawing, args)
+        evaluator = evaluator_of(drawing.pipe.config.fid, args, state) if args.fid else None
+        name = fid_file(drawing, args.num) if args.fid else "samples"
+        draw_many(drawing, args, Path(args.out or drawing.pipe.folder / name), evaluator)
     elif state.is_main_process:
         options = {"num_columns": args.columns or 10, "swept_values": args.sweep, "sampler": args.sampler}
         draw_picture(drawing, args.picture, args.out, **options)
@@ -191,17 +201,63 @@ def make_drawing(args: SampleArguments, state: PartialState) -> Drawing:
     return Drawing(pipe, sampling, state, guide=guide, negative=negative, sweep=bool(args.sweep))
 
 
-def draw_many(drawing: Drawing, args: SampleArguments) -> None:
+def measure_sweep(drawing: Drawing, args: SampleArguments) -> None:
+    """Measure each value of --sweep as a command of its own would; then print a table of them, and draw the distances.
+
+    All processes call this. What is measured already is taken from its record.
+    """
+    key, own = swept_name(args.sweep), drawing.pipe.config.sample
+    picture = Path(args.out or drawing.pipe.folder / f"fid-{args.sweep.partition('=')[0].strip()}.png")
+    check_plot(picture)
+    rows = []
+    for label, sampling in swept(args.sweep, drawing.sampling, args.sampler):
+        if sampling.cfg_scale == 1.0:  # where a command of its own may not name what needs guidance
+            sampling = dataclasses.replace(sampling, **{name: getattr(own, name) for name in NEED_GUIDANCE})
+        rows.append((label, drawing.with_settings(sampling)))  # all, before the first image is drawn
+    evaluator, results = evaluator_of(drawing.pipe.config.fid, args, drawing.state), []
+    for label, row in rows:
+        more = "" if key in IN_FID_FILE else f"-{label.replace(' ', '-').replace('/', '-')}"
+        evaluator.reset()
+        results.append(draw_many(row, args, picture.parent / fid_file(row, args.num, more), evaluator))
+    if drawing.state.is_main_process:
+        print_table([label for label, _ in rows], results)
+        fid.curve([result.to_dict() for result in results], picture, x=key)
+        print(f"wrote {picture}")
+
+
+def check_plot(file: Path) -> None:
+    """Raise ValueError if a picture of distances cannot be written to `file`, or something else is there."""
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"--out is {str(file)!r}; with --fid and --sweep it is a .png of the distances.")
+    if file.exists():
+        try:
+            with Image.open(file) as picture:
+                drawn = picture.info.get("Software") == fid.pictures.SOFTWARE
+        except OSError:
+            drawn = False
+        if not drawn:
+            raise ValueError(f"{str(file)!r} is there already, and is no picture of distances; choose another --out.")
+
+
+def print_table(labels: Sequence[str], results: Sequence[fid.Result]) -> None:
+    """Print the numbers of all values below each other, and mark the least distance."""
+    distances = [result.values.get("fid", result.values.get("fd")) for result in results]
+    rows = [[label, *result.cells] for label, result in zip(labels, results, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row, distance in zip(rows, distances, strict=True):
+        least = "  least" if distance is not None and distance == min(distances) else ""
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + least)
+
+
+def draw_many(drawing: Drawing, args: SampleArguments, out: Path, evaluator: fid.Evaluator | None) -> fid.Result | None:
     """Draw `num` images into files or the evaluator, as far as they are missing, and measure them.
 
-    All processes call this.
+    All processes call this; with an evaluator each gets the result.
     """
     pipe, state = drawing.pipe, drawing.state
     classes = pipe.label_ids(args.classes or [])
     label = functools.partial(label_of, args.labels, classes or range(len(pipe.class_names)), drawing.sampling.seed)
-    out = Path(args.out or pipe.folder / (fid_file(drawing, args.num) if args.fid else "samples"))
     settings = {**drawing.settings(), "labels": args.labels or "random", "classes": classes or "all"}
-    evaluator = evaluator_of(pipe.config.fid, args, state) if args.fid else None
     writer = writer_of(out, args.num, state, pipe.info.image_size, evaluator)
     with alone_at(writer.record, out, is_main=state.is_main_process):
         if evaluator:
@@ -221,14 +277,14 @@ def draw_many(drawing: Drawing, args: SampleArguments) -> None:
                 add_to_record(out, drawing.facts(nfe, images_per_second=rate, drawn_by_this_command=len(missing)))
             writer.finish([label(i) for i in range(args.num)])
         state.wait_for_everyone()
-        if evaluator:
-            measure(evaluator, out, args, drawing)
+        result = measure(evaluator, out, args, drawing) if evaluator else None
         state.wait_for_everyone()
     if state.is_main_process and not missing:
         print(f"{out}: its {args.num} images are there already")
     elif state.is_main_process:
-        drawn = f"{nfe:g} network evaluations an image, {rate:g} images/s"
-        print(f"wrote {out}: {args.num} images, {drawing.title}; {drawn}")
+        drawing.add_evaluations(nfe)
+        print(f"wrote {out}: {args.num} images, {drawing.title}; {rate:g} images/s")
+    return result
 
 
 def label_of(mode: str | None, classes: Sequence[int], seed: int, i: int) -> int:
@@ -269,17 +325,20 @@ def draw_missing(
 
 def evaluator_of(config: FidConfig, args: SampleArguments, state: PartialState) -> fid.Evaluator:
     """Make the evaluator of the run's config, with what the command line says."""
-    measured = dataclasses.replace(config, reference=args.fid, **args.of_fid)
+    other = args.fid_extractor not in (None, config.extractor)  # than the run's, whose weights and metrics are not its
+    measured = dataclasses.replace(FidConfig() if other else config, reference=args.fid, **args.of_fid)
     try:
         return fid.open_evaluator(**measured.evaluator_options(), device=state.device)
     except (ValueError, OSError) as error:  # which names an option of python -m fid
         raise type(error)(str(error).replace("--weights", "--fid_weights")) from None
 
 
-def fid_file(drawing: Drawing, num: int) -> str:
-    """Name the record of a measurement of images that are not kept."""
-    step = "" if drawing.step is None else f"step-{drawing.step:08d}-"
-    return f"fid-{step}{drawing.drawn_by.replace(' ', '-')}-cfg-{drawing.sampling.cfg_scale:g}-num-{num}.json"
+def fid_file(drawing: Drawing, num: int, more: str = "") -> str:
+    """Name the record of a measurement of images that are not kept; `more` is the rest of the name."""
+    step, part = drawing.step, drawing.pipe.source["part"]
+    weights = "" if step is None else f"step-{step:08d}-{f'{part}-' if part != 'ema' else ''}"
+    cfg = f"cfg-{drawing.sampling.cfg_scale:g}"
+    return f"fid-{weights}{drawing.drawn_by.replace(' ', '-')}-{cfg}-num-{num}{more}.json"
 
 
 def measured_at(out: Path) -> Path:
@@ -300,7 +359,7 @@ def check_measured(evaluator: fid.Evaluator, out: Path, num: int) -> None:
             )
 
 
-def measure(evaluator: fid.Evaluator, out: Path, args: SampleArguments, drawing: Drawing) -> None:
+def measure(evaluator: fid.Evaluator, out: Path, args: SampleArguments, drawing: Drawing) -> fid.Result:
     """Compute the metrics of what was drawn, print them, and write their record to `out`, or beside kept images.
 
     Every process calls it. Kept images are read again, so that those of an earlier, interrupted command count, too;
@@ -321,6 +380,7 @@ def measure(evaluator: fid.Evaluator, out: Path, args: SampleArguments, drawing:
         for text in result.warnings:
             print(f"warning: {text}", file=sys.stderr)
         print(result)
+    return result
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if done >= config.train.num_steps and not unfinished(config, done, outputs_due(config, done), accelerator):
         if accelerator.is_main_process:
             with lock_folder(Path(config.run_dir)) or contextlib.nullcontext():
-                mend(Path(config.run_dir), fid.curve)
+                mend(Path(config.run_dir), assemble.ends_of_time(config), fid.curve)
         more = " A larger train.num_steps would go on." if config.train.schedule == "constant" else ""
         accelerator.print(f"done already: {done:,} steps in {config.run_dir}.{more}")
         if config.fid.every and not (Path(config.run_dir) / "fid.jsonl").exists():

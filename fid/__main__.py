@@ -3,7 +3,7 @@
     python -m fid eval SAMPLES --ref VIRTUAL_imagenet256_labeled.npz    FID, sFID, IS, precision, recall of ADM's tables
     python -m fid stats IMAGES --out ref.npz --crop 256                a reference of your own images
     python -m fid compare a.npz b.npz                                  two files of statistics, no network
-    python -m fid curve runs/mine/fid.jsonl --out fid.png              FID against training step
+    python -m fid curve runs/mine/fid.jsonl --out fid.png              FID against training step, or --x cfg
     python -m fid train-extractor IMAGES --out FILE.safetensors        a network for --extractor classifier
     python -m fid selfcheck                                            are the weights and the arithmetic right here?
     torchrun --nproc_per_node 8 -m fid -- eval SAMPLES --ref REF       the same number on all GPUs
@@ -39,6 +39,7 @@ from fid.networks.resize import tf1_bilinear
 from fid.pictures import curve, neighbours, read_records
 from fid.references import load_ref, open_reference, save_reference
 from fid.result import Result, versions_of_packages
+from fid.sanity import ROUNDING
 from fid.training import train_extractor
 from vca_engine.files import expanded, written_aside
 from vca_engine.terminal import steady_output
@@ -188,7 +189,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _curve(args: argparse.Namespace) -> None:
     _check_output(args.out, "", *args.records)
-    curve(read_records(args.records, lambda text: _warn([text])), args.out, args.title)
+    curve(read_records(args.records, lambda text: _warn([text])), args.out, args.title, args.x)
     print(f"wrote {args.out}")
 
 
@@ -196,7 +197,7 @@ def _train_extractor(args: argparse.Namespace) -> None:
     if rank_and_size()[1] > 1:
         raise ValueError("train-extractor is of one process; start it without torchrun.")
     _check_output(args.out, ".safetensors", args.images)
-    images = Images(args.images, drop_alpha=args.drop_alpha, crop=args.crop)
+    images = Images(args.images, drop_alpha=args.drop_alpha, crop=args.crop).with_classes()
     choices = {"num": args.num, "held_out": args.held_out, "num_steps": args.steps, "seed": args.seed}
     classifier, num = train_extractor(images, **choices, device=_device(args.device), progress=not args.quiet)
     classifier.save(args.out)
@@ -216,13 +217,21 @@ def _selfcheck(args: argparse.Namespace) -> None:
     expected = torch.tensor([0, 5 / 7, 16 / 7, 33 / 7, 58 / 7, 13, 16])
     right = torch.allclose(found, expected, rtol=1e-6)
     print(f"resize      {'ok' if right else f'WRONG: {found.tolist()}'} (TensorFlow 1 bilinear, 5 -> 7 pixels)")
+    images = _synthetic(), 255 - _synthetic()
     for preset in PRESETS:
         extractor = _missing(lambda preset=preset: Inception(args.weights, preset)).to(_device(args.device))
         if preset == "adm":
             weights = extractor.weights
             kind = "the published ones" if weights["published"] else "NOT the published ones"
             print(f"weights     {weights['path']}\n            sha256 {weights['sha256']}: {kind}")
-        features = extractor(_synthetic().to(next(extractor.parameters()).device))["features"][0].double().cpu()
+        device = next(extractor.parameters()).device
+        features, other = (extractor(image.to(device))["features"][0].double().cpu() for image in images)
+        if (features - other).norm() <= ROUNDING * features.norm():
+            kind = "only zeros" if not features.any() else "the same numbers"
+            raise ValueError(
+                f"{extractor.name} gives {kind} for the synthetic image and its negative: the weights in "
+                f"'{extractor.weights['path']}' cannot measure anything; give others with --weights."
+            )
         values = " ".join(f"{value:.5f}" for value in features[:4].tolist())
         print(f"{preset:<11} pool3 of the synthetic image: norm {features.norm():.5f}, first four {values}")
     digest = hashlib.sha256(_synthetic().numpy()).hexdigest()[:8]
@@ -313,12 +322,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("b", type=_path, metavar="REF.npz")
     command.set_defaults(command=_compare)
 
-    command = commands.add_parser("curve", help="draw FID against training step")
-    text = "a run's folder or its fid.jsonl, or records of sample.py --fid; those of one folder make one line"
+    command = commands.add_parser("curve", help="draw FID against training step or guidance")
+    text = "a run's folder or its fid.jsonl, or records of sample.py --fid; each folder has a line for each sampler, "
+    text += "guidance and average"
     command.add_argument("records", nargs="+", type=_path, metavar="RECORD", help=text)
     command.add_argument(
         "--out", default="fid.png", type=_path, metavar="FILE", help="the picture (default: %(default)s)"
     )
+    text = (
+        "what the horizontal axis is: step, or a setting of sampling: cfg, steps, seed, sampler.OPTION (default: step)"
+    )
+    command.add_argument("--x", default="step", metavar="SETTING", help=text)
     command.add_argument("--title", default="", help="a line above it")
     command.set_defaults(command=_curve)
 
@@ -336,7 +350,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     """Add the options of what computes features, and of what images it gets."""
     add = parser.add_argument
     add("--extractor", choices=EXTRACTORS, default="inception", help="network of the features (default: %(default)s)")
-    text = "its weights; not given: $FID_INCEPTION_WEIGHTS, torch.hub's cache, a download"
+    text = "its file of weights, which random-inception and pixels have none of; not given, for inception: "
+    text += "$FID_INCEPTION_WEIGHTS, torch.hub's cache, a download"
     add("--weights", type=_path, metavar="FILE", help=text)
     add("--preset", choices=PRESETS, default="adm", help="protocol of Inception (default: %(default)s)")
     add("--batch", type=int, default=64, metavar="B", help="images in a forward pass (default: %(default)s)")
@@ -385,7 +400,8 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
 
 def _add_train_extractor(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("images", type=_path, metavar="IMAGES", help="a folder or .zip with a folder for each class, or an .npz")
+    text = "a folder or .zip with a folder for each class or a file of labels (labels.csv), or an .npz"
+    add("images", type=_path, metavar="IMAGES", help=text)
     add("--out", required=True, type=_path, metavar="FILE", help="the .safetensors to write")
     add("--crop", type=int, metavar="SIZE", help="crop and resize as in training: ADM's centre crop to SIZE pixels")
     add("--num", type=_count, metavar="N", help="take N of the images, evenly of all classes (default: all)")

@@ -20,7 +20,7 @@ from fid.networks import EXTRACTORS, build_extractor
 from fid.networks.extractor import FeatureExtractor
 from fid.options import Options
 from fid.references import Reference, check_protocol, describe, holds_statistics, load_ref, open_reference
-from fid.result import Result, versions_of_packages
+from fid.result import Result, comparable_with, versions_of_packages
 from vca_engine.records import read_json
 
 
@@ -190,13 +190,14 @@ def compare(a: str | Path | Reference, b: Any, force: bool = False) -> Result:
     for name in ("fid" if inception else "fd", "sfid"):
         if METRICS[name].output in a.statistics.keys() & b.statistics.keys():
             values |= METRICS[name].compute(*sides, Options())
-    described = describe(b)
+    described, label = describe(b), "FID" if inception else FeatureExtractor.label
     del described["crop"]
     record = {
-        "label": "FID" if inception else "Frechet distance",
+        "label": label,
         "num_samples": a.num_images,
         "protocol": a.preset or b.preset or a.extractor or b.extractor,
         "extractor": a.extractor or b.extractor,
+        "compares": comparable_with(label, a.extractor or b.extractor),
         "reference": described,
         "labels": None,
         "input": {"kind": a.kind, "path": a.source, "sha256": a.sha256},

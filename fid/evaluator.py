@@ -19,8 +19,8 @@ from fid.networks.extractor import FeatureExtractor, as_extractor
 from fid.networks.inception import Inception
 from fid.options import Options
 from fid.references import Reference, check_protocol, describe, open_reference
-from fid.result import Result, device_name, versions_of_packages
-from fid.sanity import find_problems
+from fid.result import Result, comparable_with, device_name, versions_of_packages
+from fid.sanity import check_features, find_problems
 from vca_engine.images import as_nchw
 
 MAX_REFERENCE_ROWS = 10_000  # as many as ADM's reference holds images
@@ -139,6 +139,7 @@ class Evaluator:
         self.summary, result, error = summary, None, None
         if rank_and_size(self.process_group)[0] == 0:
             try:
+                check_features(summary, self.extractor.name, "samples")
                 sides = summary.side, self.reference_side
                 values, left_out, seconds = compute_metrics(self.metrics, self._asked, *sides, self.options)
                 self.seconds |= seconds
@@ -153,6 +154,9 @@ class Evaluator:
         """Read the images of the reference, once, so that a broken one is found before the samples are drawn.
 
         Collective. `compute` does it, too.
+
+        Raises:
+            ValueError: An image that cannot be read, or features that `check_features` refuses.
         """
         if self.reference_side is not None:
             return
@@ -200,8 +204,14 @@ class Evaluator:
         return set(indices_in(state))
 
     def statistics(self) -> Reference:
-        """Compute the statistics of the samples, fit to be a reference. Collective."""
-        found = {output: sums.statistics() for output, sums in self._collector.gather().sums.items()}
+        """Compute the statistics of the samples, fit to be a reference. Collective.
+
+        Raises:
+            ValueError: Features that `check_features` refuses.
+        """
+        summary = self._collector.gather()
+        check_features(summary, self.extractor.name, "images")
+        found = summary.side.statistics
         num = next(iter(found.values())).num if found else None
         return Reference("samples", "fid", found, num, None, self.extractor.name, self.extractor.preset)
 
@@ -225,7 +235,9 @@ class Evaluator:
         chosen = np.unique(np.linspace(0, images.num - 1, min(images.num, MAX_REFERENCE_ROWS)).round().astype(np.int64))
         collector = self.new_collector(groups, rows, chosen)
         feed(images, collector.update, self.options, self.process_group)
-        return collector.gather()
+        summary = collector.gather()
+        check_features(summary, self.extractor.name, "images of the reference")
+        return summary
 
 
 def feed(images: Images, update: Callable[..., Any], options: Options, process_group: Any = None) -> None:
@@ -269,6 +281,7 @@ def _record(evaluator: Evaluator, values: dict[str, Any], more: dict[str, Any]) 
         "num_samples": samples.num,
         "protocol": extractor.preset or extractor.name,
         **protocol,
+        "compares": comparable_with(extractor.label, extractor.name),
         "weights": getattr(extractor, "weights", None),
         "labels": labels,
         "quantize": more.pop("quantize", None),

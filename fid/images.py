@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vca_engine.images import ArrayFile, ArrayInMemory, ImageFiles, check_side, on_white, open_image
+from vca_engine.images.labels import classes_of
 
 AHEAD = 4  # batches whose files are decoded before they are asked for
 LOSSY = (".jpg", ".jpeg", ".jfif", ".webp")  # a webp may be lossless, which its name does not say
@@ -109,6 +110,21 @@ class Images:
         part.num, part.labels = num, None if self.labels is None else self.labels[:num]
         return part
 
+    def with_classes(self) -> "Images":
+        """Take these images with the `labels` that training gives them: by a file of labels, such as labels.csv, too.
+
+        Raises:
+            ValueError: Files without classes, see `classes_of`.
+        """
+        part = copy.copy(self)
+        if isinstance(self._reader, FilesAsTheyAre):
+            try:
+                labels, _, self._reader.notes = classes_of(self._reader.files)
+            except ValueError as error:  # which names the setting of training
+                raise ValueError(str(error).replace("--data.images ", "").replace("data.images ", "")) from None
+            part.labels = labels[: self.num]
+        return part
+
     def take(self, indices: Sequence[int]) -> list[Tensor]:
         """Read the images (3, H, W) uint8 with these indices, in rising order."""
         return [torch.from_numpy(image).permute(2, 0, 1) for image in self._read(list(indices), AHEAD * 16)]
@@ -119,17 +135,18 @@ class Images:
         Args:
             changes: Look, too, whether files have come or gone, for which the folder is listed once more.
         """
-        found = self._reader.files.warnings() if isinstance(self._reader, FilesAsTheyAre) else []
+        files = isinstance(self._reader, FilesAsTheyAre)
+        found = list(dict.fromkeys(self._reader.notes + self._reader.files.warnings())) if files else []
         if self._reader.grey:
             some = "some images" if self._reader.names else "images"
             found.append(f"{some} of '{Path(self.source)}' are grey; they were taken as RGB.")
-        if getattr(self._reader, "transparent", False):
+        if files and self._reader.transparent:
             found.append(
                 f"some images of '{Path(self.source)}' are transparent; they were laid on white, as training does."
             )
-        if changes and isinstance(self._reader, FilesAsTheyAre) and (text := self._reader.changes()):
+        if changes and files and (text := self._reader.changes()):
             found.append(text)
-        if self.labels is not None and self.num < len(self._reader):
+        if self.labels is not None and self._reader.labels is not None and self.num < len(self._reader):
             some, all_of = (len(np.unique(labels)) for labels in (self.labels, self._reader.labels))
             if some < all_of:
                 found.append(
@@ -160,6 +177,7 @@ class FilesAsTheyAre:
     Attributes:
         grey: Whether any image that was read had no colours.
         transparent: Whether any image that was read was laid on white.
+        notes: Sentences on their classes that the user should read.
 
     Raises:
         ValueError: There are no images.
@@ -167,6 +185,7 @@ class FilesAsTheyAre:
 
     def __init__(self, path: Path, drop_alpha: bool) -> None:
         self.files, self.drop_alpha, self.grey, self.transparent = ImageFiles(path), drop_alpha, False, False
+        self.notes: list[str] = []
         self.kind, self.names = "zip" if self.files.zipped else "folder", self.files.names
 
     @cached_property

@@ -1,5 +1,6 @@
-"""Two pictures: the distance over training with its error bar, and the real images that samples are nearest to."""
+"""Two pictures: the distance over training or a setting, and the real images that samples are nearest to."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,76 +16,163 @@ from fid.images import Images
 from fid.metrics.rows import nearest_rows
 from vca_engine.files import written_aside
 from vca_engine.images.pictures import save_picture, sheet
-from vca_engine.records import read_json, read_lines
+from vca_engine.records import SHORT, read_json, read_lines, setting_of
+
+SOFTWARE = "python -m fid curve"  # in the metadata of a PNG, by which a program knows its own
+OF_GUIDANCE = ("guided_channels", "guidance_interval", "negative_class", "guide")
+SETTINGS = {  # of the record of a sample, in which lines of a curve may differ -> how they are called there
+    "step": "step",
+    "weights.part": "",
+    "sampler.name": "",
+    "sampler.method": "",
+    "sampler.num_steps": "num_steps",
+    **{f"sampler.{name}": name for name in ("spacing", "eta", "order", "sde", "rtol", "atol", "time_shift")},
+    **{f"sampler.{name}": name for name in ("diffusion", "diffusion_norm", "last_step", "last_step_size")},
+    "cfg_scale": "cfg",
+    "guided_channels": "guided channels",
+    "guidance_interval": "interval",
+    "negative_class": "away from class",
+    "guide": "guide",
+    "seed": "seed",
+    "labels": "labels",
+    "classes": "classes",
+    "precision": "precision",
+}
+AXES = {"step": "training step", "cfg_scale": "guidance scale, cfg (1 is none)"}
 
 
 def curve(
-    records: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]], path: str | Path, title: str = ""
+    records: Sequence[dict[str, Any]] | dict[str, Sequence[dict[str, Any]]],
+    path: str | Path,
+    title: str = "",
+    x: str = "step",
 ) -> None:
-    """Draw the distance of records against their training `step`, with two standard errors as a bar; a line each run.
+    """Draw the distance of records, with two standard errors as a bar, against their training step or a setting.
 
-    A dashed line is the noise floor: what as many perfect samples are expected to have. Records of another network,
-    protocol, reference or number of samples would make a picture of nothing, and are refused.
+    Each run has a line for each sampler, guidance, average of the weights and whatever else differs among the records;
+    without guidance (cfg 1) a point belongs to every line that differs in guidance alone. The least number of each line
+    is written, and where it is. A dashed line is the noise floor: what as many perfect samples are expected to have.
+    Records of another network, protocol, reference or number of samples would make a picture of nothing, and are
+    refused.
 
     Args:
         records: `Result.to_dict()` of each, with the `step` that was given to `Evaluator.compute`, in any order; of
-            several runs, by their names.
+            several runs, by their names. How the images were drawn is in their `sample`, as sample.py writes it.
         path: File to write, of any format that matplotlib knows.
         title: A line above.
+        x: `step`, or a setting of `sample`: `cfg`, `steps`, `seed`, `sampler.OPTION`.
 
     Raises:
-        ValueError: No records, one without a step, or records that do not compare.
+        ValueError: No records, one without a place on the axis, or records that do not compare.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = records if isinstance(records, dict) else {"": records}
+    runs, x = records if isinstance(records, dict) else {"": records}, SHORT.get(x, x)
     together = [record for run in runs.values() for record in run]
-    name = _check_records(together)
+    name = _check_records(together, x)
     label, num = together[0].get("label", name), together[0]["num_samples"]
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    ends = []  # of all lines, with their error bars above
-    for run, found in runs.items():
-        text = _plain(run) if len(runs) > 1 else f"{label}, ± 2 standard errors"
-        ends.append(_draw_run(axes, found, name, text, own_colour=len(runs) > 1))
+    lines = lines_of(runs, x)
+    for text, found in lines.items():
+        _draw_line(axes, [(_place(record, x), record) for record in found], name, text or label)
     floor = together[-1].get(f"{name}_noise_floor")
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle="--", label=f"expected of {num} perfect samples, {floor:.3g}")
-    _scale(axes, min(least for least, _ in ends), max(most for _, most in ends))
-    axes.set_xlabel("training step")
-    axes.set_ylabel(f"{label} of {num} samples{', ± 2 standard errors' if len(runs) > 1 else ''}")
+    _scale(axes, min(r[name] for r in together), max(r[name] + 2 * (r.get(f"{name}_se") or 0) for r in together))
+    axes.set_xlabel(AXES.get(x, x))
+    axes.set_ylabel(f"{label} of {num} samples")
     axes.set_title(_plain(title or str(together[0].get("protocol") or "")))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(lines) > 4:  # it would hide them
+        figure.set_figheight(4 + 0.25 * len(lines))
+        ncols = 1 if len(max(lines, key=len)) > 30 else 2
+        figure.legend(loc="outside lower left", ncols=ncols, title="± 2 standard errors")
+    else:
+        axes.legend(title="± 2 standard errors")
     try:
         with written_aside(path) as temporary:
-            figure.savefig(temporary, format=Path(path).suffix[1:], dpi=150)
+            kind = Path(path).suffix[1:]
+            figure.savefig(temporary, format=kind, dpi=150, metadata={"Software": SOFTWARE} if kind == "png" else None)
     except ValueError as error:  # matplotlib's, of a suffix that it does not know
         raise ValueError(f"cannot draw '{path}': {error}.") from error
     finally:
         pyplot.close(figure)
 
 
-def _draw_run(
-    axes: Any, records: Sequence[dict[str, Any]], name: str, label: str, own_colour: bool
-) -> tuple[float, float]:
-    """Draw the line of a run and the number of its best point; return the least value, and the most with its error."""
-    records = sorted(records, key=lambda record: record["step"])
-    steps, values = [r["step"] for r in records], [r[name] for r in records]
-    errors = [2 * (r.get(f"{name}_se") or 0.0) for r in records]
-    line = axes.errorbar(steps, values, yerr=errors, marker="o", capsize=3, label=label)
+def lines_of(runs: dict[str, Sequence[dict[str, Any]]], x: str) -> dict[str, list[dict[str, Any]]]:
+    """Sort records into the lines of a curve: what the line is called -> its records.
+
+    A line is called by its run, if there are several, and by the settings in which it differs from another line; one
+    line alone has no name.
+
+    Args:
+        runs: Records by the names of their runs.
+        x: The setting on the axis, in which records of one line differ.
+    """
+    keys = [key for key in SETTINGS if key != x and not (x == "sampler.name" and key.startswith("sampler."))]
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for run, records in runs.items():
+        rows = [({key: _words(record, key) for key in keys}, record) for record in records]
+        for row, record in rows:
+            owners = [row]
+            if x == "cfg_scale" and _place(record, x) == 1.0:  # then the options of guidance mean nothing
+                alike = [r for r, other in rows if all(r[key] == row[key] for key in keys if key not in OF_GUIDANCE)]
+                owners = [r for r, other in rows if r in alike and _place(other, x) != 1.0] or owners
+            for line in {(run, *other.values()) for other in owners}:
+                found.setdefault(line, []).append(record)
+    of_sampler = 1 + keys.index("sampler.name") if "sampler.name" in keys else 0
+    varying = []
+    for i, key in enumerate(["run", *keys]):  # options of a sampler are compared with those of the same sampler
+        same = of_sampler if key.startswith("sampler.") and key != "sampler.name" else None
+        parts = {(line[same] if same else None, line[i]) for line in found}
+        if len(parts) > len({part for part, _ in parts}):
+            varying.append(i)
+    titles = ["run", *(SETTINGS[key] or key for key in keys)]
+    without = "without " + ", ".join(titles[i] for i in varying) if varying else ""
+    named = {", ".join(line[i] for i in varying if line[i]) or without: records for line, records in found.items()}
+    return dict(sorted(named.items(), key=lambda item: [_natural(word) for word in re.split("[ ,]", item[0])]))
+
+
+def _words(record: dict[str, Any], key: str) -> str:
+    """Write a setting of a record for the name of a line; nothing where the record does not have it."""
+    value = record.get("step") if key == "step" else setting_of(record.get("sample") or {}, key)
+    if value is None:
+        return ""
+    if isinstance(value, dict):  # a guide
+        value = f"step {value.get('step')}" if value.get("step") is not None else str(value.get("sha256"))[:8]
+    if isinstance(value, list | tuple):
+        value = f"[{', '.join(f'{each:g}' if isinstance(each, float) else str(each) for each in value)}]"
+    return f"{SETTINGS[key]} {value:g}" if isinstance(value, float) else f"{SETTINGS[key]} {value}".strip()
+
+
+def _natural(word: str) -> tuple[float, str]:
+    """Give a key by which 10 comes after 9, and words after numbers."""
+    try:
+        return float(word), ""
+    except ValueError:
+        return np.inf, word
+
+
+def _place(record: dict[str, Any], x: str) -> Any:
+    """Find where a record is on the axis: a number, or a word."""
+    return record.get("step") if x == "step" else setting_of(record.get("sample") or {}, x)
+
+
+def _draw_line(axes: Any, points: list[tuple[Any, dict[str, Any]]], name: str, label: str) -> None:
+    """Draw the numbers called `name` of records at their places, and say in the legend where they are least."""
+    if all(_is_number(place) for place, _ in points):
+        points = sorted(points, key=lambda point: point[0])
+    else:
+        points = [(str(place), record) for place, record in points]
+    places, values = [place for place, _ in points], [record[name] for _, record in points]
+    errors = [2 * (record.get(f"{name}_se") or 0.0) for _, record in points]
     best = min(range(len(values)), key=values.__getitem__)
-    axes.annotate(
-        f"{values[best]:.3g}",
-        (steps[best], values[best] - errors[best]),
-        textcoords="offset points",
-        xytext=(0, -14),
-        ha="center",
-        color=line[0].get_color() if own_colour else "black",
-    )
-    return min(values), max(v + e for v, e in zip(values, errors, strict=True))
+    place = f"{places[best]:g}" if _is_number(places[best]) else places[best]
+    text = f"{label}: least {values[best]:.3g} at {place}"
+    axes.errorbar(places, values, yerr=errors, marker="o", capsize=3, label=_plain(text))
 
 
 def _scale(axes: Any, least: float, most: float) -> None:
@@ -100,15 +188,16 @@ def _scale(axes: Any, least: float, most: float) -> None:
         axes.set_ylim(0, 1.1 * most or 1.0)
 
 
-def _check_records(records: Sequence[dict[str, Any]]) -> str:
-    """Find which distance the records hold, `fid` or `fd`; a ValueError if they do not make one picture."""
+def _check_records(records: Sequence[dict[str, Any]], x: str) -> str:
+    """Find which distance the records hold, `fid` or `fd`; a ValueError if they do not make one picture over `x`."""
     if not records:
         raise ValueError("no records to draw; name a run's folder, or the JSON files of `sample.py --fid`.")
     name = "fid" if "fid" in records[0] else "fd"
     for i, record in enumerate(records):
         where = f"'{record['file']}'" if "file" in record else f"record {i + 1}"
-        if record.get("step") is None:
-            raise ValueError(f"{where} has no training step, so it has no place on a curve.")
+        if _place(record, x) is None:
+            what = "training step" if x == "step" else f"{x} in its sample"
+            raise ValueError(f"{where} has no {what}, so it has no place on a curve.")
         for key in ("step", name, f"{name}_se", f"{name}_noise_floor"):
             if (value := record.get(key)) is not None and not _is_number(value):
                 raise ValueError(f"{where} has the {key} {str(value)[:40]!r}; it must be a number.")

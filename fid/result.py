@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from fid.metrics import METRICS
+from fid.networks.extractor import FeatureExtractor
 from vca_engine.records import read_json, write_json
 
 VERSION = 1  # of the numbers: it changes when any of them can
@@ -63,17 +64,29 @@ class Result:
         values = {name: value for name, value in found.items() if name in numbers}
         return cls(values, {name: value for name, value in found.items() if name not in {*numbers, "schema"}})
 
+    @property
+    def cells(self) -> list[str]:
+        """The numbers as the line has them: `FID 2.27 ± 0.02 (noise floor 0.31)`, `sFID 4.61`, ..."""
+        return [cell for metric in METRICS.values() for cell in metric.cells(self.values, self.record)]
+
     def __str__(self) -> str:
         """Write one line fit for a table."""
         record = self.record
-        parts = [cell for metric in METRICS.values() for cell in metric.cells(self.values, record)]
         reference = record.get("reference")
         against = "no reference" if reference is None else f"against {reference['path']}"
         if reference and reference["kind"] == "adm":
             against = "ADM ref"
         mode = (record.get("labels") or {}).get("mode")
         samples = f"{record['num_samples'] or 'an unknown number of'} {f'{mode}-label ' if mode else ''}samples"
-        return f"{'  '.join(parts)}  ({against}, {record.get('protocol') or 'unknown protocol'}, {samples})"
+        samples += f"; compares {record['compares']}" if record.get("compares") else ""
+        return f"{'  '.join(self.cells)}  ({against}, {record.get('protocol') or 'unknown protocol'}, {samples})"
+
+
+def comparable_with(label: str, extractor: str | None) -> str | None:
+    """Say what a distance compares with if its network has no name in the field; None of FID and FD-DINOv2."""
+    if label != FeatureExtractor.label:
+        return None
+    return f"only with numbers by {extractor}" if extractor else "only with numbers by the same extractor"
 
 
 def device_name(device: torch.device) -> str:

@@ -8,7 +8,36 @@ from fid.collector import Summary
 from fid.networks.extractor import FeatureExtractor
 
 FEW_IMAGES = 10_000  # in a reference
+ROUNDING = 1e-6  # relative spread of features that float32 makes of one and the same, with room
 IMAGENET_VALIDATION_FID = 1.68  # of the 50,000 validation images at 256 x 256 against ADM's reference
+
+
+def check_features(images: Summary, extractor: str, what: str) -> None:
+    """Check that features tell images apart; those of a network without a signal, as of zeros, give a distance of 0.
+
+    Args:
+        images: All that is known of the images.
+        extractor: Name of the network.
+        what: The images in words.
+
+    Raises:
+        ValueError: They are 0 for all images, or the same to rounding for images that are not all the same.
+    """
+    for output in sorted({*images.sums, *images.rows}) if images.num > 1 else ():
+        if output in images.rows:
+            rows = images.rows[output].double().numpy()
+            mean, variance = rows.mean(axis=0), rows.var(axis=0).sum()
+        else:
+            found = images.side.statistics[output]
+            mean, variance = found.mean, np.trace(found.cov)
+        length = np.linalg.norm(mean)
+        alike = variance <= (ROUNDING * length) ** 2
+        if alike and (length == 0 or images.num_duplicates < images.num - 1):
+            kind = "only zeros" if length == 0 else "the same numbers"
+            raise ValueError(
+                f"{extractor} gives {kind} ({output}) for all {images.num} {what}, so a distance would say nothing: "
+                "give it other weights, or choose another extractor."
+            )
 
 
 def find_problems(

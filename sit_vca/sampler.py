@@ -131,6 +131,11 @@ class ODE:
         self.num_steps = check_num_steps(num_steps)
         self.time_shift = time_shift
 
+    @property
+    def steps_taken(self) -> int | None:
+        """Steps from one point to the next; None of a method that chooses its own."""
+        return None if self.solver["method"] in ADAPTIVE else self.num_steps - 1
+
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
         """Turn noise (B, C, H, W) into samples (B, C, H, W). The ODE draws nothing, so `generator` is not used.
 
@@ -313,6 +318,11 @@ class SDE:
                 f"sample.sampler.last_step_size is {last_step_size}, which leaves nothing before it: the other steps "
                 f"start at t = {self.interval[0]:g}."
             )
+
+    @property
+    def steps_taken(self) -> int:
+        """Steps from one point to the next, and the last one."""
+        return self.num_steps - (self.last_step == "none")
 
     def __call__(self, predict: Predict, noise: Tensor, generator: Generator = None) -> Tensor:
         """Turn noise (B, C, H, W) into samples (B, C, H, W)."""

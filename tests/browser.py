@@ -141,13 +141,13 @@ def look(page: Page, address, screenshot, folder: Path | None):
 
     names = screen.choose_classes(2)
     content, captions, record, command = screen.draw(num=5, seed=3, steps=6, cfg=1.5)
-    first, second = (name.split(" (")[0].split(",")[0] for name in names)
+    first, second = (name.split(" (")[0] for name in names)
     assert captions == [first, second, first, second, first]
     assert record["seed"] == 3
     assert record["cfg_scale"] == 1.5
-    assert record["sampler"]["num_steps"] == 6
+    assert record["sampler"]["num_steps"] == 6 + (record["sampler"]["name"] == "ode")  # which counts points of time
     euler = (record["sampler"]["name"], record["sampler"].get("method")) == ("ode", "euler")
-    assert record["nfe"] == 10 if euler else record["nfe"] > 5, record["nfe"]  # 5 steps between 6 points, guided
+    assert record["nfe"] == 12 if euler else record["nfe"] > 5, record["nfe"]  # guided
     assert len(record["labels"]) == 5
     assert len(set(content)) == 5
     use(screen, content)
@@ -160,6 +160,10 @@ def look(page: Page, address, screenshot, folder: Path | None):
     page.reload()
     page.locator("#draw").wait_for()
     screen.draw(num=32, seed=0)
+    cut = page.evaluate(
+        "[...document.querySelectorAll('#gallery .caption-label')].filter(e => e.scrollWidth > e.clientWidth)"
+    )
+    assert not cut, f"{len(cut)} names of classes are cut"
     width = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert width[0] == width[1], f"the page is {width[0]} wide in a window of {width[1]}"
     if screenshot:

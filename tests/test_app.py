@@ -108,7 +108,7 @@ def test_the_command_on_the_page_draws_the_images_on_the_page(flow, tmp_path, fi
     images, labels = drawn_by(command, tmp_path)
     assert len(gallery) == fields.get("num", 4)
     assert (np.stack([image for image, _ in gallery]) == images).all()
-    assert [caption for _, caption in gallery] == [NAMES[k].split(",")[0] for k in labels]
+    assert [caption for _, caption in gallery] == [NAMES[k] for k in labels]
     record = json.loads(record)
     assert record["labels"] == labels.tolist()
     assert record["seed"] == fields.get("seed", 0)
@@ -134,7 +134,7 @@ def test_the_page_begins_with_the_defaults_of_the_model(flow, diffusion):
         "cfg_scale": 2.0,
         "sampler": "ode",
         "method": "euler",
-        "steps": 4,
+        "steps": 3,  # of 4 points of time
         "low": 0.0,
         "high": 1.0,
     }
@@ -148,7 +148,22 @@ def test_the_page_begins_with_the_defaults_of_the_model(flow, diffusion):
 def test_another_sampler_comes_with_its_own_number_of_steps(flow):
     (choose,) = [fn.fn for fn in app.build_page(flow).fns.values() if fn.api_name != "draw"]
     assert choose("sde") == (250, gr.update(visible=False))
-    assert choose("ode") == (4, gr.update(visible=True))  # as the model's config says
+    assert choose("ode") == (3, gr.update(visible=True))  # as the model's config says
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_steps", "nfe"),
+    [
+        ({"sampler": "ode", "method": "euler", "steps": 5}, 6, 10),  # with guidance, two evaluations a step
+        ({"sampler": "ode", "method": "heun", "steps": 5}, 6, 20),
+        ({"sampler": "sde", "steps": 5}, 5, 10),  # four between points, and the last one
+        ({"sampler": "ode", "method": "euler", "steps": 1}, 2, 2),
+    ],
+)
+def test_the_page_counts_steps_and_not_points_of_time(flow, fields, num_steps, nfe):
+    _, command, record = button(flow)(num=1, **fields)
+    assert f"--sampler.num_steps {num_steps} " in command
+    assert (json.loads(record)["sampler"]["num_steps"], json.loads(record)["nfe"]) == (num_steps, nfe)
 
 
 def test_an_empty_field_is_as_the_config_says(flow):
@@ -165,7 +180,7 @@ def test_options_that_the_page_does_not_show_stay_those_of_the_config(tmp_path):
 
 def test_the_bar_tells_the_share_of_evaluations(flow):
     shares = []
-    button(flow, shares)(num=8, steps=5)  # 4 evaluations each of two groups
+    button(flow, shares)(num=8, steps=4)  # 4 evaluations each of two groups
     assert shares == pytest.approx([k / 8 for k in range(8)])
 
 
@@ -175,8 +190,8 @@ MISTAKES = [
     ({"num": None}, "images is None; choose 1 to 256"),
     ({"num": 1000}, "images is 1000; choose 1 to 256"),
     ({"seed": -1}, "seed is -1; choose at least 0, below 18,446,744,073,709,551,616."),
-    ({"steps": 0}, "sample.sampler.num_steps is 0;"),
-    ({"steps": 10**9}, "steps is 1000000000; choose at most 1000; sample.py takes more."),
+    ({"steps": 0}, "steps is 0; choose 1 to 1000"),
+    ({"steps": 10**9}, "steps is 1000000000; choose 1 to 1000; sample.py takes more."),
     ({"cfg_scale": float("nan")}, "cfg scale is nan; choose -100 to 100; 1 is no guidance."),
     ({"cfg_scale": -1e38}, "cfg scale is -1e+38; choose"),
     ({"low": 0.8, "high": 0.2}, "sample.guidance_interval is (0.8, 0.2); choose two noise levels between 0 and 1"),

@@ -188,7 +188,8 @@ STEPS = [
     "--sample.per_class",
     "1",
 ]
-STEPS += ["--sample.sampler.num_steps", "8", "--fid.extractor", "classifier", "--fid.weights", "judge.safetensors"]
+STEPS += ["--sample.sampler.num_steps", "8"]
+JUDGED = ["--fid.extractor", "classifier", "--fid.weights", "judge.safetensors"]
 LATENT = ["--codec.path", "vae", "--data.image_size", "16"]
 SMALL = {"200": "4", "1000": "4", "10000": "4", "50000": "4", "20_000": "2", "256": "16", "512": "16"}
 IMAGES = {
@@ -208,6 +209,8 @@ COVERED = {  # by a word of the command -> what runs it, or what it needs
     "--dry-run": "tests/test_train.py",
     "--device": "a GPU",
     "dinov2": "weights of DINOv2",
+    "random-inception": "tests/test_fid_network.py",
+    "fid-step-*.json": "tests/test_fid.py",
     "selfcheck": "weights of Inception",
     "admnet_guided_upsampled_imagenet256.npz": "samples of ADM",
     "VIRTUAL_imagenet256_labeled.npz --metrics is": "weights of Inception",
@@ -227,7 +230,7 @@ def made_small(command):
         if word in IMAGES and of != "--out":
             words[i] = "images"
         elif of in ("--ref", "--fid", "--fid.reference"):
-            words[i] = "reference.npz"
+            words[i] = "images" if "pixels" in words else "reference.npz"
         elif of == "--latents":
             words[i] = "new" if command.program == "cache_latents" and "--check" not in words else "latents"
         elif of == "--run_dir":
@@ -237,6 +240,7 @@ def made_small(command):
     imagenet = not any(f"configs/{name}" in " ".join(words) for name in ("digits", "folder"))
     if command.program == "train":
         words += [*NETWORK, *STEPS, "--run_dir", "new", *(LATENT if imagenet else [])]
+        words += [] if "--fid.extractor" in words else JUDGED
         words += ["--train.accumulate", "2"] if "--train.accumulate" in words else []
     elif command.program == "cache_latents":
         words += LATENT if imagenet else []
@@ -270,7 +274,7 @@ def call(command):
     """Run a program as a new process would."""
     with pytest.MonkeyPatch.context() as patch, new_process():
         for module in (log, outputs):
-            patch.setattr(module, "plot_losses", lambda lines, file: None)  # takes as long as all the rest
+            patch.setattr(module, "plot_losses", lambda *given: None)  # takes as long as all the rest
         patch.setattr(sys, "argv", [command.program, *command.words])
         importlib.import_module(module_of(command.program)).main()
 
@@ -300,7 +304,7 @@ def workplace(tmp_path_factory):
         judged = ["--extractor", "classifier", "--weights", "judge.safetensors", "--quiet"]
         call(Command("cache_latents", (*of_images, *LATENT, "--latents", "latents")))
         measured = ["--train.snapshot_every", "1", "--fid.reference", "images", "--fid.every", "2", "--fid.num", "4"]
-        call(Command("train", (*of_images, *LATENT, *NETWORK, *STEPS, *measured, "--run_dir", "run")))
+        call(Command("train", (*of_images, *LATENT, *NETWORK, *STEPS, *JUDGED, *measured, "--run_dir", "run")))
         call(
             Command("fid", ("stats", "images", "--crop", "16", "--keep-images", "8", "--out", "reference.npz", *judged))
         )

@@ -25,7 +25,7 @@ from fid.metrics.metric import Side
 from fid.metrics.mind import mind
 from fid.metrics.precision_recall import precision_recall
 from fid.options import Options
-from fid.pictures import read_records
+from fid.pictures import lines_of, read_records
 from vca_engine.seeds import splitmix64
 
 torch.set_num_threads(1)
@@ -627,6 +627,24 @@ def test_what_is_doubtful_is_said():
     assert "unbalanced: 1 to 39" in " ".join(result.warnings)
 
 
+@pytest.mark.parametrize(("factor", "kind"), [(0.0, "only zeros"), (1e-9, "the same numbers")])
+def test_features_that_tell_nothing_apart_are_refused(factor, kind, tmp_path):
+    class Weak(Mean):
+        def forward(self, images):
+            found = super().forward(images)["features"]
+            return {"features": found * factor + (factor > 0), "logits": found}  # 1 + 1e-9 x is 1 in float32
+
+    mine, real = (torch.from_numpy(random_images(20, seed=seed)) for seed in (1, 2))
+    statistics = reference_of({"features": fid.Statistics(np.zeros(6), np.eye(6), 20)}, 20, None, None)
+    for reference, what in ((real, "20 images of the reference"), (statistics, "20 samples")):
+        with pytest.raises(ValueError, match=rf"^mean-00000000 gives {kind} \(features\) for all {what}, so"):
+            fid.evaluate(mine, reference, Weak())
+    with pytest.raises(ValueError, match="for all 20 images, so"):
+        fid.statistics(mine, Weak())
+    one = mine[:1].expand(20, -1, -1, -1)  # this says something of the samples, and not of the network
+    assert "19 of 20 samples are exact duplicates" in " ".join(fid.evaluate(one, real, Mean()).warnings)
+
+
 def test_an_extractor_of_ones_own():
     class Colours(fid.FeatureExtractor):
         dims = {"features": 3}
@@ -780,7 +798,7 @@ def test_command_line(files, capsys):
     assert printed.err == (
         "warning: the reference is of 100 images only: it is noisy itself, which the error bar does not show.\n"
     )
-    assert printed.out.endswith("70 samples)\n")
+    assert printed.out.endswith(f"70 samples; compares only with numbers by {classifier.name})\n")
 
     main(
         [
@@ -937,6 +955,58 @@ def test_curve(tmp_path, capsys):
         read_records([tmp_path / "empty"])
 
 
+def measured(step, cfg, value, **sample):
+    sampler = {"name": "ode", "method": "euler", "num_steps": 26}
+    how = {"sampler": sampler, "cfg_scale": float(cfg), "weights": {"part": "ema"}, "seed": 0, **sample}
+    return {"label": "FID", "protocol": "adm", "num_samples": 1000, "step": step, "fid": value, "sample": how}
+
+
+SDE = {"sampler": {"name": "sde", "method": "euler", "num_steps": 250, "last_step": "mean"}}
+NARROW = {"weights": {"part": "ema-0.05"}}
+GUIDED = {"guidance_interval": [0.0, 0.7]}
+
+
+@pytest.mark.parametrize(
+    ("x", "records", "lines"),
+    [
+        ("step", [measured(1, 1, 9), measured(2, 1, 8)], {"": [9, 8]}),  # one line needs no name
+        ("step", [measured(1, 1, 9), measured(1, 2, 7), measured(2, 1, 8)], {"cfg 1": [9, 8], "cfg 2": [7]}),
+        ("step", [measured(1, 1, 9), measured(1, 1, 5, **SDE)], {"ode": [9], "sde": [5]}),
+        ("cfg_scale", [measured(1, 1, 9), measured(1, 2, 7), measured(2, 1, 8)], {"step 1": [9, 7], "step 2": [8]}),
+        ("cfg_scale", [measured(1, 2, 9), measured(1, 2, 6, **NARROW)], {"ema": [9], "ema-0.05": [6]}),
+        (  # without guidance there is no interval: the point at 1 begins both lines
+            "cfg_scale",
+            [measured(1, 1, 9), measured(1, 2, 7), measured(1, 2, 6, **GUIDED), measured(1, 4, 5, **GUIDED)],
+            {"without interval": [9, 7], "interval [0, 0.7]": [9, 6, 5]},
+        ),
+        ("sampler.name", [measured(1, 1, 9), measured(1, 1, 5, **SDE)], {"": [9, 5]}),
+    ],
+)
+def test_a_curve_has_a_line_for_each_way_of_drawing(x, records, lines):
+    found = lines_of({"run": records}, x)
+    assert {line: [record["fid"] for record in of] for line, of in found.items()} == lines
+
+
+def test_two_runs_have_lines_of_their_own():
+    records = [measured(1, 1, 9), measured(1, 10, 7), measured(1, 9, 8)]
+    names = ["a, cfg 1", "a, cfg 9", "a, cfg 10", "b, cfg 1", "b, cfg 9", "b, cfg 10"]
+    assert [*lines_of({"b": records, "a": records}, "step")] == names
+
+
+def test_a_curve_over_guidance(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for scale, value in ((1, 9), (1.5, 4), (4, 6)):
+        Path(f"fid-step-00000001-cfg-{scale}.json").write_text(json.dumps(measured(1, scale, value)))
+    main(["curve", ".", "--x", "cfg", "--out", "c.png"])
+    assert capsys.readouterr().out == "wrote c.png\n"
+    assert Image.open("c.png").size == (1050, 600)
+    del (record := measured(1, 1, 9))["sample"]
+    Path("x.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        main(["curve", "x.json", "--x", "cfg", "--out", "c.png"])
+    assert "'x.json' has no cfg_scale in its sample, so it has no place on a curve" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence", "code"),
     [
@@ -961,6 +1031,7 @@ def test_curve(tmp_path, capsys):
         (["eval", "a"], "there is no reference", 2),
         (["eval", "a.npz"], "there is no reference; name it with --ref", 2),
         (["eval", "a.npz", "--ref", "a"], "'a.npz' holds statistics, 'a' images: run `python -m fid stats`", 2),
+        (["eval", "a", "--ref", "a", "--extractor", "pixels"], "pixels has no file of weights; leave --weights out", 2),
         (["eval", "a", "--ref", "a.npz", "--neighbours", "-2"], "'-2' is not a whole number from 0", 2),
         (
             ["eval", "a", "--ref", "a.npz", "--picture", "x.png"],
@@ -1061,7 +1132,7 @@ def test_a_metric_says_which_numbers_it_gives(name):
 def test_fewer_samples_when_that_is_asked_for(files, capsys):
     command = ["eval", str(files / "a"), "--ref", str(files / "a.npz"), *judge(files), "--num", "120", "--allow-fewer"]
     main(command)
-    assert "100 samples)" in capsys.readouterr().out
+    assert "100 samples; compares only with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["eval", "stats", "compare", "curve", "train-extractor", "selfcheck"])

@@ -358,6 +358,19 @@ def test_selfcheck_prints_what_can_be_compared(inception_weights, capsys):
     assert all(f"{preset:<11} pool3" in lines for preset in fid.PRESETS)
 
 
+def test_selfcheck_refuses_weights_that_give_zeros(inception_weights, tmp_path, capsys):
+    from fid.__main__ import main
+
+    state = torch.load(inception_weights, weights_only=True)
+    dead = {key: value * 0 if key.startswith("Mixed_7c") else value for key, value in state.items()}
+    torch.save(dead, tmp_path / "dead.pth")
+    with pytest.raises(SystemExit) as ended:
+        main(["selfcheck", "--weights", str(tmp_path / "dead.pth"), "--device", "cpu"])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "gives only zeros for the synthetic image and its negative: the weights in" in printed
+
+
 def test_the_fingerprint_is_of_what_matters():
     a, b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     b.num_batches_tracked += 1
@@ -535,6 +548,71 @@ def test_what_an_extractor_cannot_be_trained_on(shapes, tmp_path):
     ):
         with pytest.raises(ValueError, match=sentence):
             train_extractor(images, **options)
+
+
+def test_an_extractor_is_trained_on_the_classes_of_a_labels_csv(shapes, tmp_path, capsys):
+    """As train.py has them: the file is read, and not the folders, of which there is one."""
+    lines, folder = [], tmp_path / "images" / "all"
+    folder.mkdir(parents=True)
+    for k, name in enumerate(("lies", "stands")):
+        for i in range(10):
+            shutil.copy(shapes / name / f"{i}.png", folder / f"{k}_{i}.png")
+            lines.append(f"all/{k}_{i}.png,{name}")
+    (tmp_path / "images" / "labels.csv").write_text("\n".join(lines))
+    small = ["--steps", 2, "--held-out", 0.2, "--device", "cpu", "--quiet"]
+    line = run_fid(capsys, "train-extractor", tmp_path / "images", "--out", tmp_path / "a.safetensors", *small)
+    assert "of 4 held-out images right (always the largest of 2 classes: 50.0%)" in line
+    (tmp_path / "images" / "labels.csv").write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"labels.csv' gives 'all/1_9.png' no class"):
+        fid.Images(tmp_path / "images").with_classes()
+    (tmp_path / "images" / "labels.csv").unlink()
+    with pytest.raises(ValueError, match=r"^'.*/all' holds images without a class, '0_0.png' and 19 more: put each"):
+        fid.Images(folder).with_classes()
+
+
+def test_pixels_are_means_over_cells():
+    """Of 16 pixels over 8 cells, each the mean of 2 x 2; grey levels c everywhere are c / 255 everywhere."""
+    images, pixels = random_images(3, 16), fid.build_extractor("pixels", None)
+    expected = images.double().unflatten(3, (8, 2)).unflatten(2, (8, 2)).mean(dim=(3, 5)) / 255  # (B, 3, 8, 8)
+    torch.testing.assert_close(pixels(images)["features"].double(), expected.flatten(1), rtol=1e-6, atol=0)  # float32
+    mixed = pixels([images[0], torch.full((3, 5, 7), 51, dtype=torch.uint8)])["features"]
+    assert torch.equal(mixed[:1], pixels(images[:1])["features"])
+    assert torch.allclose(mixed[1], torch.tensor(0.2), rtol=1e-6)
+
+
+def test_the_distance_of_pixels_in_closed_form(tmp_path, capsys):
+    """One-coloured images of levels x and x + 51 differ in the mean only: by 51 / 255 in each of 192 numbers."""
+    levels = np.arange(10, 30, dtype=np.uint8)
+    images = np.broadcast_to(levels[:, None, None, None], (20, 8, 8, 3))
+    np.save(tmp_path / "a.npy", images)
+    np.save(tmp_path / "b.npy", images + np.uint8(51))
+    words = [tmp_path / "b.npy", "--ref", tmp_path / "a.npy", "--extractor", "pixels", "--device", "cpu", "--quiet"]
+    line = run_fid(capsys, "eval", *words)
+    assert line.startswith("Frechet distance 7.68")  # 192 x 0.2^2
+    assert line.endswith("pixels-8x8, 20 samples; compares only with numbers by pixels-8x8)\n")
+    record = json.loads(run_fid(capsys, "eval", *words, "--json", "-"))
+    assert record["fd"] == pytest.approx(192 * 0.2**2, rel=1e-5)  # features are float32
+    assert "fid" not in record
+    named = [record[key] for key in ("label", "extractor", "protocol", "compares")]
+    assert named == ["Frechet distance", "pixels-8x8", "pixels-8x8", "only with numbers by pixels-8x8"]
+
+
+def test_random_inception_is_the_same_everywhere(inception_weights):
+    """Its weights are those of numpy's generator, whatever torch drew before; its blocks are those of FID's network."""
+    torch.manual_seed(1)
+    found = fid.build_extractor("random-inception", None)
+    assert found.name == "random-inception-37f903c0"
+    assert (found.label, found.metrics, found.dims) == ("Frechet distance", ("fd",), {"features": 2048})
+    weight = found.network.Conv2d_1a_3x3.conv.weight
+    drawn = np.random.default_rng(0).standard_normal((32, 3, 3, 3), dtype=np.float32)
+    assert np.allclose(weight.numpy(), drawn * (2 / 27) ** 0.5, rtol=1e-6)
+    images = random_images(2, 32)
+    features = found(images)["features"]
+    assert found.train().training is False
+    assert (features[0] - features[1]).norm() > 1e-3 * features.norm()  # a thousand times what `check_features` asks
+    other = fid.Inception(inception_weights)
+    found.network.load_state_dict(other.network.state_dict())  # with the other's weights it is the other
+    assert torch.equal(found(images)["features"], other(images)["features"])
 
 
 def cubic(distance):

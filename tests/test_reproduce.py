@@ -73,7 +73,7 @@ def workplace(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("reproduce"))
         patch.setattr(reproduce, "run_logged", run)
         for module in (log, outputs):
-            patch.setattr(module, "plot_losses", lambda lines, file: None)
+            patch.setattr(module, "plot_losses", lambda *given: None)
         fid.Classifier(10, 8).save("runs/tiny/digits.safetensors")  # of random weights; training one takes long
         reproduce.main([*TINY, ROWS])
         yield ran

@@ -24,13 +24,15 @@ import sample
 import train
 from sit_vca import SiT
 from vca_engine import signals as stop
+from vca_engine.config.schema import SampleConfig
 from vca_engine.files import checksum_of, hold, sha256_of_weights
 from vca_engine.images.pictures import grid
 from vca_engine.records import read_json
-from vca_engine.sampling import writers
+from vca_engine.sampling import tables, writers
 from vca_engine.sampling.guidance import Guidance
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.sample_record import add_to_record, require_same_settings
+from vca_engine.sampling.sweep import swept
 from vca_engine.training import reconstruct as ema
 from vca_engine.weights.files import read_weights
 
@@ -97,7 +99,7 @@ def test_a_grid_has_a_row_a_class(draw, tmp_path, trained, capsys):
     left = inked[-1] + 1 + gap - width
     assert 0 < left < 40
     assert (picture[top:, :left] < 128).any()  # labels
-    assert "step 30, ode euler 3, cfg 1, seed 0; 2 network evaluations an image" in capsys.readouterr().out
+    assert "step 30, ode euler, 3 points, 2 steps, 2 evaluations, cfg 1, seed 0\n" in capsys.readouterr().out
     # image i of the grid is image i of the seed, enlarged: row 1, column 0 is number 3, of class 7
     draw("--num", 6, "--classes", "[7]", "--out", tmp_path / "six.npz")
     images, _ = read(tmp_path / "six.npz")
@@ -112,6 +114,50 @@ def test_a_grid_has_a_row_a_class(draw, tmp_path, trained, capsys):
     assert Image.open(trained / "samples.png").size[1] == top + 10 * (cell + gap)
     for name in ("samples.png", "samples.json"):
         (trained / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "ode euler, 3 points, 2 steps, 2 evaluations, cfg 1, seed 0"),
+        ("--cfg_scale 3", "ode euler, 3 points, 2 steps, 4 evaluations, cfg 3, seed 0"),
+        ("--sampler.method heun --seed 4", "ode heun, 3 points, 2 steps, 4 evaluations, cfg 1, seed 4"),
+        ("--sampler sde --sampler.num_steps 4", "sde, 4 points, 4 steps, 4 evaluations, cfg 1, seed 0"),
+        (
+            "--sampler sde --sampler.num_steps 4 --sampler.last_step none",
+            "sde, 4 points, 3 steps, 3 evaluations, cfg 1, seed 0",
+        ),
+        (  # at noise levels 1 and 0.5, of which the interval holds the second
+            "--cfg_scale 2 --guidance_interval [0,0.7]",
+            "ode euler, 3 points, 2 steps, 3 evaluations, cfg 2, interval 0 to 0.7, seed 0",
+        ),
+        (
+            "--cfg_scale 2 --guided_channels 1 --negative_class 5 --guide RUN --guide_weights ema-0.1",
+            "ode euler, 3 points, 2 steps, 4 evaluations, cfg 2, first 1 channels guided, away from class 5, "
+            "guide digits step 30 ema-0.1, seed 0",
+        ),
+    ],
+)
+def test_a_picture_says_how_it_was_made(trained, draw, tmp_path, capsys, monkeypatch, options, said):
+    """On the terminal and above the picture; its record has the classes that nobody named."""
+    titles = []
+    monkeypatch.setattr(tables, "grid", lambda *args: titles.append(args[3]) or grid(*args))
+    words = [str(trained) if word == "RUN" else word for word in options.split()]
+    draw(*words, "--per_class", 1, "--out", tmp_path / "x.png")
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'x.png'}: step 30, {said}\n"
+    assert titles == [f"step 30, {said}"]
+    assert read_json(tmp_path / "x.json")["classes"] == list(range(10))
+
+
+def test_a_title_takes_as_many_lines_as_it_needs():
+    """A picture of 800 pixels at most is as wide as its title; beyond, the title has another line and loses nothing."""
+    image = np.zeros((1, 1, 64, 64, 3), dtype=np.uint8)
+    one, two = (grid(image, ["a"], title=" ".join(["words"] * n)) for n in (4, 30))
+    assert two.shape[0] == one.shape[0] + 16 + 8  # a line is a quarter of the image, and 8 pixels
+    assert two.shape[1] == 800
+    text = (two[: 4 + 2 * 24] < 128).any(axis=(1, 2))
+    assert text[:28].any()
+    assert text[28:].any()
 
 
 def test_the_checkpoint_may_stand_first(trained, tmp_path):
@@ -805,6 +851,85 @@ def numbers(path):
     return [record[name] for name in NUMBERS]
 
 
+def test_a_sweep_measures_each_value_once(trained, draw, measure, sentence, tmp_path, capsys, monkeypatch):
+    """The number of a value is that of a command of its own, in the file of that command; what is there is not drawn."""
+    drawn, group = [], ImageSampler.group
+    monkeypatch.setattr(ImageSampler, "group", lambda self, i, *rest: drawn.append(i) or group(self, i, *rest))
+    out, common = tmp_path / "cfg.png", ["--num", 20, *measure[:6]]  # two groups of 16
+    draw(*common, "--sweep", "cfg=1,3", "--guidance_interval", "[0,0.7]", "--out", out)
+    printed = capsys.readouterr().out
+    files = {scale: tmp_path / f"fid-step-00000030-ode-euler-3-cfg-{scale}-num-20.json" for scale in (1, 2, 3)}
+    assert {file.name for file in tmp_path.iterdir()} == {"cfg.png", files[1].name, files[3].name}
+    distances = {scale: read_json(files[scale])["fd"] for scale in (1, 3)}
+    lines = [line for line in printed.splitlines() if line.startswith("cfg ")]
+    assert [
+        line.startswith(f"cfg {k}  Frechet distance {distances[k]:.3g}") for k, line in zip((1, 3), lines, strict=True)
+    ]
+    assert [line.endswith("  least") for line in lines] == [distances[k] == min(distances.values()) for k in (1, 3)]
+    assert drawn == [0, 1, 0, 1]
+
+    draw(*common, "--sweep", "cfg=1:3", "--guidance_interval", "[0,0.7]", "--out", out)
+    assert drawn == [0, 1] * 3
+    draw(*common, "--cfg_scale", 2, "--guidance_interval", "[0,0.7]", "--out", tmp_path / "two.json")
+    draw(*common, "--out", tmp_path / "one.json")  # at 1 there is no interval
+    assert drawn == [0, 1] * 5
+    for scale, own in ((1, "one.json"), (2, "two.json")):
+        found = read_json(files[scale])
+        assert found["fd"] == read_json(tmp_path / own)["fd"]
+        settings = ("sampler", "cfg_scale", "guidance_interval", "seed", "weights", "labels", "num")
+        for key in settings:
+            assert found["sample"][key] == read_json(tmp_path / own)["sample"][key]
+        draw(
+            *common,
+            *(["--cfg_scale", 2, "--guidance_interval", "[0,0.7]"] if scale == 2 else []),
+            "--out",
+            files[scale],
+        )
+    assert drawn == [0, 1] * 5
+    assert "guidance_interval [0.0, 0.7] (now None)" in sentence(*common, "--sweep", "cfg=1,2", "--out", out)
+
+
+def test_a_sweep_that_is_measured_names_its_records_by_the_value(draw, measure, sentence, tmp_path):
+    draw("--num", 4, *measure[:6], "--sweep", "seed=5,6", "--out", tmp_path / "seed.png")
+    names = [f"fid-step-00000030-ode-euler-3-cfg-1-num-4-seed-{seed}.json" for seed in (5, 6)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [*names, "seed.png"]
+    assert [read_json(tmp_path / name)["sample"]["seed"] for name in names] == [5, 6]
+    draw("--num", 4, *measure[:6], "--weights", "ema-0.1", "--sweep", "sampler=ode,sde", "--out", tmp_path / "x.png")
+    found = [file.name for file in tmp_path.glob("*ema-0.1*")]
+    assert sorted(found) == [
+        f"fid-step-00000030-ema-0.1-{kind}-cfg-1-num-4.json" for kind in ("ode-dopri5-50", "sde-250")
+    ]
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    wrong = ["--num", 4, *measure[:6], "--sweep", "seed=5", "--out"]
+    assert "photo.png' is there already, and is no picture of distances" in sentence(*wrong, tmp_path / "photo.png")
+    assert "with --fid and --sweep it is a .png of the distances" in sentence(*wrong, tmp_path / "x.json")
+    assert "choose one, or measure each value with --fid REF" in sentence("--num", 4, "--sweep", "cfg=1,2")
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("cfg=1:5", ["cfg 1", "cfg 2", "cfg 3", "cfg 4", "cfg 5"]),
+        ("cfg=1:2:0.25,4", ["cfg 1", "cfg 1.25", "cfg 1.5", "cfg 1.75", "cfg 2", "cfg 4"]),
+        ("steps=30:10:-10", ["steps 30", "steps 20", "steps 10"]),
+        ("seed=7:7", ["seed 7"]),
+        ("sampler.method=euler,heun", ["method euler", "method heun"]),
+    ],
+)
+def test_values_of_a_sweep_may_be_counted(text, labels):
+    found = swept(text, SampleConfig(sampler={"name": "ode"}), None)
+    assert [label for label, _ in found] == labels
+    if text == "cfg=1:2:0.25,4":
+        assert [sampling.cfg_scale for _, sampling in found] == [1, 1.25, 1.5, 1.75, 2, 4]
+
+
+@pytest.mark.parametrize("values", ["5:1", "1:5:0", "1:5:-1", "0:1000"])
+def test_values_that_cannot_be_counted(values, sentence):
+    assert f"--sweep has the values {values!r}; write FIRST:LAST or FIRST:LAST:STEP" in sentence(
+        "--sweep", f"seed={values}"
+    )
+
+
 def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, capsys):
     draw("--num", 40, "--out", tmp_path / "x.npz", *measure)
     expected = numbers(tmp_path / "x.npz.fid.json")
@@ -819,7 +944,7 @@ def test_images_are_measured_without_a_file_between(draw, measure, tmp_path, cap
     assert numbers(tmp_path / "r.json") == pytest.approx(expected, rel=1e-6)
     out = capsys.readouterr().out
     assert out.startswith("Frechet distance ")
-    assert "40 random-label samples)" in out
+    assert f"40 random-label samples; compares only with numbers by {classifier.name})" in out
     left = {"x.npz", "x.npz.json", "x.npz.fid.json", "png", "png.fid.json", "r.json"}
     assert {f.name for f in tmp_path.iterdir()} == left
     record = json.loads((tmp_path / "r.json").read_text())

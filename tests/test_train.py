@@ -1069,6 +1069,36 @@ def test_the_loss_is_drawn_of_what_is_a_number(tmp_path):
     assert Image.open(tmp_path / "loss.png").size[0] > 100
 
 
+@pytest.mark.parametrize(("scale", "kind"), [(0.02, "linear"), (0.3, "linear"), (1.0, "log"), (40.0, "log")])
+def test_the_loss_by_t_says_where_noise_is_and_has_ticks(scale, kind, tmp_path, monkeypatch):
+    """Whatever the size of the loss, there are two numbers or more at its axis."""
+    from matplotlib import pyplot
+
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    spread = 2 if kind == "linear" else 6
+    row = [scale * spread ** (k / 9) for k in range(10)]
+    plot_losses([{"step": k, "loss": 1.0, "loss_by_t": row} for k in (1, 2)], tmp_path / "loss.png", ("noise", "data"))
+    (figure,) = figures
+    right = figure.axes[1]
+    assert right.get_yscale() == kind
+    low, high = right.get_ylim()
+    shown = [label.get_text() for label in right.get_yticklabels() if label.get_text()]
+    places = [place for place in right.get_yticks() if low <= place <= high]
+    assert len(places) >= 2
+    assert len(shown) >= len(places)
+    names = [text.get_text() for text in right.get_legend().get_texts()]
+    assert (names[0], names[1], names[9]) == ("t 0 to 0.1: noise", "t 0.1 to 0.2", "t 0.9 to 1: data")
+
+
+@pytest.mark.parametrize(
+    ("process", "ends"),
+    [("flow", ("noise", "data")), ("diffusion", ("data", "noise")), ("classify", ("", ""))],
+)
+def test_the_ends_of_time(process, ends):
+    assert assemble.ends_of_time(SimpleNamespace(process={"name": process})) == ends
+
+
 def without_image_size(folder):
     """Leave it out of the checkpoints, as of versions in which it had a default."""
     for file in folder.glob("checkpoints/*/checkpoint.json"):

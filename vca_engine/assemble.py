@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -160,6 +161,14 @@ def check_settings(config: Config) -> None:
 def process(config: Config) -> Process:
     """Make the process, `diffusion`, `flow` or `classify`, with its options."""
     return create({name: kind.process for name, kind in PROCESSES.items()}, config.process, "process")
+
+
+def ends_of_time(config: Config) -> tuple[str, str]:
+    """Say what is at the first time of a process and at the last one, noise or data; nothing of a recogniser."""
+    if not is_generator(config):
+        return "", ""
+    noise_first = float(process(config).noise_level(torch.zeros(()))) > 0.5
+    return ("noise", "data") if noise_first else ("data", "noise")
 
 
 def sampler(config: Config, process: Process) -> Sampler:

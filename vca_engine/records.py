@@ -8,6 +8,20 @@ from typing import Any
 
 from vca_engine.files import checksum_of, content_of, write_text
 
+SHORT = {  # how settings of a sample's record may be typed
+    "cfg": "cfg_scale",
+    "steps": "sampler.num_steps",
+    "sampler": "sampler.name",
+}
+
+
+def setting_of(record: Mapping[str, Any], name: str) -> Any:
+    """Look up a setting by its dotted name, `cfg_scale`, `sampler.num_steps`; None if it is not there."""
+    found: Any = record
+    for key in name.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
 
 def write_json(file: str | Path, record: Mapping[str, Any]) -> None:
     """Write an object as JSON, aside, with a checksum of itself, by which `read_json` finds damage.

@@ -30,11 +30,12 @@ class FeatureExtractor(nn.Module):
     label = "Frechet distance"  # what the distance is called, as in a table
     preset: str | None = None  # the protocol, if there are several for this network
     metrics: tuple[str, ...] = ("fd",)  # what is computed unless something else is asked for
+    reads_weights = True  # whether there is a file of weights to `load`
 
     @classmethod
     def load(cls, path: str | Path | None) -> Self:
-        """Make the network with the weights of a file; None means the published ones."""
-        return cls(path)
+        """Make the network with the weights of a file; None means the published ones, or that there are none."""
+        return cls(path) if cls.reads_weights else cls()
 
     @property
     def dim(self) -> int:

@@ -120,12 +120,8 @@ class Inception(FeatureExtractor):
             `features`: (B, 2048), pool_3. `spatial`: (B, 2023), the first 7 channels of Mixed_6d's 1x1 branch after
             batch normalisation and ReLU, flattened as (height, width, channel). `logits`: (B, 1008), without bias.
         """
-        prepare = PRESETS[self.preset].prepare
-        parts = [image[None] for image in images] if isinstance(images, list) else [images]
-        for part in parts:
-            check_uint8(part)
         with ieee_float32(self.tf32):
-            x = torch.cat([prepare(part, self.size) for part in parts])  # (B, 3, 299, 299)
+            x = network_input(images, self.preset, self.size)  # (B, 3, 299, 299)
             for name, block in self.network.named_children():  # in the order of the graph
                 if name == "Mixed_6d":  # one small branch a second time, 0.4 % of the work
                     spatial = block.branch1x1(x)[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17)
@@ -137,6 +133,14 @@ class Inception(FeatureExtractor):
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode, whatever module contains this: with batch statistics the features mean nothing."""
         return super().train(False)
+
+
+def network_input(images: Tensor | list[Tensor], preset: str, size: int) -> Tensor:
+    """Prepare uint8 (B, 3, H, W), or a list of (3, H, W), as a preset says: (B, 3, size, size) float32."""
+    parts = [image[None] for image in images] if isinstance(images, list) else [images]
+    for part in parts:
+        check_uint8(part)
+    return torch.cat([PRESETS[preset].prepare(part, size) for part in parts])
 
 
 def inception_network() -> nn.Module:

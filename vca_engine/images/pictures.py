@@ -20,7 +20,7 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), t
         images: (R, C, H, W, 3) uint8; small ones are enlarged by a whole factor, pixel by pixel.
         rows: A label for each row, at its left.
         columns: A label for each column, above it; none if empty.
-        title: A line above all.
+        title: Above all, in as many lines as it takes.
     """
     num_rows, num_columns, height, width, _ = images.shape
     rows, columns, title = [printable(name) for name in rows], [printable(name) for name in columns], printable(title)
@@ -30,13 +30,14 @@ def grid(images: np.ndarray, rows: Sequence[str], columns: Sequence[str] = (), t
     font = ImageFont.load_default(text)
     longest = max((font.getlength(name) for name in rows), default=0)
     left = gap + (int(min(longest, max(160, 2 * cell_width))) + 2 * gap if longest else 0)
-    header = gap + (text + 8) * (bool(title) + bool(columns))
-    size = (left + num_columns * (cell_width + gap), header + num_rows * (cell_height + gap))
-    size = (max(size[0], min(int(font.getlength(title)) + 2 * gap + 1, 800)), size[1])  # a narrow one as its title
-    canvas = Image.new("RGB", size, "white")
+    width = left + num_columns * (cell_width + gap)
+    width = max(width, min(int(font.getlength(title)) + 2 * gap + 1, 800))  # a narrow one as its title
+    lines = _wrapped(title, font, width - 2 * gap)
+    header = gap + (text + 8) * (len(lines) + bool(columns))
+    canvas = Image.new("RGB", (width, header + num_rows * (cell_height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
-    if title:
-        draw.text((gap, gap), _fit(title, font, canvas.width - 2 * gap), "black", font)
+    for i, line in enumerate(lines):
+        draw.text((gap, gap + i * (text + 8)), _fit(line, font, width - 2 * gap), "black", font)
     for i in range(num_rows):
         top = header + i * (cell_height + gap)
         if rows:
@@ -109,6 +110,17 @@ def encode_picture(frames: Sequence[np.ndarray], animated: bool, text: str = "",
 def printable(text: str) -> str:
     """Show what is no letter, number or sign of a text, such as a line's end or half a character, as an escape."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Split a text between words into lines that fit the width; a longer word is a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def _fit(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:

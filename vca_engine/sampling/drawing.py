@@ -11,8 +11,29 @@ from accelerate.utils import gather_object
 
 from vca_engine import assemble
 from vca_engine.config.schema import SampleConfig
+from vca_engine.sampling.guidance import guidance_options_in_words
 from vca_engine.sampling.image_sampler import ImageSampler
 from vca_engine.sampling.pipeline import Pipeline
+
+
+def steps_in_words(sampler: Any, num_steps: int) -> str:
+    """Write the steps of a sampler, `26 points, 25 steps`, or `250 steps` of one that does not count points of time."""
+    if not hasattr(sampler, "steps_taken"):
+        return f"{num_steps} steps"
+    steps = "steps of its own" if sampler.steps_taken is None else f"{sampler.steps_taken} steps"
+    return f"{num_steps} points, {steps}"
+
+
+def guidance_in_words(sampling: SampleConfig, pipe: Pipeline, guide: Pipeline | None, negative: int | None) -> str:
+    """Write what guidance does beside its scale: `interval 0 to 0.7, away from class cat`; nothing if that is all."""
+    words = guidance_options_in_words(sampling)
+    if negative is not None:
+        words.append(f"away from class {pipe.class_names[negative].split(',')[0]}")
+    if guide is not None:
+        step, part = guide.source.get("step"), guide.source["part"]
+        of_guide = ["guide", guide.folder.resolve().name, *([] if step is None else ["step", str(step)])]
+        words.append(" ".join([*of_guide, *([] if part == "ema" else [part])]))
+    return ", ".join(words)
 
 
 class Drawing:
@@ -54,20 +75,29 @@ class Drawing:
         self.step = pipe.source.get("step")
         self.caption = {"step": f"step {self.step}"} if self.step is not None else {}
         self.caption |= {"weights": pipe.source["part"]} if pipe.source["part"] != "ema" else {}
-        self.caption |= {
-            "sampler": self.drawn_by,
-            "cfg_scale": f"cfg {sampling.cfg_scale:g}",
-            "seed": f"seed {sampling.seed}",
-        }
+        steps = steps_in_words(self.image_sampler.sample, sampler["num_steps"])
+        self.caption |= {"sampler": f"{' '.join(map(str, words[:-1]))}, {steps}", "evaluations": ""}
+        self.caption |= {"cfg_scale": f"cfg {sampling.cfg_scale:g}"}
+        if sampling.cfg_scale != 1.0 or sweep:
+            self.caption |= {"guidance": guidance_in_words(sampling, pipe, guide, negative)}
+        self.caption |= {"seed": f"seed {sampling.seed}"}
 
     @property
     def title(self) -> str:
         """The line above a picture, and on the terminal."""
-        return ", ".join(self.caption.values())
+        return ", ".join(filter(None, self.caption.values()))
+
+    def add_evaluations(self, nfe: float | None) -> None:
+        """Let the title say how often the network was evaluated for an image."""
+        self.caption["evaluations"] = "" if nfe is None else f"{nfe:g} evaluations"
 
     def image_sampler_of(self, sampling: SampleConfig) -> ImageSampler:
         """Make what draws as other settings say, guided as this is, unless their cfg_scale is 1."""
         return self.pipe.image_sampler(sampling, **(self.guided_by if sampling.cfg_scale != 1.0 else {}))
+
+    def with_settings(self, sampling: SampleConfig) -> "Drawing":
+        """Make a drawing of its own of other settings, as `image_sampler_of`."""
+        return Drawing(self.pipe, sampling, self.state, **(self.guided_by if sampling.cfg_scale != 1.0 else {}))
 
     def settings(self) -> dict[str, Any]:
         """Say what, beside its number and label, makes an image what it is; nothing but on the main process."""

@@ -64,6 +64,16 @@ def guidance_of(sampling: SampleConfig, *, negative: int | None = None, guide: n
     return Guidance(sampling.cfg_scale, sampling.guided_channels, sampling.guidance_interval, negative, guide)
 
 
+def guidance_options_in_words(sampling: SampleConfig) -> list[str]:
+    """Write what is guided, and when, if that is not all: `first 3 channels guided`, `interval 0 to 0.7`."""
+    words = []
+    if sampling.guided_channels is not None:
+        words.append(f"first {sampling.guided_channels} channels guided")
+    if sampling.guidance_interval is not None:
+        words.append("interval {:g} to {:g}".format(*sampling.guidance_interval))
+    return words
+
+
 def guided(
     model: Callable[[Tensor, Tensor, Tensor], Tensor],
     y: Tensor,

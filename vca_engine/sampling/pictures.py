@@ -44,13 +44,13 @@ def draw_picture(
         _check_free(file, record_file)
         table, record, evaluations = _draw(drawing, kind, num_columns, swept_values, sampler)
         _save(table, file, record_file, drawing.title, record)
-    print(f"wrote {file}: {drawing.title}; {evaluations} network evaluations an image")
+    print(f"wrote {file}: {drawing.title}{evaluations}")
 
 
 def _draw(
     drawing: Drawing, kind: str, num_columns: int, swept_values: str, sampler: Spec | None
 ) -> tuple[Table, dict[str, Any], str]:
-    """Draw, see `draw_picture`; gives a table, its record, and the evaluations of each of its parts in words."""
+    """Draw, see `draw_picture`; gives a table, its record, and in words the evaluations of each row, if they differ."""
     pipe, sampling, image_sampler, names = (
         drawing.pipe,
         drawing.sampling,
@@ -59,7 +59,7 @@ def _draw(
     )
     classes, before = pipe.label_ids(sampling.classes or []), time.perf_counter()
     labels = classes or (evenly_spaced_classes(range(len(names))) if kind in ("samples", "sweep") else [0])
-    record, rows = {"picture": kind, "classes": classes}, []
+    record, rows = {"picture": kind, "classes": labels}, []
     if kind == "sweep":
         drawing.caption.pop(swept_name(swept_values).split(".")[0], None)
         table, rows = sweep(drawing, swept(swept_values, sampling, sampler), labels)
@@ -74,8 +74,11 @@ def _draw(
         table = class_grid(image_sampler, labels, names, sampling.per_class, sampling.group_size)
     rate, nfe = round(image_sampler.drawn / (time.perf_counter() - before), 3), image_sampler.nfe
     record |= {key: value for key, value in drawing.settings().items() if not rows or key not in rows[0]}
+    if not rows:  # which differ in it
+        drawing.add_evaluations(nfe)
     record |= drawing.facts(nfe, num=image_sampler.drawn, images_per_second=rate)
-    return table, record, ", ".join(f"{row['nfe']:g}" for row in rows or [{"nfe": nfe}])
+    evaluations = [f"{row['row']}: {row['nfe']:g} evaluations" for row in rows]
+    return table, record, f"; {', '.join(evaluations)}" if rows else ""
 
 
 def _record_file(picture: Path) -> Path:

@@ -35,10 +35,18 @@ class Log:
         step: Optimizer steps already done.
         goes_on: Whether there are more.
         trackers: Those of accelerate, started.
+        ends: What is at the first time t and at the last one, see `plot_losses`.
     """
 
-    def __init__(self, run_dir: Path, step: int, goes_on: bool = True, trackers: Sequence[GeneralTracker] = ()) -> None:
-        self.run_dir, self.file = run_dir, run_dir / "metrics.jsonl"
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        goes_on: bool = True,
+        trackers: Sequence[GeneralTracker] = (),
+        ends: tuple[str, str] = ("", ""),
+    ) -> None:
+        self.run_dir, self.file, self.ends = run_dir, run_dir / "metrics.jsonl", ends
         lines = [line for line in read_metrics(self.file) if line["step"] <= step]
         self.lines = [line for line in lines if not (goes_on and line.get("partial"))]
         self._rewrite()
@@ -68,7 +76,7 @@ class Log:
 
     def plot(self) -> None:
         """Draw loss.png anew."""
-        self.attempt("loss.png", plot_losses, self.lines, self.run_dir / "loss.png")
+        self.attempt("loss.png", plot_losses, self.lines, self.run_dir / "loss.png", self.ends)
 
     def attempt(self, what: str, write: Callable[..., Any], *args: Any) -> Exception | None:
         """Call `write(*args)`. If the disk does not take it, or images are not finite, warn; return that error."""
@@ -108,12 +116,13 @@ class Log:
         self.whole = True
 
 
-def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
+def plot_losses(lines: Sequence[dict[str, Any]], file: Path, ends: tuple[str, str] = ("", "")) -> None:
     """Draw the logged means of the loss and their running mean; beside it, of a generator, that in each bin of t.
 
     Args:
         lines: Of metrics.jsonl.
         file: The picture to write, in the folder of the run.
+        ends: What is at the first time t and at the last one, noise or data.
 
     Raises:
         OSError: It could not be written.
@@ -133,11 +142,11 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
     num = max(map(len, by_t))
     if num:
         figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
-        figure.subplots_adjust(left=0.06, right=0.905, bottom=0.12, top=0.92, wspace=0.16)
+        figure.subplots_adjust(left=0.06, right=0.87, bottom=0.12, top=0.92, wspace=0.16)
         table = np.full((len(lines), num), np.nan)
         for values, row in zip(table, by_t, strict=True):
             values[: len(row)] = [value if _is_finite(value) else np.nan for value in row]
-        _plot_by_t(right, steps, table, window)
+        _plot_by_t(right, steps, table, window, ends)
     else:
         figure, left = plt.subplots(figsize=(7, 4.5), layout="constrained")
     left.plot(steps, loss, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
@@ -160,21 +169,25 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path) -> None:
         plt.close(figure)
 
 
-def _plot_by_t(axes: Any, steps: np.ndarray, table: np.ndarray, window: int) -> None:
+def _plot_by_t(axes: Any, steps: np.ndarray, table: np.ndarray, window: int, ends: tuple[str, str]) -> None:
     """Draw the running mean of a table (lines, bins) of losses, at steps (lines,), in each bin of t."""
-    from matplotlib import colormaps
+    from matplotlib import colormaps, ticker
 
     num = table.shape[1]
+    said = {0: ends[0], num - 1: ends[1]}
     for k, colour in enumerate(colormaps["viridis"](np.linspace(0, 0.95, num))):
         there = ~np.isnan(table[:, k])
         if there.any():
             label, marker = f"t {k / num:g} to {(k + 1) / num:g}", "." if there.sum() < 3 else None
+            label += f": {said[k]}" if said.get(k) else ""
             line = {"color": colour, "linewidth": 1.5, "marker": marker, "label": label}
             axes.plot(steps[there], smooth(table[there, k], window), **line)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    small = np.nanmax(table, initial=1) < 10 * np.nanmin(table, initial=np.inf)
-    axes.yaxis.set_minor_formatter("{x:g}" if small else "")
+    low, high = axes.dataLim.intervaly
+    if 0 < 5 * low <= high:  # then at least two of these ticks are in it
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title(f"in ten parts of the range of t{f', running mean of {window}' if window > 1 else ''}")
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -26,6 +26,7 @@ from vca_engine.images import NonFiniteError, to_uint8
 from vca_engine.images.loader import load
 from vca_engine.images.pictures import grid, save_film, save_picture, sheet
 from vca_engine.sampling.classes import evenly_spaced_classes, find_class, random_label
+from vca_engine.sampling.guidance import guidance_options_in_words
 from vca_engine.signals import StopSignal
 from vca_engine.training.distances import BEST_FILE, DISTANCES_FILE, EVALUATIONS_FILE, best_of, show_distances
 from vca_engine.training.log import Log, plot_losses, read_metrics, start_tracker
@@ -78,14 +79,15 @@ class Outputs:
         if self.main:
             self.lock = lock_folder(self.folder)
             save_yaml(self.config, self.folder / CONFIG_FILE)
-            mend(self.folder, self.plot_distance)
+            ends = assemble.ends_of_time(self.config)
+            mend(self.folder, ends, self.plot_distance)
             self.results = read_metrics(self.results_file)
             if run.continues_another and self.resume != "auto":  # else it is noted already
                 write_resumed_from(self.folder, self.resume, run.start)
         if self.cfg.tracker != "none":
             start_tracker(run.accelerator, self.cfg.tracker, self.folder, run.step, to_dict(self.config))
         if self.main:
-            self.log = Log(self.folder, run.step, run.step < self.cfg.num_steps, run.accelerator.trackers)
+            self.log = Log(self.folder, run.step, run.step < self.cfg.num_steps, run.accelerator.trackers, ends)
             print("\n".join([str(run), *run.messages]), flush=True)
             if not (run.step and (self.folder / DATA_FILE).exists()):
                 self.log.attempt(DATA_FILE, _save_first_batch, run, self.folder / DATA_FILE)
@@ -241,11 +243,12 @@ class Outputs:
         tqdm.write(f"step {result['step']}, {result['num_samples']} images: {said}")
 
 
-def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None:
+def mend(folder: Path, ends: tuple[str, str], plot_distance: Callable[..., None] | None = None) -> None:
     """Finish what a process that was killed had begun to write or to delete, as far as that takes no network.
 
     Args:
         folder: Of the run; nobody else is at work there.
+        ends: What is at the first time t and at the last one, see `plot_losses`.
         plot_distance: See `Outputs`.
     """
     checkpoint.recover(folder)
@@ -254,7 +257,7 @@ def mend(folder: Path, plot_distance: Callable[..., None] | None = None) -> None
         remove_temporary(place)
     try:
         if is_older(folder / "loss.png", folder / "metrics.jsonl"):
-            plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png")
+            plot_losses(read_metrics(folder / "metrics.jsonl"), folder / "loss.png", ends)
         if is_older(previews / "progress.gif", *previews.glob("step-*.png")):
             save_film(previews)
         distances, evaluations = folder / DISTANCES_FILE, folder / EVALUATIONS_FILE
@@ -301,7 +304,8 @@ def draw_preview(run: Run, classes: list[int]) -> np.ndarray:
     images = run.image_sampler.all([k for k in classes for _ in range(s.per_class)], s.group_size)
     images = images.reshape(len(classes), s.per_class, *images.shape[1:])  # (rows, columns, H, W, 3)
     names = [run.info.class_names[k] for k in classes]
-    return grid(images, names, title=f"step {run.step}, cfg {s.cfg_scale:g}")
+    guidance = guidance_options_in_words(s) if s.cfg_scale != 1.0 else []
+    return grid(images, names, title=", ".join([f"step {run.step}, cfg {s.cfg_scale:g}", *guidance]))
 
 
 def draw_into(evaluator: Any, run: Run, num: int, stop: StopSignal) -> tuple[bool, str | None]:

@@ -1,0 +1,40 @@
+"""The pixels themselves as an extractor, coarsely: a distance that needs no network and no download."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fid.networks.extractor import FeatureExtractor
+from vca_engine.images import check_uint8
+
+
+class Pixels(FeatureExtractor):
+    """The colours of an image, averaged over a grid of cells: 192 numbers in [0, 1].
+
+        features[c, i, j] = mean over cell (i, j) of x[c] / 255
+
+    Of a side that is no multiple of the grid, neighbouring cells share pixels; an image smaller than the grid repeats
+    them. The distance sees colours, brightness and coarse layout; it does not see sharpness, texture or objects.
+
+    Args:
+        side: Cells along each side.
+    """
+
+    reads_weights = False
+
+    def __init__(self, side: int = 8) -> None:
+        super().__init__()
+        self.side, self.dims = side, {"features": 3 * side**2}
+
+    @property
+    def name(self) -> str:
+        """`pixels` and the grid, which is all that there is to know."""
+        return f"pixels-{self.side}x{self.side}"
+
+    def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
+        """Compute features (B, 3 side side) of uint8 (B, 3, H, W), or of a list of (3, H, W)."""
+        found = []
+        for part in [image[None] for image in images] if isinstance(images, list) else [images]:
+            check_uint8(part)
+            found.append(F.adaptive_avg_pool2d(part.float() / 255, self.side).flatten(1))
+        return {"features": torch.cat(found)}
