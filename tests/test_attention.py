@@ -1,5 +1,6 @@
 """Visual-Contrast Attention and its controls against their formulas, written as loops over batch, heads and tokens."""
 
+import copy
 import itertools
 import math
 
@@ -20,7 +21,9 @@ from vca import (
     create,
     lambda_init,
 )
+from vca.attention import interpolate
 from vca.layer import HeadNorm
+from vca_engine.weights.adapt import interpolate_embeddings
 
 STAGES = [list(s) for s in itertools.product(["differential", "plain"], repeat=2)]
 STREAMS = ["pool", "embed", "pool+embed"]
@@ -449,6 +452,113 @@ def test_default_contrast_grid_is_half_of_each_side_and_at_most_8(side, num_cont
     assert VisualContrastAttention(8, 2, (side, side), layer_index=0).positive_embed.shape[1] == num_contrast
 
 
+GRIDS = [((6, 4), (3, 2)), ((3, 8), (1, 4)), ((20, 5), (8, 2))]  # of a call, and the default contrast grid of each
+
+
+@pytest.mark.parametrize(("grid", "contrast_grid"), GRIDS)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_call_with_another_grid_is_that_of_a_layer_built_for_it(name, grid, contrast_grid):
+    """Bit for bit, e+ and e- interpolated as `train.py --init` does it: they are the only tables with a grid."""
+    built = perturb(ATTENTIONS[name](12, 2, (8, 8), layer_index=1, num_prefix_tokens=1))
+    there = ATTENTIONS[name](12, 2, grid, layer_index=1, num_prefix_tokens=1).double()
+    state = built.state_dict()
+    for key in ("positive_embed", "negative_embed") if name == "vca" else ():
+        state[key], _ = interpolate_embeddings(key, state[key], contrast_grid)
+    there.load_state_dict(state)
+    x = torch.randn(2, 1 + math.prod(grid), 12, dtype=torch.float64)
+    assert torch.equal(built(x, grid=grid), there(x))
+    with torch.no_grad():
+        for _ in range(2):  # the second time with what was kept
+            assert torch.equal(built(x, grid=grid), there(x))
+    own = torch.randn(2, 65, 12, dtype=torch.float64)
+    assert torch.equal(built(own, grid=(8, 8)), built(own))
+
+
+@pytest.mark.parametrize(
+    ("rule", "grid", "expected"),
+    [(None, (4, 40), (2, 8)), ("half", (4, 40), (2, 20)), ((3, 5), (4, 40), (3, 5)), ((3, 5), (2, 4), (2, 4))],
+)
+def test_the_contrast_grid_of_a_call_follows_the_rule_of_construction(rule, grid, expected):
+    assert VisualContrastAttention(8, 2, 16, layer_index=0, contrast_grid=rule).contrast_grid_of(grid) == expected
+
+
+def test_interpolation_is_linear_between_centres_and_keeps_the_mean_of_a_smaller_grid():
+    a, b = torch.randn(2, 1, 1, 5, dtype=torch.float64)
+    wider = interpolate(torch.cat([a, b], dim=1), (1, 2), (1, 4))
+    expected = torch.cat([a, 0.75 * a + 0.25 * b, 0.25 * a + 0.75 * b, b], dim=1)
+    torch.testing.assert_close(wider, expected, rtol=0, atol=1e-14)  # sums of two numbers in float64
+    ramp = torch.arange(8, dtype=torch.float64).reshape(1, 8, 1)
+    torch.testing.assert_close(interpolate(ramp, (2, 4), (1, 1)), ramp.mean(1, keepdim=True), rtol=0, atol=1e-14)
+
+
+class Interpolations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "upsample_bilinear2d_aa" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_embeddings_are_interpolated_once_for_a_grid_until_they_change():
+    module = perturb(VisualContrastAttention(8, 2, 8, layer_index=0)).eval()
+    x = torch.randn(1, 24, 8, dtype=torch.float64)
+
+    def times(change=None):
+        if change:
+            change()
+        with torch.no_grad(), Interpolations() as counted:
+            found = module(x, grid=(4, 6))
+        there = VisualContrastAttention(8, 2, (4, 6), layer_index=0).to(x.dtype)
+        with torch.no_grad():
+            state = {**module.state_dict()}
+            for key in ("positive_embed", "negative_embed"):
+                state[key] = interpolate(state[key], (4, 4), (2, 3))
+            there.load_state_dict(state)
+            assert torch.equal(found, there(x))
+        return counted.count
+
+    def step():
+        with torch.no_grad():
+            module.positive_embed.add_(1)
+
+    def write():
+        module.negative_embed.data.mul_(2)
+        module.eval()
+
+    assert [times(), times()] == [2, 0]  # e+ and e-
+    assert [times(step), times()] == [1, 0]
+    assert [times(write), times()] == [2, 0]
+    assert [times(lambda: module.load_state_dict({k: 2 * v for k, v in module.state_dict().items()})), times()] == [
+        2,
+        0,
+    ]
+    module = copy.deepcopy(module)
+    assert [times(step), times()] == [2, 0]
+    x = x.float()
+    assert [times(module.float), times()] == [2, 0]
+    assert list(module.state_dict()) == list(VisualContrastAttention(8, 2, 8, layer_index=0).state_dict())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_reach_the_embeddings_through_another_grid(training):
+    """Also after a call without gradients, whose embeddings were kept."""
+    module = perturb(VisualContrastAttention(8, 2, 8, layer_index=0)).train(training)
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    with torch.inference_mode():
+        module(x, grid=(2, 3))
+
+    def call(positive, negative):
+        return torch.func.functional_call(
+            module, {"positive_embed": positive, "negative_embed": negative}, (x,), {"grid": (2, 3)}
+        )
+
+    assert torch.autograd.gradcheck(call, (module.positive_embed, module.negative_embed))
+    module(x, grid=(2, 3)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
 def test_at_the_start_the_streams_differ_with_embeddings_of_one_and_hardly_with_those_of_a_fiftieth():
     """|V+ - V-| / |V+| of Stage I on white tokens: this is what makes the layer more than agent attention at the start."""
     torch.manual_seed(0)
@@ -456,7 +566,7 @@ def test_at_the_start_the_streams_differ_with_embeddings_of_one_and_hardly_with_
     for std, low, high in ((1.0, 0.3, 2.0), (0.02, 0.0, 0.05)):
         module = VisualContrastAttention(64, 2, 8, layer_index=3, embed_std=std)
         q, k, v = module.heads(x)
-        both = nn.functional.scaled_dot_product_attention(module.contrast_tokens(q), k, v)
+        both = nn.functional.scaled_dot_product_attention(module.contrast_tokens(q, module.grid_size), k, v)
         positive, negative = both.chunk(2, dim=2)
         assert low < (positive - negative).norm() / positive.norm() < high
 
@@ -558,6 +668,12 @@ def test_wrong_values_end_in_a_sentence():
         (named({"name": "vca", "layer_index": 3}), r"takes no 'layer_index'"),
         (named({"dwc": True}), r"needs a name, one of \['agent', 'differential', 'linear', 'mhsa', 'vca'\]"),
         (lambda: vca(num_prefix_tokens=1)()(torch.zeros(1, 48, 16)), r"got 48 tokens; .* 1 prefix .* 8x6 grid, 49 in"),
+        (
+            lambda: vca()()(torch.zeros(1, 48, 16), grid=(3, 5)),
+            r"got 48 tokens; .* with a grid for 0 .* 3x5 grid, 15 in",
+        ),
+        (lambda: vca()()(torch.zeros(1, 12, 16)), r"8x6 grid, 48 in all; .* give the grid, layer\(x, grid=\(H, W\)\)"),
+        (lambda: vca()()(torch.zeros(1, 48, 16), grid=(8.0, 6)), r"grid_size is \(8.0, 6\); give the sides"),
         (lambda: DifferentialAttention(18, 6, (8, 6), layer_index=0), r"18 / 6 = 3 is odd"),
     ]
     for attention in ATTENTIONS.values():

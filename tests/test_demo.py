@@ -17,7 +17,11 @@ from conftest import new_process
 from PIL import Image
 
 import demo.__main__
+import train_vae
 from demo.__main__ import Step, run_together
+from vca_engine import assemble
+from vca_engine.config.cli import parse
+from vca_engine.config.schema import Config
 from vca_engine.records import differences
 from vca_engine.weights import checkpoint
 
@@ -121,6 +125,22 @@ def test_the_demo_trains_samples_and_scores(workplace):
     for name, row in rows.items():
         assert f"{name:<26}" in text
         assert f"{row['frechet_distance']:.2f}" in text
+
+
+def test_the_demo_of_latents_trains_its_autoencoder_first(tmp_path, monkeypatch):
+    """On the images and with the seed of its config, until its folder is complete."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", f"{ROOT}/configs/mnist_sit.yaml", "--seed", "3", "--codec.path", "vae"]
+    config = parse(Config, words, prog="demo", description="", parts=assemble.parts())
+    (step,), (caching,) = demo.__main__.generation(config, words)[0][:2]
+    assert (step.words[0], caching.words[0], step.done) == ("train_vae.py", "cache_latents.py", False)
+    args = parse(train_vae.VaeArguments, step.words[1:], prog="train_vae.py", description="", parts=assemble.parts())
+    assert (args.data, args.seed, args.out, args.widths) == (config.data, 3, "vae", [8, 16, 16])
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "training.pt").touch()
+    assert not demo.__main__.generation(config, words)[0][0][0].done
+    (tmp_path / "vae" / "config.json").touch()
+    assert demo.__main__.generation(config, words)[0][0][0].done
 
 
 def test_a_second_run_repeats_nothing(workplace, capsys):

@@ -216,10 +216,18 @@ COVERED = {  # by a word of the command -> what runs it, or what it needs
     "VIRTUAL_imagenet256_labeled.npz --metrics is": "weights of Inception",
     "sample.py DiT-XL-2": "tests/test_pipeline.py",
     "path quadratic": "tests/test_extending.py",
+    "runs/swapped": "tests/test_recipes.py",
     "deit": "tests/test_recognition.py and tests/test_recogniser.py",
     "reconstructed/": "tests/test_ema.py",
 }
-PROGRAMS = ("train", "cache_latents", "sample", "fid", "vca_engine.training.reconstruct")  # visualise: its own tests
+PROGRAMS = (
+    "train",
+    "train_vae",
+    "cache_latents",
+    "sample",
+    "fid",
+    "vca_engine.training.reconstruct",
+)  # visualise: its own tests
 
 
 def made_small(command):
@@ -244,6 +252,8 @@ def made_small(command):
         words += ["--train.accumulate", "2"] if "--train.accumulate" in words else []
     elif command.program == "cache_latents":
         words += LATENT if imagenet else []
+    elif command.program == "train_vae":
+        words += ["--data.image_size", "16", "--num_steps", "2", "--batch_size", "2"]
     elif command.program == "fid" and words[0] == "train-extractor":
         words += ["--crop", "16", "--steps", "4", "--held-out", "0.3", "--quiet"]
     elif command.program == "fid" and words[0] != "curve" and "--extractor" not in words:

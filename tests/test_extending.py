@@ -52,7 +52,7 @@ class PowerAttention(Attention):
         super().__init__(dim, num_heads, grid_size, **options)
         self.sharpness = sharpness
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v, grid):
         return F.scaled_dot_product_attention(self.sharpness * q, k, v)
 
 

@@ -120,7 +120,7 @@ def test_maps_equal_their_formula_and_give_the_output(prefix, qk_norm, stages, p
     contrast = layer.stage1.normalise(gathered) if layer.stage1 else gathered
     out = maps.stage2 @ contrast  # (B, h, P+N, d)
     out = layer.stage2.normalise(out) if layer.stage2 else out
-    out = layer.proj(out.transpose(1, 2).flatten(2) + layer.dwc(v))
+    out = layer.proj(out.transpose(1, 2).flatten(2) + layer.dwc(v, GRID))
     torch.testing.assert_close(out, layer(x), rtol=0, atol=1e-10)
 
     gain = (1 - layer.stage1.lambda_init) * layer.stage1.norm.weight if layer.stage1 else 1

@@ -29,7 +29,7 @@ from vca_engine.images.labels import DataInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("vca", "dit_vca", "sit_vca", "vca_engine", "fid", "classify", "demo", "benchmarks")
-SCRIPTS = ("train", "sample", "visualise", "export", "app", "cache_latents", "reproduce")
+SCRIPTS = ("train", "sample", "visualise", "export", "app", "cache_latents", "train_vae", "reproduce")
 OURS = {*PACKAGES, *SCRIPTS}
 FILES = [f for name in PACKAGES for f in sorted((ROOT / name).rglob("*.py"))] + [ROOT / f"{s}.py" for s in SCRIPTS]
 CONFIGS = sorted(f for f in (ROOT / "configs").glob("*.yaml") if f != TABLES)

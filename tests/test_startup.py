@@ -29,7 +29,7 @@ for word in "--help", "--no_such_setting=1":
 print("imported:", *sys.modules)
 """
 PROGRAMS = (
-    *("train", "sample", "visualise", "export", "cache_latents", "reproduce"),
+    *("train", "sample", "visualise", "export", "cache_latents", "train_vae", "reproduce"),
     *("fid.__main__", "classify.__main__"),
 )
 

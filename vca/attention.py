@@ -9,7 +9,7 @@ arXiv:2410.05258.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,17 @@ from vca.layer import Attention, to_map
 Stage = Literal["differential", "plain"]
 Stream = Literal["pool", "embed", "pool+embed"]
 Softmax = Literal["joint", "separate"]
+MOST_KEPT = 64  # interpolated embeddings that a layer keeps; by default there are at most 8x8 contrast grids
+
+
+def interpolate(embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Interpolate embeddings (1, a b, C) of a grid (a, b) to (1, a' b', C) of a new one (a', b').
+
+    Bilinear, so that nothing overshoots; smoothed where the grid shrinks. Differentiable.
+    """
+    image = embed.transpose(1, 2).unflatten(2, grid)  # (1, C, a, b)
+    image = F.interpolate(image, new_grid, mode="bilinear", align_corners=False, antialias=True)  # (1, C, a', b')
+    return image.flatten(2).transpose(1, 2)  # (1, a' b', C)
 
 
 def lambda_init(layer_index: int) -> float:
@@ -96,10 +107,16 @@ class VisualContrastAttention(Attention):
     commit of the authors' code that it follows, agree on one softmax, and on e+ and e- that start as N(0, 1). The
     authors' own files for DiT and SiT were not to be had.
 
+    A call may have another grid of patch tokens than (H, W): `layer(x, grid=(H', W'))`. Its contrast grid is then what
+    `contrast_grid` says of that grid, a fixed (a, b) at most (H', W'), and e+ and e- are interpolated where it is not
+    that of construction: in each call where gradients are recorded, else once for each contrast grid. What was
+    interpolated is kept until e+ and e- change, or `train()` or `eval()` is called; after writing to the `.data` of a
+    parameter, which leaves no trace, call `eval()`.
+
     Args:
         dim: Channels C.
         num_heads: Heads h; divides C.
-        grid_size: (H, W) of the patch tokens, or the side of a square.
+        grid_size: (H, W) of the patch tokens, or the side of a square; a call may have another.
         layer_index: Index of the block, from 0; sets lambda_init.
         contrast_grid: (a, b), at most (H, W). Not given means half of each side, at least 1 and at most 8, so that the
             cost is linear in the tokens beyond 16x16; "half" means half of each side whatever the size, which costs the
@@ -142,7 +159,9 @@ class VisualContrastAttention(Attention):
     ) -> None:
         common = {"num_prefix_tokens": num_prefix_tokens, "qkv_bias": qkv_bias, "qk_norm": qk_norm, "dwc": dwc}
         super().__init__(dim, num_heads, grid_size, **common)
-        self.contrast_grid = self._check_contrast_grid(contrast_grid)
+        self._contrast_rule = self._check_contrast_grid(contrast_grid)
+        self.contrast_grid = self.contrast_grid_of(self.grid_size)
+        self._interpolated: dict[tuple[str, tuple[int, int]], tuple[Tensor, int, Tensor]] = {}
         if isinstance(stages, str) or len(stages) != 2 or not set(stages) <= {"differential", "plain"}:
             raise ValueError(f"attention.stages is {stages!r}; write two of 'differential' and 'plain'.")
         for name, stream in (("positive", positive), ("negative", negative)):
@@ -164,10 +183,20 @@ class VisualContrastAttention(Attention):
         self.stage1 = Differential(self.head_dim, layer_index) if stages[0] == "differential" else None
         self.stage2 = Differential(self.head_dim, layer_index) if stages[1] == "differential" else None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend through the contrast tokens: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
-        tokens = self.contrast_tokens(q)  # (B, h, 2n, d), or (B, h, n, d) where both stages are plain
-        positive, negative = tokens.tensor_split([self.num_contrast_tokens], dim=2)  # 2 x (B, h, n, d)
+    def contrast_grid_of(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Give the contrast grid (a, b) of a grid of patch tokens (H, W)."""
+        height, width = grid
+        half = max(1, height // 2), max(1, width // 2)
+        if self._contrast_rule == "half":
+            return half
+        if self._contrast_rule is None:
+            return min(half[0], 8), min(half[1], 8)
+        return min(self._contrast_rule[0], height), min(self._contrast_rule[1], width)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend through contrast tokens pooled from the grid (H, W): 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+        tokens = self.contrast_tokens(q, grid)  # (B, h, 2n, d), or (B, h, n, d) where both stages are plain
+        positive, negative = tokens.tensor_split([math.prod(self.contrast_grid_of(grid))], dim=2)  # 2 x (B, h, n, d)
         if self.stage1:  # 2n queries look at the P+N keys
             both = F.scaled_dot_product_attention(tokens, k, v)  # (B, h, 2n, d)
             contrast = self.stage1(*both.chunk(2, dim=2))  # (B, h, n, d)
@@ -180,14 +209,18 @@ class VisualContrastAttention(Attention):
         out = F.scaled_dot_product_attention(q, positive, contrast)  # (B, h, P+N, d)
         return self.stage2(out, F.scaled_dot_product_attention(q, negative, contrast)) if self.stage2 else out
 
-    def contrast_tokens(self, q: Tensor) -> Tensor:
-        """Pool queries to [t+; t-]: (B, h, P+N, d) -> (B, h, 2n, d); to t+, (B, h, n, d), where no stage has t-."""
-        image = to_map(q[:, :, self.num_prefix_tokens :], self.grid_size)  # (B, C, H, W)
-        pooled = F.adaptive_avg_pool2d(image, self.contrast_grid)  # (B, C, a, b)
+    def contrast_tokens(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Pool queries on the grid (H, W) to [t+; t-]: (B, h, P+N, d) -> (B, h, 2n, d).
+
+        Where no stage has t-, to t+, (B, h, n, d).
+        """
+        contrast_grid = self.contrast_grid_of(grid)
+        image = to_map(q[:, :, self.num_prefix_tokens :], grid)  # (B, C, H, W)
+        pooled = F.adaptive_avg_pool2d(image, contrast_grid)  # (B, C, a, b)
         pooled = pooled.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)  # (B, h, n, d)
-        streams = [self._stream(pooled, self.positive, self.positive_embed)]
+        streams = [self._stream(pooled, self.positive, self._embed("positive_embed", contrast_grid))]
         if self.stage1 or self.stage2:
-            streams.append(self._stream(pooled, self.negative, self.negative_embed))
+            streams.append(self._stream(pooled, self.negative, self._embed("negative_embed", contrast_grid)))
         return torch.cat(streams, dim=2).contiguous()  # kernels without a map in memory need a last stride of 1
 
     def extra_repr(self) -> str:
@@ -196,6 +229,31 @@ class VisualContrastAttention(Attention):
             f"positive={self.positive!r}, negative={self.negative!r}"
         )
 
+    def train(self, mode: bool = True) -> "VisualContrastAttention":
+        """Set the mode of training, and forget what was interpolated."""
+        self._interpolated.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was interpolated: a copy has parameters of its own."""
+        return {**self.__dict__, "_interpolated": {}}
+
+    def _embed(self, name: str, contrast_grid: tuple[int, int]) -> Tensor | None:
+        """Give an embedding for a contrast grid (a, b): (1, a b, C), or None if there is none."""
+        embed = getattr(self, name)
+        if embed is None or contrast_grid == self.contrast_grid:
+            return embed
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return interpolate(embed, self.contrast_grid, contrast_grid)
+        version = 0 if embed.is_inference() else embed._version
+        kept, at, found = self._interpolated.get((name, contrast_grid), (None, 0, embed))
+        if kept is not embed or at != version or (found.device, found.dtype) != (embed.device, embed.dtype):
+            found = interpolate(embed, self.contrast_grid, contrast_grid)
+            if len(self._interpolated) >= MOST_KEPT:
+                self._interpolated.clear()
+            self._interpolated[name, contrast_grid] = embed, version, found
+        return found
+
     def _stream(self, pooled: Tensor, kind: Stream, embed: Tensor | None) -> Tensor:
         """Make contrast tokens of pooled queries (B, h, n, d) and an embedding (1, n, C): (B, h, n, d)."""
         if kind == "pool":
@@ -203,20 +261,18 @@ class VisualContrastAttention(Attention):
         embed = embed.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).to(pooled.dtype)  # (1, h, n, d)
         return pooled + embed if kind == "pool+embed" else embed.expand_as(pooled)
 
-    def _check_contrast_grid(self, contrast_grid: tuple[int, int] | str | None) -> tuple[int, int]:
+    def _check_contrast_grid(self, contrast_grid: tuple[int, int] | str | None) -> tuple[int, int] | str | None:
+        """Give the rule of the contrast grid: None, `half`, or a fixed (a, b)."""
         height, width = self.grid_size
-        half = max(1, height // 2), max(1, width // 2)
-        default = min(half[0], 8), min(half[1], 8)
-        if contrast_grid is None:
-            return default
-        if contrast_grid == "half":
-            return half
+        if contrast_grid in (None, "half"):
+            return contrast_grid
         grid = tuple(contrast_grid) if isinstance(contrast_grid, list | tuple) else contrast_grid
         if not (isinstance(grid, tuple) and len(grid) == 2 and all(type(side) is int and side > 0 for side in grid)):
             raise ValueError(
                 f"attention.contrast_grid is {contrast_grid!r}; write two positive integers, e.g. [8, 8], or half."
             )
         if grid[0] > height or grid[1] > width:
+            default = min(max(1, height // 2), 8), min(max(1, width // 2), 8)
             raise ValueError(
                 f"attention.contrast_grid {grid[0]}x{grid[1]} is larger than the {height}x{width} grid of patch tokens;"
                 f" choose at most [{height}, {width}], or leave it out for [{default[0]}, {default[1]}]."

@@ -43,8 +43,8 @@ class SelfAttention(Attention):
         common = {"num_prefix_tokens": num_prefix_tokens, "qkv_bias": qkv_bias, "qk_norm": qk_norm, "dwc": dwc}
         super().__init__(dim, num_heads, grid_size, **common)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d); the grid (H, W) does not matter."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -97,8 +97,8 @@ class DifferentialAttention(Attention):
         halves = (norm(z.unflatten(-1, (2, -1))).flatten(-2) for z, norm in ((q, self.q_norm), (k, self.k_norm)))
         return *halves, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d); the grid (H, W) does not matter."""
         streams = zip(q.chunk(2, dim=-1), k.chunk(2, dim=-1), strict=True)  # 2 x (B, h, P+N, d/2)
         return self.differential(*(self._attend_half(q_i, k_i, v) for q_i, k_i in streams))
 
@@ -148,8 +148,8 @@ class LinearAttention(Attention):
         common = {"num_prefix_tokens": num_prefix_tokens, "qkv_bias": qkv_bias, "qk_norm": qk_norm, "dwc": dwc}
         super().__init__(dim, num_heads, grid_size, **common)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d); the grid (H, W) does not matter."""
         dtype = torch.promote_types(v.dtype, torch.float32)
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):  # none, on whatever device
             q, k, values = q.to(dtype).relu(), k.to(dtype).relu(), v.to(dtype)

@@ -60,14 +60,13 @@ def to_map(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
 class DepthwiseConv(nn.Conv2d):
     """3x3 depth-wise convolution of the values as an image, added to the output of attention, but for prefix tokens."""
 
-    def __init__(self, dim: int, grid_size: tuple[int, int]) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
-        self.grid_size = grid_size
 
-    def forward(self, v: Tensor) -> Tensor:
-        """Convolve the tokens and join the heads: (B, h, P+N, d) -> (B, P+N, C)."""
-        num_prefix_tokens = v.shape[2] - math.prod(self.grid_size)
-        image = to_map(v[:, :, num_prefix_tokens:], self.grid_size)  # (B, C, H, W)
+    def forward(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Convolve the tokens, the last H*W of `grid`, and join the heads: (B, h, P+N, d) -> (B, P+N, C)."""
+        num_prefix_tokens = v.shape[2] - math.prod(grid)
+        image = to_map(v[:, :, num_prefix_tokens:], grid)  # (B, C, H, W)
         local = super().forward(image.contiguous(memory_format=torch.channels_last))  # (B, C, H, W)
         local = local.flatten(2).transpose(1, 2)  # (B, N, C)
         return F.pad(local, (0, 0, num_prefix_tokens, 0)) if num_prefix_tokens else local  # (B, P+N, C)
@@ -81,7 +80,7 @@ class Attention(nn.Module):
     Args:
         dim: Channels C.
         num_heads: Heads h; divides C.
-        grid_size: (H, W) of the patch tokens, or the side of a square.
+        grid_size: (H, W) of the patch tokens, or the side of a square; a call may have another.
         num_prefix_tokens: P tokens in front of the patches.
         qkv_bias: Whether `qkv` has a bias.
         qk_norm: Whether queries and keys are normalised, by `HeadNorm`.
@@ -113,21 +112,29 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = HeadNorm(norm_dim) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(norm_dim) if qk_norm else nn.Identity()
-        self.dwc = DepthwiseConv(dim, self.grid_size) if dwc else None
+        self.dwc = DepthwiseConv(dim) if dwc else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: None = None, is_causal: bool = False, *, grid: tuple[int, int] | None = None
+    ) -> Tensor:
         """Apply the layer: (B, P+N, C) -> (B, P+N, C).
 
+        Args:
+            x: The tokens, prefix tokens first, then the patches row by row.
+            attn_mask: None; it is there because the blocks of timm pass it.
+            is_causal: False; for the same reason.
+            grid: (H, W) of the patch tokens of this call; not given means that of construction.
+
         Raises:
-            ValueError: Another number of tokens than the layer was built for; or a mask, which it has not: `attn_mask`
-                and `is_causal` are there because the blocks of timm pass them.
+            ValueError: The tokens are not those of the grid; or a mask was given, which the layer has not.
         """
-        self._check(x, attn_mask, is_causal)
+        grid = self.grid_size if grid is None else check_grid(grid)
+        self._check(x, attn_mask, is_causal, grid)
         q, k, v = self.heads(x)  # 3 x (B, h, P+N, d)
-        out = self.attend(q, k, v).transpose(1, 2).flatten(2)  # (B, P+N, C)
+        out = self.attend(q, k, v, grid).transpose(1, 2).flatten(2)  # (B, P+N, C)
         if self.dwc:
-            out = out + self.dwc(v)
+            out = out + self.dwc(v, grid)
         return self.proj(out)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,21 +142,23 @@ class Attention(nn.Module):
         q, k, v = (z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for z in self.qkv(x).chunk(3, dim=-1))
         return self.q_norm(q), self.k_norm(k), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend with each head: 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend with each head, N patch tokens on the grid (H, W): 3 x (B, h, P+N, d) -> (B, h, P+N, d)."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Write the grid, for `print(model)`."""
         return f"grid_size={self.grid_size}, num_prefix_tokens={self.num_prefix_tokens}"
 
-    def _check(self, x: Tensor, attn_mask: None, is_causal: bool) -> None:
+    def _check(self, x: Tensor, attn_mask: None, is_causal: bool, grid: tuple[int, int]) -> None:
         if attn_mask is not None or is_causal:
             name = "attn_mask" if attn_mask is not None else "is_causal"
             raise ValueError(f"{name} was given, and {type(self).__name__} looks at all tokens; leave it out.")
-        height, width = self.grid_size
+        height, width = grid
         if x.shape[1] != self.num_prefix_tokens + height * width:
+            what = "was built for" if grid == self.grid_size else "was called with a grid for"
             raise ValueError(
-                f"got {x.shape[1]} tokens; this layer was built for {self.num_prefix_tokens} prefix tokens and a "
-                f"{height}x{width} grid, {self.num_prefix_tokens + height * width} in all."
+                f"got {x.shape[1]} tokens; this layer {what} {self.num_prefix_tokens} prefix tokens and a "
+                f"{height}x{width} grid, {self.num_prefix_tokens + height * width} in all; for images of another "
+                "resolution give the grid, layer(x, grid=(H, W))."
             )

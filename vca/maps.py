@@ -14,6 +14,7 @@ b contrast tokens.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -144,19 +145,22 @@ def keep_inputs(layers: Mapping[K, VisualContrastAttention]) -> Iterator[dict[K,
             handle.remove()
 
 
-def maps_of(layer: VisualContrastAttention, x: Tensor) -> Maps:
+def maps_of(layer: VisualContrastAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Maps:
     """Compute the maps of a layer for its input, in float32 at least.
 
     Args:
         layer: Of any options.
         x: (B, P+N, C).
+        grid: (H, W) of its patch tokens; not given means that for which the layer was built.
     """
+    grid = layer.grid_size if grid is None else grid
+    contrast_grid = layer.contrast_grid_of(grid)
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         x = x.to(layer.qkv.weight.dtype)
         dtype = torch.promote_types(x.dtype, torch.float32)
         q, k, v = (z.to(dtype) for z in layer.heads(x))  # 3 x (B, h, P+N, d)
-        n, scale = layer.num_contrast_tokens, layer.head_dim**-0.5
-        tokens = layer.contrast_tokens(q)  # (B, h, 2n, d), or (B, h, n, d) where both stages are plain
+        n, scale = math.prod(contrast_grid), layer.head_dim**-0.5
+        tokens = layer.contrast_tokens(q, grid)  # (B, h, 2n, d), or (B, h, n, d) where both stages are plain
         to_keys = (scale * tokens @ k.mT).softmax(dim=-1)  # (B, h, 2n or n, P+N)
         to_tokens = scale * q @ tokens.mT  # (B, h, P+N, 2n or n)
         if layer.stage2 and layer.softmax == "joint":
@@ -173,8 +177,8 @@ def maps_of(layer: VisualContrastAttention, x: Tensor) -> Maps:
             negative if layer.stage2 else None,
             *lambdas,
             _norm_of(layer.stage1, gathered),
-            layer.contrast_grid,
-            layer.grid_size,
+            contrast_grid,
+            grid,
         )
 
 

@@ -211,8 +211,8 @@ def images(config: Config) -> ImageDataset:
         ValueError: Something is wrong with it, or outputs are to lie in its folder, where they would count as images.
     """
     folder = config.data.get("images")
-    for name in ("run_dir", "latents"):
-        place = getattr(config, name)
+    for name in ("run_dir", "latents", "out"):
+        place = getattr(config, name, None)
         if isinstance(folder, str) and place and Path(place).resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(
                 f"{name} {place!r} lies in data.images {folder!r}, so that pictures in it would be taken for images; "

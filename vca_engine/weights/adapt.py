@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vca.attention import interpolate
 from vca.transformer import Transformer
 from vca_engine.images.label_files import composed
 from vca_engine.weights.diffusers import TABLE
@@ -206,13 +206,11 @@ def fit_channels(tensor: Tensor, initial: Tensor, num_pixels: int) -> tuple[Tens
 
 
 def interpolate_embeddings(key: str, embed: Tensor, grid: tuple[int, int]) -> tuple[Tensor, str]:
-    """Interpolate (1, n, C) on a square grid to (1, a b, C), bilinear: nothing overshoots; smoothed if it shrinks."""
+    """Interpolate (1, n, C) on a square grid to (1, a b, C), and say so."""
     side = math.isqrt(embed.shape[1])
     if side**2 != embed.shape[1]:
         raise ValueError(f"{key} has {embed.shape[1]} contrast tokens, not a square, so its grid is not known.")
-    image = embed.transpose(1, 2).unflatten(2, (side, side))  # (1, C, side, side)
-    image = F.interpolate(image, grid, mode="bilinear", align_corners=False, antialias=True)  # (1, C, a, b)
-    return image.flatten(2).transpose(1, 2), f"interpolated from {side}x{side} to {grid[0]}x{grid[1]}"
+    return interpolate(embed, (side, side), grid), f"interpolated from {side}x{side} to {grid[0]}x{grid[1]}"
 
 
 def _misfit(key: str, old: tuple[int, ...], new: tuple[int, ...]) -> str:
