@@ -1,11 +1,11 @@
 """Encode every image once, so that training reads latents instead of images.
 
     python cache_latents.py --config configs/sit_b2_vca.yaml --data.images DIR --latents /data/latents
-    torchrun --nproc_per_node 8 cache_latents.py --config ...           the same bytes, by eight processes
-    python cache_latents.py --config ... --check                        read all of it again, and draw check.png
+    torchrun --nproc_per_node 8 cache_latents.py --config ...           write the same bytes with eight processes
+    python cache_latents.py --config ... --check                        read all latents again, and draw check.png
     python cache_latents.py --config ... --data.images DIR --check-images      list all images that cannot be read
 
-The folder is `latents` of the config; train.py with the same config reads it. Interrupted, the same command goes on.
+`--latents` names the folder; train.py with the same config reads it. After an interruption, the same command goes on.
 """
 
 import contextlib
@@ -47,9 +47,9 @@ class CacheArguments(Config):
     """Options of the encoding.
 
     Args:
-        check: Verify a finished cache instead: checksums, counts, finite numbers; and draw 16 images
-            beside their latents.
-        check_images: Read every image of data instead, and list those that cannot be read; needs no latents.
+        check: Do not encode, but check a finished cache: checksums, counts, finite numbers. Also draw 16 images beside
+            their decoded latents.
+        check_images: Do not encode, but read every image, and list those that cannot be read; needs no latents.
     """
 
     check: bool = False
@@ -58,7 +58,7 @@ class CacheArguments(Config):
 
 @report_errors("cache_latents.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Encode the images of the command line, or check what is there."""
+    """Encode the images that the command line names, or check a finished cache."""
     texts = {"prog": "cache_latents.py", "description": __doc__, "usual": USUAL}
     choices = {f"fid.{name}": names for name, names in fid.CHOICES.items()}
     args = parse(CacheArguments, argv, **texts, parts=assemble.parts(), choices=choices)
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def settings_of(args: CacheArguments, images: ImageDataset, codec: Any, device: str) -> dict[str, Any]:
-    """Say what the latents are made of, for the manifest."""
+    """List the settings, data and codec that the latents are made with, for the manifest."""
     return {
         **assemble.needed_latents(args, codec),
         "source": args.data.get("images"),
@@ -159,7 +159,7 @@ def check_images(args: CacheArguments) -> None:
 
 
 def check(args: CacheArguments) -> None:
-    """Read a finished cache and say whether it is whole, and draw check.png into it."""
+    """Read a finished cache, print whether it is complete, and draw check.png into it."""
     cache = LatentDataset(args.latents)
     with tqdm(total=len(cache), unit="image", desc="check") as bar:
         for num in cache.verify():
@@ -185,7 +185,7 @@ def check(args: CacheArguments) -> None:
 
 
 def picture(cache: LatentDataset, images: ImageDataset, codec: Any, device: str) -> tuple[Path, float]:
-    """Draw a grid of images, each with its decoded latent at its right; return its file and their mean difference."""
+    """Draw images, each beside its decoded latent; return the file and the mean difference, in grey levels."""
     kept = np.delete(np.arange(len(images)), [skip["index"] for skip in cache.manifest["skipped"]])
     chosen = np.linspace(0, len(cache) - 1, NUM_SHOWN).round().astype(int)
     latents = torch.stack([cache[int(i), False][0][: codec.channels].float() for i in chosen]).to(device)

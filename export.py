@@ -1,9 +1,9 @@
-"""A run's DiT as a folder that diffusers' own pipeline draws from.
+"""Export the DiT of a run as a folder for diffusers' own pipeline.
 
     python export.py runs/dit_b2_mhsa exported                   DiTPipeline.from_pretrained("exported")
     python export.py runs/dit_b2_mhsa exported --weights ema-0.1
 
-It has to be a diffusion with attention mhsa, in the latents of an AutoencoderKL.
+The run has to be a diffusion with attention mhsa, in the latents of an AutoencoderKL.
 """
 
 import argparse
@@ -34,15 +34,15 @@ import torch
 from diffusers import DiTPipeline
 
 pipe = DiTPipeline.from_pretrained({folder!r})
-for block in pipe.transformer.transformer_blocks:  # the time frequencies that it was trained with, see below
+for block in pipe.transformer.transformer_blocks:  # set the time frequencies of the training, see below
     block.norm1.emb.time_proj.downscale_freq_shift = 0
 print(pipe.labels)
 generator = torch.Generator().manual_seed(0)
 image = pipe([0], guidance_scale={scale}, num_inference_steps=50, generator=generator).images[0]
 """
 FREQUENCIES = (
-    "diffusers divides the exponents of the time frequencies by 127, this model was trained with 128; the loop over "
-    "the blocks sets that right. Without it the network is told other times than it knows."
+    "diffusers divides the exponents of the time frequencies by 127, but this model was trained with 128; the loop "
+    "over the blocks corrects this. Without it the network gets other times than those of its training."
 )
 FILLED = (
     "The model has {num} classes. `DiTPipeline` guides with row {row} of the label table, so rows {num} to {row} are "
@@ -60,19 +60,19 @@ def export(
     """Write a folder for `DiTPipeline.from_pretrained`: transformer, vae, scheduler, model_index.json, README.md.
 
     Args:
-        run: A run's folder, for its newest checkpoint, or one of its checkpoints; or one that
+        run: A run's folder (its newest checkpoint is taken), one of its checkpoints, or a folder that
             `Pipeline.save_pretrained` wrote.
-        out: Folder to write; it may be there if it is empty.
-        weights: Which of the checkpoint's.
-        vae: The autoencoder, if it is not where it was in training.
-        license: That you give the weights, as the hub calls it; not given means that the model card names none.
+        out: Folder to write; it must be empty or not exist.
+        weights: The weights to take: ema, ema-0.05 and the like, or model.
+        vae: The autoencoder, if it is no longer where it was in training.
+        license: Licence that you give the weights, as the hub calls it; by default the model card names none.
 
     Returns:
-        What a user has to know, as the model card says it.
+        Notes for the user, which the model card has, too.
 
     Raises:
-        FileNotFoundError: There is no such run, or its autoencoder is not where it was.
-        ValueError: `out` is not empty, or the run is none that diffusers' pipeline can draw from: says why.
+        FileNotFoundError: There is no such run, or its autoencoder is no longer there.
+        ValueError: `out` is not empty, or diffusers' pipeline cannot draw with the run; says why.
     """
     import diffusers  # slow to import, as all of it: see docs/architecture.md, start-up
 
@@ -97,10 +97,10 @@ def export(
 
 
 def pipeline_of_diffusers(ours: Pipeline) -> "DiTPipeline":
-    """Make diffusers' pipeline of a pipeline of this program.
+    """Make a pipeline of diffusers from a pipeline of this program.
 
     Raises:
-        ValueError: It is none that diffusers' pipeline can draw from: says why.
+        ValueError: diffusers' pipeline cannot draw with it; says why.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
@@ -139,16 +139,16 @@ def pipeline_of_diffusers(ours: Pipeline) -> "DiTPipeline":
 
 @report_errors("export.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Export a run, as the command line says."""
+    """Export the run that the command line names."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("export.py", description=__doc__, formatter_class=form)
     parser.add_argument(
-        "run", type=typed_path, help="the run's folder, for its newest checkpoint, or one of its checkpoints"
+        "run", type=typed_path, help="the run's folder (its newest checkpoint is taken), or one of its checkpoints"
     )
     parser.add_argument("out", type=typed_path, help="folder to write")
     parser.add_argument("--weights", default="ema", help="ema (the default), ema-0.05 and the like, or model")
-    parser.add_argument("--vae", type=expanded, help="where the autoencoder is now, if not where it was in training")
-    parser.add_argument("--license", help="that you give the weights, e.g. mit; by default the model card names none")
+    parser.add_argument("--vae", type=expanded, help="the autoencoder, if it is no longer where it was in training")
+    parser.add_argument("--license", help="licence of the weights, e.g. mit; by default the model card names none")
     args = parser.parse_args(argv)
     for note in export(args.run, args.out, args.weights, args.vae, license=args.license):
         print(f"note: {note}")

@@ -1,16 +1,16 @@
-"""Reproduce the tables of the VCA paper: each row trained, measured, and written down beside its published value.
+"""Reproduce the tables of the VCA paper: train and measure each row, and write it beside its published value.
 
-    python reproduce.py --list                                    all rows: what they cost, published value, ours
+    python reproduce.py --list                                    all rows: cost, published value, ours
     python reproduce.py fid --data.images DIR/train --fid.reference VIRTUAL_imagenet256_labeled.npz
     python reproduce.py recognition --data.images DIR/train --eval.data.images DIR/val --rows [deit_tiny_vca]
     python reproduce.py fid --estimate --tflops 400 --utilisation 0.4 --price 2     GPU-hours, disk, money
     python reproduce.py fid --data.images ... --fid.reference ... --submit          one SLURM job a row
     python reproduce.py ablation-stages --scale tiny              the same commands in minutes, on packaged digits
-    python reproduce.py study --list                              docs/study.md: is python -m benchmarks.study
+    python reproduce.py study --list                              the study of docs/study.md, python -m benchmarks.study
 
-Every step is a command that you could have typed. It is printed, and its output goes to a file in the folder of the
-row. What is there is not made again, so the same command goes on where it stopped. A row that fails does not stop the
-others. The rows stand in configs/paper.yaml.
+Each step of a row is a command that you can also type. It is printed, and its output goes to a file in the folder of
+the row. Finished steps are not done again, so the same command goes on where it stopped. If a row fails, the others go
+on. configs/paper.yaml has the rows.
 """
 
 import contextlib
@@ -58,10 +58,10 @@ Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 @dataclass(frozen=True)
 class EvaluationImages(Strict):
-    """Images that recognisers are evaluated on.
+    """Images to evaluate recognisers on.
 
     Args:
-        data: --eval.data.images DIR.
+        data: Images to evaluate on, --eval.data.images DIR.
     """
 
     data: Spec | None = None
@@ -72,8 +72,8 @@ class ReferenceFiles(Strict):
     """Files that measure the images of generators.
 
     Args:
-        reference: Statistics or images, e.g. VIRTUAL_imagenet256_labeled.npz of ADM.
-        weights: File of Inception's weights; not given means where python -m fid looks for them.
+        reference: Statistics or images to compare with, e.g. VIRTUAL_imagenet256_labeled.npz of ADM.
+        weights: File with Inception's weights; by default the one that python -m fid finds by itself.
     """
 
     reference: FilePath | None = None
@@ -85,23 +85,26 @@ class ReproduceArguments(Strict):
     """A table to reproduce.
 
     Args:
-        table: Its name: fid, fid-large, fid-512, recognition, ablation-stages or ablation-streams. May stand first.
-        rows: Some of its rows, e.g. [dit_s2_vca,dit_s2_mhsa]; not given means all.
-        scale: paper; or tiny, which does the same with small networks and a few steps on digits that packages ship.
+        table: Name of the table: fid, fid-large, fid-512, recognition, ablation-stages or ablation-streams. May stand
+            first, without --table.
+        rows: Rows of the table to do, e.g. [dit_s2_vca,dit_s2_mhsa]; by default all.
+        scale: paper; or tiny, which does the same with small networks and a few steps on digits from packages.
         data: Images to train on, --data.images DIR.
-        eval: See below.
-        fid: See below.
-        settings: A YAML file of more settings for train.py and cache_latents.py, such as train.accumulate or
-            codec.path; none that changes the numbers.
-        latents: Beginning of the names of the folders of latents, which all rows of a size share.
-        out: Folder for the tables; results, or for tiny ones runs/tiny, by default.
-        launcher: What starts the programs, e.g. "accelerate launch".
-        estimate: Say how many GPU-hours, how much disk and what money it takes, and do nothing.
-        images_per_second: Speed of training on one GPU, measured with the first row; the others go by multiply-adds.
-        tflops: If that is not given, what the GPU does at most in a second, in 10^12 operations: of an H100 in bf16.
-        utilisation: Share of this that is reached.
-        price: Of a GPU-hour.
-        submit: Write a script for SLURM with a job for each row, and give it to sbatch if that is there.
+        eval: Images to evaluate recognisers on.
+        fid: Files that measure the images of generators.
+        settings: YAML file of more settings for train.py and cache_latents.py, such as train.accumulate or codec.path;
+            settings that change the numbers are refused.
+        latents: Beginning of the name of each folder of latents; all rows of an image size share one folder.
+        out: Folder for the tables; by default results, or runs/tiny for --scale tiny.
+        launcher: Command that starts the programs, e.g. "accelerate launch".
+        estimate: Print the GPU-hours, the disk and the money that the rows take, and do nothing.
+        images_per_second: Speed of training on one GPU, measured with the first row, for --estimate; the speeds of the
+            other rows follow by their multiply-adds.
+        tflops: Peak speed of the GPU, in 10^12 operations per second, if images_per_second is not given; the default is
+            that of an H100 in bf16.
+        utilisation: Share of tflops that training reaches.
+        price: Price of a GPU-hour, for --estimate.
+        submit: Write a script for SLURM with a job for each row, and give it to sbatch if there is one.
         list: List the rows, and do nothing.
     """
 
@@ -140,10 +143,10 @@ class Plan:
 
     Args:
         row: The row.
-        config: Its settings, with those of the user.
-        file: Where its number will stand.
-        num: Images that this is of, where they are drawn.
-        steps: Name -> command, and whether it is done.
+        config: The settings of the row, with those of the user.
+        file: File that gets the number of the row.
+        num: Number of drawn images that are measured; None for a recogniser.
+        steps: Name of a step -> its command, and whether it is done.
     """
 
     row: PaperRow
@@ -180,10 +183,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def chosen_rows(args: ReproduceArguments, *, whole: bool = False) -> list[PaperRow]:
-    """List those rows of the table that are wanted, or the whole table.
+    """List the rows of the table that the user wants, or all rows of the table.
 
     Raises:
-        ValueError: No such table or row; says the nearest.
+        ValueError: There is no such table or row; names the nearest.
     """
     tables = read_tables()
     if args.table is None and not args.list:
@@ -194,7 +197,7 @@ def chosen_rows(args: ReproduceArguments, *, whole: bool = False) -> list[PaperR
 
 
 def fits(row: PaperRow) -> bool:
-    """Say whether the network of a row can be made for its images, as some cannot for tiny ones; if not, print why."""
+    """Say whether the network of a row fits the size of its images, which tiny ones may not; if not, print why."""
     try:
         network_of(config_of("--config", row.name))
     except ValueError as error:
@@ -204,22 +207,22 @@ def fits(row: PaperRow) -> bool:
 
 
 def words_of(row: PaperRow, args: ReproduceArguments) -> list[str]:
-    """Give the options by which train.py and cache_latents.py get the settings of a row."""
+    """Give the options that pass the settings of a row to train.py and cache_latents.py."""
     words = ["--config", row.name] + (["--config", args.settings] if args.settings else [])
     given = {"data": args.data} | ({"eval.data": args.eval.data} if row.measure == "top-1" else {})
     return words + [word for k, spec in given.items() for o, v in (spec or {}).items() for word in (f"--{k}.{o}", v)]
 
 
 def config_of(*words: str) -> Config:
-    """Read settings."""
+    """Read settings from the words of a command line."""
     return parse(Config, words, prog="reproduce.py", description="", parts=assemble.parts())
 
 
 def check_places(rows: Sequence[PaperRow], args: ReproduceArguments) -> None:
-    """Check that images and reference are there, before the first step.
+    """Check before the first step that images and reference exist.
 
     Raises:
-        ValueError: They are not; says what to type.
+        ValueError: They do not exist; says what to type.
     """
     for row in rows if args.scale == "paper" else ():
         config = config_of(*words_of(row, args))
@@ -242,7 +245,7 @@ def plan_of(row: PaperRow, args: ReproduceArguments) -> Plan:
     """Find the settings of a row, and list its commands.
 
     Raises:
-        ValueError: The user's settings change its numbers, or what is there was made with others.
+        ValueError: The user's settings change the numbers of the row, or its run was made with other settings.
     """
     words, launch = words_of(row, args), shlex.split(args.launcher)
     own, config = config_of("--config", row.name), config_of(*words)
@@ -272,7 +275,7 @@ def plan_of(row: PaperRow, args: ReproduceArguments) -> Plan:
 
 
 def run_rows(rows: Sequence[PaperRow], args: ReproduceArguments) -> list[str]:
-    """Do all rows, write the table after each, draw the curves, and list the rows that failed."""
+    """Do all rows, write the table after each, draw the curves at the end, and list the rows that failed."""
     failed = []
     for i, row in enumerate(rows):
         say = functools.partial(print, f"[{i + 1}/{len(rows)}] {row.name}:", flush=True)
@@ -290,11 +293,11 @@ def run_rows(rows: Sequence[PaperRow], args: ReproduceArguments) -> list[str]:
 
 
 def run_row(plan: Plan, say: Callable[..., None]) -> None:
-    """Do the steps of a row that are not done, each a program whose output goes to a file in the row's folder.
+    """Do the unfinished steps of a row; each is a program, whose output goes to a file in the folder of the row.
 
     Raises:
         ValueError: A program failed; says where its output is.
-        SystemExit: After a signal, with the exit code by which the same command goes on.
+        SystemExit: A signal came; the exit code says that the same command goes on.
     """
     if plan.config.fid.reference and not Path(plan.config.fid.reference).exists():
         save_images(plan.config.data["name"], Path(plan.config.fid.reference))
@@ -325,7 +328,7 @@ def save_images(name: str, file: Path) -> None:
 
 
 def results(rows: Sequence[PaperRow], args: ReproduceArguments) -> dict[PaperRow, Measured | str]:
-    """Find the number of each row, or say why there is none: see `write_table`."""
+    """Find the number of each row, or the reason why there is none; see `write_table`."""
     found = {}
     for row in rows:
         try:
@@ -352,7 +355,7 @@ def write_results(args: ReproduceArguments) -> None:
 
 
 def draw_curves(args: ReproduceArguments) -> None:
-    """Draw the curves of the rows of the whole table, of those that have lines of measurements."""
+    """Draw the curves of all rows of the table that were measured during training."""
     rows = chosen_rows(args, whole=True)
     plot_curves(
         folder_of_tables(args) / args.table, {row.name: Path(config_of("--config", row.name).run_dir) for row in rows}
@@ -360,7 +363,7 @@ def draw_curves(args: ReproduceArguments) -> None:
 
 
 def print_estimate(rows: Sequence[PaperRow], args: ReproduceArguments) -> None:
-    """Print the GPU-hours, the disk and the money that rows take, and what is assumed."""
+    """Print the GPU-hours, the disk and the money that rows take, and the assumptions."""
     configs = {row.name: config_of("--config", row.name) for row in rows}
     speed, how = args.tflops * 1e12 * args.utilisation, f"{args.utilisation:.0%} of {args.tflops:g} TFLOP/s, assumed"
     if args.images_per_second:
@@ -372,12 +375,12 @@ def print_estimate(rows: Sequence[PaperRow], args: ReproduceArguments) -> None:
 
 
 def submit(rows: Sequence[PaperRow], args: ReproduceArguments, words: Sequence[str]) -> None:
-    """Write a script for SLURM with a job for each row, made of configs/slurm.sh; give it to sbatch if that is there.
+    """Make a script for SLURM out of configs/slurm.sh, with a job for each row; give it to sbatch if there is one.
 
     Args:
         rows: The rows.
         args: The command line.
-        words: The same as it was typed.
+        words: The words of the command line, as typed.
     """
     head, rest = (ROOT / "configs" / "slurm.sh").read_text(encoding="utf-8").split("srun ", 1)
     command, tail = rest.split("code=$?", 1)

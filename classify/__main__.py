@@ -6,9 +6,9 @@
     python -m classify compare RUN RUN ... --out accuracy.png        a table over seeds, and their curves
     python -m classify COMMAND --help                                all its settings
 
-A run knows how its images are looked at. In the place of one, a file of published weights, whose classes are the
-folders of DIR in alphabetical order: eval deit_tiny.pth --data.images DIR --crop 0.9. `accelerate launch -m classify
-eval ...` evaluates on all GPUs.
+A run holds the crop, size and normalisation of its images. A file of published weights can take the place of the run,
+eval deit_tiny.pth --data.images DIR --crop 0.9; its classes are the folders of DIR in alphabetical order. `accelerate
+launch -m classify eval ...` evaluates on all GPUs.
 """
 
 import dataclasses
@@ -47,16 +47,17 @@ Crop = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments(WeightsOptions):
-    """A recogniser, and images whose classes are known.
+    """Evaluate a recogniser on images whose classes are known.
 
     Args:
-        data: The images, as in training where they do not differ: --data.images DIR, --data.split test. Not given means
-            eval.data of the run. Classes are found by their names; those of published weights are taken in order.
-        crop: Share of the shorter side of an image that is shown: 0.875 is 224 of 256 pixels; not given means as in
-            training.
+        data: Images to evaluate on; give only the options that differ from training: --data.images DIR, --data.split
+            test. The default is eval.data of the run. Classes are found by their names, but those of published weights
+            are taken in order.
+        crop: Share of the shorter side of an image that the network sees: 0.875 is 224 of 256 pixels; by default that
+            of training.
         batch_size: Images that go through the network together, on each process.
-        num_workers: Processes that read images, for each process; not given means up to 4.
-        out: Folder for eval.json, classes.csv, predictions.csv and confusion.png; not given means eval-step-STEP in the
+        num_workers: Processes that read images, for each process; by default up to 4.
+        out: Folder for eval.json, classes.csv, predictions.csv and confusion.png; by default eval-step-STEP in the
             run's folder.
     """
 
@@ -69,14 +70,14 @@ class EvalArguments(WeightsOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictArguments(WeightsOptions):
-    """A recogniser, and images.
+    """Print the most probable classes of images.
 
     Args:
-        images: Image files, and folders or .zip files of them; the words after the checkpoint.
-        crop: Share of the shorter side of an image that is shown; not given means as in training.
-        top: So many of the most probable classes.
+        images: Image files, and folders or .zip files of images, which may stand without --images.
+        crop: Share of the shorter side of an image that the network sees; by default that of training.
+        top: Number of most probable classes to print.
         batch_size: Images that go through the network together.
-        json: Write the names and probabilities of these classes to this file, too.
+        json: File to which the names and probabilities of these classes are also written.
     """
 
     images: list[FilePath]
@@ -88,11 +89,12 @@ class PredictArguments(WeightsOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(CheckpointOptions):
-    """A recogniser to be written as ONNX.
+    """Write a recogniser as an ONNX file.
 
     Args:
-        crop: Share of the shorter side of an image that is shown, for the metadata; not given means as in training.
-        out: The file; not given means step-STEP.onnx in the run's folder.
+        crop: Share of the shorter side of an image that the network sees, for the metadata; by default that of
+            training.
+        out: The ONNX file; by default step-STEP.onnx in the run's folder.
     """
 
     crop: Crop | None = None
@@ -101,12 +103,11 @@ class ExportArguments(CheckpointOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments(Strict):
-    """Runs to compare.
+    """Compare the accuracies of runs over seeds: a table and a picture.
 
     Args:
-        runs: Folders of train.py, which may stand without the name; those that differ in nothing but the seed are a
-            group.
-        out: Picture to write, .png, .pdf or .svg; all numbers come beside it, into a file that ends in .json.
+        runs: Folders of the runs, which may stand without --runs. Runs that differ only in the seed are a group.
+        out: Picture to write, .png, .pdf or .svg; a .json file beside it gets all numbers.
     """
 
     runs: list[FilePath] = field(default_factory=list)
@@ -115,7 +116,7 @@ class CompareArguments(Strict):
 
 @report_errors("classify")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that the first word names."""
+    """Run the command whose name is the first word."""
     words = list(sys.argv[1:] if argv is None else map(str, argv))
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: python -m classify COMMAND ...\n\n{__doc__.strip()}")
@@ -165,7 +166,7 @@ def run_eval(args: EvalArguments) -> None:
 
 
 def check_free(out: Path, asked: dict[str, Any]) -> None:
-    """Raise ValueError if another evaluation, or something else, stands where one will be written."""
+    """Raise ValueError if `out` already holds another evaluation, or other files of these names."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out is {str(out)!r}, which is a file; choose a folder.")
     if not (out / EVALUATION_RECORD).exists():
@@ -178,7 +179,7 @@ def check_free(out: Path, asked: dict[str, Any]) -> None:
 
 
 def render_evaluation(evaluation: Evaluation) -> str:
-    """Write the accuracies, and the classes with their own: all of few, the worst of many."""
+    """Write the accuracies as text, and those of the classes: of all if they are few, else of the worst."""
     found, rows = evaluation.accuracies(), [row for row in evaluation.classes() if row["images"]]
     text = f"top-1 {found['top1']:.2f} ± {found['top1_se']:.2f} %"
     text += f", top-5 {found['top5']:.2f} %" if len(evaluation.class_names) > 5 else ""
@@ -200,7 +201,7 @@ def run_predict(args: PredictArguments) -> None:
     """Print the most probable classes of images.
 
     Raises:
-        ValueError: An image cannot be read; this is raised when all others are printed and written.
+        ValueError: An image cannot be read; raised after all other images are printed and written.
     """
     if args.json and Path(args.json).is_dir():
         raise ValueError(f"--json is {args.json!r}, which is a folder; name a file.")
@@ -235,13 +236,13 @@ def run_predict(args: PredictArguments) -> None:
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Print sentences on images that were found, e.g. how many are in no format that can be read."""
+    """Print notes on the images, e.g. how many have a format that cannot be read."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 
 def pictures_at(paths: Sequence[str]) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
-    """Yield the name of each image, and what reads it: of files, and of all in folders and .zip files."""
+    """Yield the name of each image and a function that reads it: of files, and of all in folders and .zip files."""
     for path in paths:
         if not Path(path).exists():
             raise FileNotFoundError(f"there is no image {path!r}; check the path.")
@@ -254,7 +255,7 @@ def pictures_at(paths: Sequence[str]) -> Iterator[tuple[str, Callable[[], Image.
 
 
 def run_export(args: ExportArguments) -> None:
-    """Write the ONNX file, and say how far its outputs are from the network's."""
+    """Write the ONNX file, and print how far its logits are from the network's."""
     recogniser = Recogniser.from_pretrained(args.checkpoint, weights=args.weights, crop=args.crop, device="cpu")
     out = Path(args.out or recogniser.folder / f"step-{recogniser.source.get('step') or 0:08d}.onnx")
     if out.suffix.lower() != ".onnx":
@@ -276,7 +277,7 @@ def run_compare(args: CompareArguments) -> None:
     print(f"\nwrote {out} and {out.with_suffix('.json')}")
 
 
-COMMANDS = {  # its settings, what it does, and what words without the name of a setting are
+COMMANDS = {  # name -> settings, function, and the settings that take the words without a name
     "eval": (EvalArguments, run_eval, {"first": "checkpoint"}),
     "predict": (PredictArguments, run_predict, {"first": "checkpoint", "others": "images"}),
     "export": (ExportArguments, run_export, {"first": "checkpoint"}),

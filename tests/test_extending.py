@@ -4,6 +4,9 @@ import dataclasses
 import importlib
 import json
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +216,27 @@ def test_a_new_entry_trains_and_draws_by_its_name(row, registry, name, what, con
         assert not isinstance(value, dict) or option not in value or value[option] == float(number)
     sample.main([str(run), "--num", "2", "--labels", "balanced", "--out", str(tmp_path / "two.npz")])
     assert np.load(tmp_path / "two.npz")["arr_0"].shape[0] == 2
+
+
+@pytest.mark.usefixtures("as_in_a_new_process")
+@pytest.mark.parametrize(("shape", "channels"), [((12, 8, 8), 1), ((12, 8, 8, 3), 3)])
+def test_the_data_set_of_the_page_trains_by_the_command_in_its_file(shape, channels, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(CONFIGS)
+    code = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "class Arrays" in block)
+    Path("arrays.py").write_text(code, encoding="utf-8")
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez("mine.npz", images=images, labels=np.arange(12) % 3, class_names=["bee", "cat", "dog"])
+    words = shlex.split(re.search(r"^python (arrays\.py .*)$", code, re.MULTILINE)[1])
+    monkeypatch.setitem(DATASETS, "arrays", None)  # so that what the file enters is taken out again
+    monkeypatch.setattr(sys, "argv", [*words, *TINY, "--train.num_workers", "0"])
+    data = runpy.run_path("arrays.py", run_name="__main__")["Arrays"](file="mine.npz")
+    assert all((data.pixels(i) == images[i].reshape(8, 8, channels)).all() for i in range(12))
+    monkeypatch.delitem(DATASETS, "arrays")  # sample.py knows nothing of it
+    sample.main(["runs/mine", "--num", "2", "--classes", "[dog]", "--out", "two.npz"])
+    drawn = np.load("two.npz")
+    assert drawn["arr_0"].shape == (2, 8, 8, 3)
+    assert drawn["arr_1"].tolist() == [2, 2]
 
 
 class Colours(fid.FeatureExtractor):

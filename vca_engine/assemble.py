@@ -244,9 +244,12 @@ def with_image_size(config: Config, image_size: int | None) -> Config:
 
 
 def _sized(spec: Spec, image_size: int | None) -> dict[str, Any]:
-    """Complete the image_size of a dataset's spec, if it has that option and does not give it."""
-    takes_one = "image_size" in options_of(lookup(DATASETS, spec["name"], "data.name"))
-    missing = takes_one and spec.get("image_size") is None
+    """Complete the image_size of a dataset's spec, if it has that option and does not give it.
+
+    A dataset that is not in `DATASETS` stays as it is: a model can be used where only its training knew the data.
+    """
+    options = next((options_of(cls) for name, cls in DATASETS.items() if name == spec["name"]), ())
+    missing = "image_size" in options and spec.get("image_size") is None
     return {**spec, "image_size": image_size} if missing and image_size else dict(spec)
 
 

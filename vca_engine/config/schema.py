@@ -1,9 +1,9 @@
 """A run as data: frozen dataclasses that say, field by field, what a YAML file and the command line may set.
 
-Each number has a range, which is part of its type; the type of a path says that it is one.
+The type of a number holds its range, and the type of a path marks it as a path.
 
-`data`, `codec`, `process`, `model.attention` and `sample.sampler` are specs, `{name: ..., option: value}`; the classes
-that they name check their options when they are built, before the first step.
+`data`, `codec`, `process`, `model.attention` and `sample.sampler` are specs, `{name: ..., option: value}`. The class
+that a spec names checks the options when it is built, before the first step.
 """
 
 import dataclasses
@@ -40,17 +40,17 @@ class ModelConfig(Strict):
     """The network.
 
     Args:
-        name: Name of a recogniser, with process classify: deit_tiny, pvt_tiny, swin_tiny, cswin_tiny, ...
+        name: Name of a recogniser, for process classify: deit_tiny, pvt_tiny, swin_tiny, cswin_tiny, ...
             (classify.MODELS).
-        drop_path: Of a recogniser: probability, in training, that its last block is left out for an image; less in
-            those before.
-        size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads, also where
-            a file before it says these.
-        patch_size: Side of a patch, instead of the one in size.
-        hidden_size: Width, instead of the size's.
-        depth: Number of blocks, instead of the size's.
-        num_heads: Attention heads, instead of the size's.
-        mlp_ratio: Width of the MLP over hidden_size.
+        drop_path: Probability that training leaves out the last block of a recogniser for an image; it is lower for
+            earlier blocks.
+        size: SIZE/PATCH, with SIZE one of S, B, L, XL; sets patch_size, hidden_size, depth and num_heads, in
+            place of those in earlier files.
+        patch_size: Side of a patch, in place of that of size.
+        hidden_size: Width, in place of that of size.
+        depth: Number of blocks, in place of that of size.
+        num_heads: Number of attention heads, in place of that of size.
+        mlp_ratio: Width of the MLP divided by hidden_size.
         class_dropout_prob: Share of labels replaced by the null class in training; 0 means no guidance.
         attention: Attention, vca, mhsa, differential, agent or linear; by name with its options.
     """
@@ -72,42 +72,43 @@ class TrainConfig(Strict):
     """The optimisation.
 
     Args:
-        num_steps: Optimizer steps in all.
-        batch_size: Images of an optimizer step, over all processes.
-        accumulate: Forward passes that share an optimizer step; the batch is cut into as many parts, to save memory.
+        num_steps: Total number of optimizer steps.
+        batch_size: Images per optimizer step, of all processes together.
+        accumulate: Parts into which the batch is cut, each with its own forward pass, to save memory.
         lr: Learning rate of AdamW.
-        betas: Its two betas.
-        weight_decay: Its weight decay.
+        betas: The two betas of AdamW.
+        weight_decay: Weight decay of AdamW.
         warmup_lr: Learning rate at the start of the warm-up.
         warmup_steps: Steps over which the learning rate rises linearly from warmup_lr.
-        schedule: After that: constant, or cosine to min_lr at num_steps.
+        schedule: Learning rate after the warm-up: constant, or cosine, which falls to min_lr at num_steps.
         min_lr: Learning rate at the end of the cosine.
         cooldown_steps: Last steps of num_steps, all of them with min_lr; the cosine ends before them.
-        max_grad_norm: Gradients are scaled down to this norm; not given means never.
-        max_skipped: A step whose loss or gradient is not finite is skipped; after so many in a row training stops.
-        ema_decay: Decay of the averaged weights, which are the ones that are sampled.
+        max_grad_norm: Largest norm of the gradients, to which larger ones are scaled down; by default there is none.
+        max_skipped: Number of skipped steps in a row that ends training; a step is skipped if its loss or gradient is
+            not finite.
+        ema_decay: Decay of the averaged weights, which draw the images.
         ema_warmup: Use min(ema_decay, (1 + step) / (10 + step)), so that the start does not dominate a short run.
-        ema_stds: Relative widths of power-function averages that are kept beside it, of which
-            python -m vca_engine.training.reconstruct makes any other width afterwards (EDM2); [] means none.
-        snapshot_every: Steps between two snapshots of these; one is written at the end, too.
-        precision: Precision of the arithmetic, auto, no or bf16; auto is bf16 on a GPU that has it, and no, which is
-            float32, elsewhere.
+        ema_stds: Relative widths of the power-function averages (EDM2); [] keeps none. After the training,
+            python -m vca_engine.training.reconstruct makes averages of any other width out of them.
+        snapshot_every: Steps between two snapshots of the power-function averages; the end of training writes one, too.
+        precision: Precision of the arithmetic, auto, no or bf16; no is float32, and auto is bf16 on a GPU that has it,
+            else no.
         tf32: Let GPUs round the inputs of float32 products to TF32.
         compile: Compile each block with torch.compile.
-        fused: AdamW as one kernel; otherwise a step has to wait for the device to know whether it is skipped.
+        fused: AdamW as one kernel; otherwise each step waits for the device to find out whether it is skipped.
         grad_checkpointing: Compute the activations of each block again in the backward pass, to save memory.
-        channels_last: The autoencoder's convolutions in the layout of memory that GPUs prefer; on a CPU without effect.
+        channels_last: Use the memory layout that GPUs prefer for the autoencoder's convolutions; no effect on a CPU.
         preload: Keep all cached latents in the memory of the device.
-        num_workers: Processes that load data, for each training process; not given means up to 4 for images, and none
-            for cached latents, which are there sooner than another process could hand them over.
-        timeout: Minutes that a process waits for data or for another process before the run ends with an error; longer
-            than a preview takes.
+        num_workers: Processes that load data, for each training process; by default up to 4 for images, and none for
+            cached latents, which the training process itself reads faster.
+        timeout: Minutes that a process waits for data or for another process before the run ends with an error; choose
+            more than a preview takes.
         log_every: Steps between two lines of metrics.jsonl.
-        tracker: Where else they are shown: tensorboard, wandb, trackio or none.
+        tracker: Program that also shows the metrics: tensorboard, wandb, trackio or none.
         sample_every: Steps between two preview grids.
-        checkpoint_every: Steps between two checkpoints; one is written at the end, too.
-        keep_checkpoints: Number of newest checkpoints to keep; not given keeps all.
-        keep_every: Checkpoints of steps that are multiples of this are kept for ever.
+        checkpoint_every: Steps between two checkpoints; the end of training writes one, too.
+        keep_checkpoints: Number of newest checkpoints to keep; by default all.
+        keep_every: Also keep the checkpoints of all steps that are multiples of this.
     """
 
     num_steps: Steps = 400_000
@@ -168,13 +169,13 @@ class TrainConfig(Strict):
             )
 
     def workers(self, cached: bool = False) -> int:
-        """Give the number of processes that load data: cached latents, or images."""
+        """Give the number of processes that load images, or cached latents."""
         if self.num_workers is not None:
             return self.num_workers
         return 0 if cached else min(4, os.cpu_count() or 1)
 
     def kept(self) -> list[int]:
-        """List the steps whose checkpoints are there at the end."""
+        """List the steps whose checkpoints are kept at the end."""
         every = self.checkpoint_every
         steps = sorted({*range(every, self.num_steps + 1, every), self.num_steps})
         if not self.keep_checkpoints:
@@ -185,23 +186,23 @@ class TrainConfig(Strict):
 
 @dataclass(frozen=True)
 class SampleConfig(Strict):
-    """How images are drawn: in previews, and by sample.py unless it is told otherwise.
+    """How images are drawn, in previews and by default in sample.py.
 
     Args:
-        sampler: Sampler by name with its options; ddpm, ddim, dpm-solver and unipc are of a diffusion, ode and sde of a
-            flow. Not given means the published one, 250 steps of ddpm or sde. For ode and sde, num_steps counts points
-            of time, as published, so it is one more than the steps between them.
-        cfg_scale: Guidance, 1 is none: other + cfg_scale (output - other), where the other output is that without a
+        sampler: Sampler by name with its options; ddpm, ddim, dpm-solver or unipc for a diffusion, ode or sde for a
+            flow. The default is the published one, 250 steps of ddpm or sde. For ode and sde, num_steps counts points
+            of time, as published: one more than the steps between them.
+        cfg_scale: Scale of guidance, 1 is none: other + cfg_scale (output - other), where other is the output without a
             class.
-        guided_channels: Guide the first channels only; not given means all, 3 reproduces the published tables.
-        guidance_interval: Lowest and highest noise level, from 0 (data) to 1 (noise), at which there is guidance, e.g.
-            [0,0.7]; not given means all.
-        classes: Classes of a grid, by number or name, a row each; not given means all, or 10 evenly spaced ones.
+        guided_channels: Number of first channels to guide; by default all; 3 reproduces the published tables.
+        guidance_interval: Lowest and highest noise level with guidance, from 0 (data) to 1 (noise), e.g. [0,0.7]; by
+            default all.
+        classes: Classes of a grid, by number or name, one per row; by default all, or 10 evenly spaced ones.
         per_class: Images of each class in a grid.
         seed: Seed of the images, independent of that of training.
-        group_size: Of N numbered images so many neighbours are drawn together, always all of them, so that no image
-            depends on the batch size or the number of processes, not even by rounding. Larger is faster where the
-            network is small.
+        group_size: Number of neighbours among N numbered images that are always drawn together. Therefore no image
+            depends on the batch size or the number of processes, not even by rounding. A larger group is faster for a
+            small network.
     """
 
     sampler: Spec | None = None
@@ -221,7 +222,7 @@ class SampleConfig(Strict):
         require(low <= high, "sample.guidance_interval", self.guidance_interval, allowed)
 
     def changed(self, **given: Any) -> "SampleConfig":
-        """Change what is given and not None; a sampler without a name gives options to the one that is there."""
+        """Change the fields that are given and not None; a sampler without a name changes options of the old one."""
         given = {name: value for name, value in given.items() if value is not None}
         if "name" not in given.get("sampler", {"name": None}):
             given["sampler"] = {**(self.sampler or {}), **given["sampler"]}
@@ -233,16 +234,16 @@ NEED_GUIDANCE = ("guided_channels", "guidance_interval")  # fields of SampleConf
 
 @dataclass(frozen=True)
 class FidConfig(Strict):
-    """How drawn images are measured: by sample.py --fid, and every now and then in training.
+    """How drawn images are measured, by sample.py --fid and during training.
 
     Args:
         reference: What drawn images are compared with: a file of statistics, or images (a folder, .zip, .npz, .npy).
-        extractor: Network of the features.
+        extractor: Network that computes the features.
         preset: Protocol of Inception.
-        weights: Its file of weights; not given means where python -m fid looks for them.
-        metrics: Names of metrics, which python -m fid eval --help explains; not given means those of the preset.
-        every: Training steps between two evaluations of the averaged weights; not given means never.
-        num: Images of an evaluation in training; the literature's FID is of 50000.
+        weights: File with the extractor's weights; by default the one that python -m fid finds by itself.
+        metrics: Names of metrics, which python -m fid eval --help explains; by default those of the preset.
+        every: Training steps between two evaluations of the averaged weights; by default there are none.
+        num: Images of an evaluation in training; the literature's FID takes 50000.
     """
 
     reference: FilePath | None = None
@@ -262,7 +263,7 @@ class FidConfig(Strict):
             )
 
     def evaluator_options(self) -> dict[str, Any]:
-        """Give the fields that say what measures against what: keywords of `fid.open_evaluator`."""
+        """Give the keywords of `fid.open_evaluator`: extractor, its weights, preset, metrics and reference."""
         return {name: getattr(self, name) for name in ("reference", "extractor", "weights", "preset", "metrics")}
 
 
@@ -271,10 +272,10 @@ class EvalConfig(Strict):
     """How a recogniser is measured in training: with its averaged weights, on images that it does not learn from.
 
     Args:
-        data: Images to evaluate a recogniser on; by name with their options, where they differ from data: images DIR,
-            or split test. Not given means that nothing is measured.
-        every: Training steps between two evaluations; not given means at the end only.
-        crop: Share of the shorter side of an image that is shown: 0.875 is 224 of 256 pixels.
+        data: Images to evaluate a recogniser on; give only the options that differ from those of data: images DIR, or
+            split test. By default nothing is measured.
+        every: Training steps between two evaluations; by default there is one, at the end.
+        crop: Share of the shorter side of an image that the network sees: 0.875 is 224 of 256 pixels.
     """
 
     data: Spec | None = None
@@ -294,13 +295,13 @@ class CacheConfig(Strict):
     """How cache_latents.py encodes images.
 
     Args:
-        moments: Keep mean and standard deviation, from which training draws anew in every epoch; else one draw for
-            ever.
+        moments: Keep mean and standard deviation, from which training draws a new latent in every epoch; if false, keep
+            one latent.
         precision: Precision of the codec's arithmetic.
         batch_size: Images encoded together, on each process.
         shard_size: Images in a file.
-        on_error: Stop at a damaged image, or one that is none, or skip it; then it is listed in the manifest. What the
-            disk does not give, as a link to nothing, always stops.
+        on_error: Stop at an image that cannot be read, or skip it and list it in the manifest. An error of the disk,
+            such as a link that leads nowhere, always stops.
     """
 
     moments: bool = True
@@ -312,7 +313,7 @@ class CacheConfig(Strict):
 
 @dataclass(frozen=True)
 class Config(Strict):
-    """A run: everything that train.py needs, and that sample.py finds again in the checkpoint.
+    """A run: everything that train.py needs. The checkpoint keeps it for sample.py.
 
     Args:
         run_dir: Folder of the run: checkpoints, previews, metrics. The same command goes on where it stopped.
@@ -320,15 +321,15 @@ class Config(Strict):
         data: Kind of images, folder, mnist or digits; by name with its options.
         codec: Codec between images and latents, pixels or vae; by name with its options.
         init: Weights to start from: a run, or one of its checkpoints; a .safetensors or published .pt file; a folder of
-            diffusers; a name on the hub, e.g. facebook/DiT-XL-2-256. Not given means random ones.
-        latents: Folder of latents that cache_latents.py made with the same config; not given means that images
-            are read and encoded in every step.
-        cache: How those are made.
+            diffusers; a name on the hub, e.g. facebook/DiT-XL-2-256. The default is random weights.
+        latents: Folder of latents that cache_latents.py made with the same config; by default every step reads and
+            encodes images.
+        cache: How latents are cached.
         seed: Seed of initialisation, data order and noise.
         model: The network.
         train: The optimisation.
         sample: How images are drawn.
-        fid: How they are measured.
+        fid: How drawn images are measured.
         eval: How a recogniser is measured.
     """
 

@@ -1,13 +1,13 @@
-"""A trained model, ready to draw: `pipe(class_labels=[...])`, from a run, a checkpoint, published weights or the hub.
+"""A trained model that draws images: `pipe(class_labels=[...])`. It is a run, a checkpoint, or weights of others.
 
     from vca_engine import Pipeline
 
     pipe = Pipeline.from_pretrained("runs/sit_b2_vca")          # or a .pt of DiT or SiT, or facebook/DiT-XL-2-256
     output = pipe(class_labels=["goldfish", 7], guidance_scale=4.0, num_inference_steps=50, seed=0)
     output.images[0].save("goldfish.png")
-    pipe.save_pretrained("my_model")                            # one folder that holds all that it needs
+    pipe.save_pretrained("my_model")                            # one folder, with the autoencoder
 
-`sample.py` and `app.py` draw through it, too.
+`sample.py` and `app.py` draw with it, too.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from vca_engine.sampling.trained_model import TrainedModel, load_model
 
 
 class Output(NamedTuple):
-    """The images that a call of a pipeline gives, and how they were made.
+    """Images that a pipeline has drawn, and how they were made.
 
     Attributes:
         images: PIL images; or (B, H, W, 3) uint8 with output_type "np".
-        record: How they were made, JSON values.
+        record: How the images were made: JSON values.
     """
 
     images: Any
@@ -46,9 +46,9 @@ class Pipeline(TrainedModel):
     """A trained model that draws.
 
     Args:
-        precision: `no`, the weights' own float32, or `bf16`, autocast.
+        precision: `no` for float32, or `bf16` for autocast.
         tf32: Whether a GPU may round the inputs of float32 products to TF32.
-        compiled: Whether its blocks are compiled.
+        compiled: Whether the blocks of the network are compiled.
     """
 
     precision: Literal["no", "bf16"] = "no"
@@ -68,24 +68,25 @@ class Pipeline(TrainedModel):
         tf32: bool = True,
         compile: bool = False,
     ) -> Self:
-        """Load a model; what a path holds is told by its content, and no code in it is run.
+        """Load a model. The content of the path decides how it is read; no code in it is run.
 
         Args:
-            path: A run's folder (its newest checkpoint), one of its checkpoints, a folder written by `save_pretrained`;
-                a .pt of the published DiT or SiT, or a .safetensors file with their keys; a folder of diffusers' DiT;
-                or a name on the Hugging Face hub of one of these.
-            weights: Of a run: ema, ema-0.05 and the like, or model.
-            process: diffusion or flow, by name or with its options, where the weights do not say it: published ones.
-            vae: The autoencoder, a folder of diffusers or a hub name. Not given means where it was in training, or
-                that of the published models.
-            device: Not given means the GPU if there is one.
+            path: A run's folder (its newest checkpoint is taken), one of its checkpoints, a folder written by
+                `save_pretrained`; a .pt of the published DiT or SiT, or a .safetensors file with their keys; a folder
+                of diffusers' DiT; or the name of one of these on the Hugging Face hub.
+            weights: The weights to take from a run: ema, ema-0.05 and the like, or model.
+            process: diffusion or flow, by name or as a spec with options. Only for published weights, and only what
+                they do not say themselves, e.g. the path of a flow.
+            vae: The autoencoder, a folder of diffusers or a hub name. By default the path of the training, or the
+                autoencoder of the published models.
+            device: By default the GPU if there is one, else the CPU.
             precision: no (float32) or bf16.
             tf32: Whether a GPU may round the inputs of float32 products to TF32.
-            compile: Compile each block with torch.compile.
+            compile: Whether to compile each block with torch.compile.
 
         Raises:
-            FileNotFoundError: There is no such path, name, or part of it.
-            ValueError: It holds something else, or what cannot be told from it was not given.
+            FileNotFoundError: The path, the name, or a file that belongs to it does not exist.
+            ValueError: The path holds no generator, or it does not say which `process` or `vae` it needs.
         """
         model = load_model(path, weights, process, vae)
         if not assemble.is_generator(model.config):
@@ -97,21 +98,21 @@ class Pipeline(TrainedModel):
         return cls(**vars(model), precision=precision, tf32=tf32, compiled=compile)
 
     def label_ids(self, classes: Sequence[int | str]) -> list[int]:
-        """Find the numbers of classes given by number (int) or name (str); see `find_classes`."""
+        """Find the numbers of classes, which are given by number (int) or name (str); see `find_classes`."""
         return find_classes(classes, self.class_names)
 
     def image_sampler(
         self, sampling: SampleConfig, *, guide: "Pipeline | None" = None, negative: int | None = None
     ) -> ImageSampler:
-        """Make what draws images as `sampling` says.
+        """Make an image sampler with the settings of `sampling`.
 
         Args:
             sampling: Sampler, guidance and seed.
-            guide: A worse model of the same images to be guided away from.
-            negative: A class to be guided away from, instead of none.
+            guide: A worse model of the same images, whose output replaces the unconditional one in guidance.
+            negative: A class whose output replaces the unconditional one in guidance.
 
         Raises:
-            ValueError: A sampler or a guidance that this model cannot have.
+            ValueError: The model cannot draw with this sampler or this guidance.
         """
         config, step = dataclasses.replace(self.config, sample=sampling), self.source.get("step")
         _check_sampling(self, sampling, guide, negative)
@@ -129,7 +130,7 @@ class Pipeline(TrainedModel):
     def settings(
         self, sampling: SampleConfig, *, guide: "Pipeline | None" = None, negative: int | None = None
     ) -> dict[str, Any]:
-        """Say what, beside its number and label, makes an image what it is: JSON values."""
+        """List all that determines an image, beside its number and its label: JSON values."""
         return {
             "weights": {"sha256": self.sha256, "part": self.source["part"], "step": self.source.get("step")},
             **assemble.describe_sampling(dataclasses.replace(self.config, sample=sampling)),
@@ -142,11 +143,11 @@ class Pipeline(TrainedModel):
         }
 
     def facts(self) -> dict[str, Any]:
-        """Say what else is to be known of an image: where its autoencoder and weights were, the device, versions."""
+        """List further facts for the record of an image: paths of autoencoder and weights, device, versions."""
         return {"autoencoder": self.config.codec.get("path"), **super().facts()}
 
     def usage(self, name: str) -> str:
-        """Write lines of Python that use the model out of the folder, or from the hub, by its name."""
+        """Write Python code that draws with the model of the folder, or of the hub, called `name`."""
         scale, first = self.config.sample.cfg_scale, self.class_names[0]
         return (
             "from vca_engine import Pipeline  # in a clone of the repository, or anywhere after pip install . in it\n\n"
@@ -166,23 +167,25 @@ class Pipeline(TrainedModel):
         output_type: Literal["pil", "np"] = "pil",
         **options: Any,
     ) -> Output:
-        """Draw images of each class; image i is a function of the seed, i and its class, to rounding.
+        """Draw images of each class. Up to rounding, image i is a function of the seed, i and its class.
+
+        An argument that is None has the value of the model's config.
 
         Args:
-            class_labels: Numbers or names.
-            num_images_per_class: Images of each of them, one after the other: [1, 2] with 3 are the classes 1, 1, 1, 2,
-                2, 2.
-            guidance_scale: 1 is no guidance; not given means as the model's config says, here and in what follows.
-            num_inference_steps: Of the sampler; for ode and sde points of time.
-            seed: Of all of them.
-            sampler: By name with its options, `{"name": "ode", "method": "heun"}`; options alone change the model's.
+            class_labels: Numbers or names of classes.
+            num_images_per_class: Images of each class, one after the other: with 3, [1, 2] are 1, 1, 1, 2, 2, 2.
+            guidance_scale: Scale of guidance; 1 is no guidance.
+            num_inference_steps: Steps of the sampler; for ode and sde, points of time.
+            seed: Seed of all images.
+            sampler: Sampler by name or with its options, `{"name": "ode", "method": "heun"}`. Options without a name
+                change the sampler of the model's config.
             output_type: pil or np.
             options: Other fields of `SampleConfig`: guidance_interval=(0, 0.7), guided_channels=3, group_size=64.
 
         Raises:
-            ValueError: An unknown class, fewer than one image of each, or a sampler or guidance that this model cannot
-                have.
-            TypeError: An option that is none.
+            ValueError: There is no such class, `num_images_per_class` is below 1, or the model cannot draw with this
+                sampler or this guidance.
+            TypeError: `options` has a name that is no field of `SampleConfig`.
         """
         if output_type not in ("pil", "np"):
             raise ValueError(f"output_type is {output_type!r}; choose pil or np.")
@@ -201,7 +204,7 @@ class Pipeline(TrainedModel):
 
 
 def _check_sampling(model: Pipeline, sampling: SampleConfig, guide: Pipeline | None, negative: int | None) -> None:
-    """Raise ValueError unless the model can draw so: with noise, away from a guide in the same latents, or a class."""
+    """Raise ValueError if the model cannot draw with this sampler and guidance, or the guide is of other latents."""
     if (guide or negative is not None) and sampling.cfg_scale == 1.0:
         raise ValueError("cfg_scale is 1.0, which is no guidance; a guide or a negative class needs another, e.g. 4.")
     if guide:
@@ -219,6 +222,6 @@ def _check_sampling(model: Pipeline, sampling: SampleConfig, guide: Pipeline | N
 def _with_given(
     sampling: SampleConfig, sampler: str | Spec | None, num_steps: int | None, **given: Any
 ) -> SampleConfig:
-    """Change settings of drawing by the arguments of a call, where these are not None."""
+    """Change settings of drawing to the arguments of a call that are not None."""
     sampling = sampling.changed(sampler={"name": sampler} if isinstance(sampler, str) else sampler)
     return sampling.changed(sampler=None if num_steps is None else {"num_steps": num_steps}, **given)

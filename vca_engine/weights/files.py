@@ -1,6 +1,6 @@
 """Weights to start from: out of a run of ours, a torch file, a safetensors file, a folder of diffusers, or the hub.
 
-What a path holds is told by its content, not its name, and reading it never runs code.
+The content of a path, not its name, decides how it is read. Reading it never runs code.
 """
 
 import argparse
