@@ -343,7 +343,7 @@ def test_two_processes_write_the_bytes_of_one(tmp_path, images, vae):
     argv = settings(tmp_path, "--cache.on_error", "skip")
     cache_latents.main([*argv, "--latents", str(tmp_path / "one")])
     script = [str(Path(cache_latents.__file__)), *argv, "--latents", str(tmp_path / "two")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29621", *script]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *script]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
