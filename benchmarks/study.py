@@ -101,7 +101,7 @@ PIXELS = ("--codec", "{name: pixels}", "--latents=")
 RATES, RATES_MNIST, RATES_DEIT = (1e-2, 1.6e-2), (4e-3, 1e-2, 1.6e-2), (1.6e-3, 4e-3, 1e-2)
 STAGES = {
     "digits-sit": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 200, RATES),
-    "digits-deit": Stage("configs/digits_deit.yaml", (*SMALL, *PATCH1), 200, RATES_DEIT),
+    "digits-deit": Stage("configs/digits_deit.yaml", (*SMALL, *PATCH2), 300, RATES_DEIT),
     "digits-sit-seconds": Stage("configs/digits_sit.yaml", (*SMALL, *PATCH1, *ODE), 200, (), like="digits-sit"),
     "digits-dit": Stage("configs/digits_dit.yaml", (*SMALL, *PATCH1, *DDPM), 200, RATES),
     "mnist-sit": Stage("configs/mnist_sit.yaml", (*SMALL, *PATCH1, *ODE, *LATENTS), 600, RATES_MNIST),
