@@ -202,7 +202,12 @@ def sentences(runs: Sequence[dict[str, Any]]) -> list[str]:
                 clauses.append(text)
             else:
                 interval = f"{one.low:+.{first.digits}f} to {one.high:+.{first.digits}f}"
-                clauses.append(f"`{pair[0]}` and `{pair[1]}` cannot be told apart ({interval})")
+                if one.low * one.high > 0:  # beyond doubt if this were the only comparison
+                    verdict = "better" if first.sign * one.mean > 0 else "worse"
+                    alone = f"seems {verdict} than `{pair[1]}` ({interval}), not beyond doubt"
+                    clauses.append(f"`{pair[0]}` {alone} (p {written_p(one.holm)})")
+                else:
+                    clauses.append(f"`{pair[0]}` and `{pair[1]}` cannot be told apart ({interval})")
                 unclear.append(f"`{pair[0]}` and `{pair[1]}`")
         if clauses:
             lines.append(f"* {question}: {'; '.join(clauses)}.")
