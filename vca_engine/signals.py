@@ -20,8 +20,11 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that end a prog
 SAME = 5.0  # seconds within which a second Ctrl-C is the first one, passed on by a launcher
 
 
-class GivenUpError(Exception):
-    """A signal has ended a block that may be given up, see `StopSignal.giving_up`."""
+class GivenUpError(BaseException):
+    """A signal has ended a block that may be given up, see `StopSignal.giving_up`.
+
+    Like KeyboardInterrupt no Exception, so that what reads an image does not take it for damage of the image.
+    """
 
 
 class StopSignal:
