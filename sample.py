@@ -31,11 +31,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from accelerate import PartialState
-from PIL import Image
 from pydantic import Field
 from tqdm import tqdm
 
 import fid
+from fid.pictures import is_curve
+from fid.result import table_of
 from vca_engine import assemble
 from vca_engine.config.cli import parse, report_errors
 from vca_engine.config.options import ModelOptions, SampleOptions, with_options
@@ -208,7 +209,10 @@ def measure_sweep(drawing: Drawing, args: SampleArguments) -> None:
     """
     key, own = swept_name(args.sweep), drawing.pipe.config.sample
     picture = Path(args.out or drawing.pipe.folder / f"fid-{args.sweep.partition('=')[0].strip()}.png")
-    check_plot(picture)
+    if picture.suffix.lower() != ".png":
+        raise ValueError(f"--out is {str(picture)!r}; with --fid and --sweep it is a .png of the distances.")
+    if picture.exists() and not is_curve(picture):
+        raise ValueError(f"{str(picture)!r} is there already, and is no picture of distances; choose another --out.")
     rows = []
     for label, sampling in swept(args.sweep, drawing.sampling, args.sampler):
         if sampling.cfg_scale == 1.0:  # where a command of its own may not name what needs guidance
@@ -220,33 +224,9 @@ def measure_sweep(drawing: Drawing, args: SampleArguments) -> None:
         evaluator.reset()
         results.append(draw_many(row, args, picture.parent / fid_file(row, args.num, more), evaluator))
     if drawing.state.is_main_process:
-        print_table([label for label, _ in rows], results)
+        print(table_of({label: result for (label, _), result in zip(rows, results, strict=True)}))
         fid.curve([result.to_dict() for result in results], picture, x=key)
         print(f"wrote {picture}")
-
-
-def check_plot(file: Path) -> None:
-    """Raise ValueError if a picture of distances cannot be written to `file`, or something else is there."""
-    if file.suffix.lower() != ".png":
-        raise ValueError(f"--out is {str(file)!r}; with --fid and --sweep it is a .png of the distances.")
-    if file.exists():
-        try:
-            with Image.open(file) as picture:
-                drawn = picture.info.get("Software") == fid.pictures.SOFTWARE
-        except OSError:
-            drawn = False
-        if not drawn:
-            raise ValueError(f"{str(file)!r} is there already, and is no picture of distances; choose another --out.")
-
-
-def print_table(labels: Sequence[str], results: Sequence[fid.Result]) -> None:
-    """Print the numbers of all values below each other, and mark the least distance."""
-    distances = [result.values.get("fid", result.values.get("fd")) for result in results]
-    rows = [[label, *result.cells] for label, result in zip(labels, results, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row, distance in zip(rows, distances, strict=True):
-        least = "  least" if distance is not None and distance == min(distances) else ""
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + least)
 
 
 def draw_many(drawing: Drawing, args: SampleArguments, out: Path, evaluator: fid.Evaluator | None) -> fid.Result | None:

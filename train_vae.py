@@ -193,7 +193,8 @@ def train(args: VaeArguments, images: ImageDataset, out: Path, device: torch.dev
 def batches_from(args: VaeArguments, images: ImageDataset, step: int) -> Iterator[Tensor]:
     """Give the images (B, C, H, W) of step after step, those after `step` ones."""
     options = {"seed": args.seed, "flip": images.flip, "start": step, "rank": 0, "num_processes": 1}
-    order = EndlessBatches(len(images), args.batch_size, **options)
+    labels = images.labels if assemble.is_balanced(args) else None
+    order = EndlessBatches(len(images), args.batch_size, **options, labels=labels)
     loader = iter(DataLoader(images, batch_sampler=order))  # takes a random number, so here and not at the first batch
     return (x for x, _ in loader)
 

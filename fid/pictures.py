@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -100,6 +101,15 @@ def curve(
         raise ValueError(f"cannot draw '{path}': {error}.") from error
     finally:
         pyplot.close(figure)
+
+
+def is_curve(file: Path) -> bool:
+    """Say whether a file is a PNG that `curve` has drawn."""
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except OSError:  # no picture
+        return False
 
 
 def lines_of(runs: dict[str, Sequence[dict[str, Any]]], x: str) -> dict[str, list[dict[str, Any]]]:

@@ -1,6 +1,7 @@
 """The result of an evaluation: the numbers, and the record of how they were made."""
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -80,6 +81,16 @@ class Result:
         samples = f"{record['num_samples'] or 'an unknown number of'} {f'{mode}-label ' if mode else ''}samples"
         samples += f"; compares {record['compares']}" if record.get("compares") else ""
         return f"{'  '.join(self.cells)}  ({against}, {record.get('protocol') or 'unknown protocol'}, {samples})"
+
+
+def table_of(results: Mapping[str, Result]) -> str:
+    """Write the numbers of results below each other, each with its name, and mark the least distance."""
+    distances = [result.values.get("fid", result.values.get("fd")) for result in results.values()]
+    rows = [[name, *result.cells] for name, result in results.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    least = [distance is not None and distance == min(distances) for distance in distances]
+    return "\n".join(line + "  least" * mark for line, mark in zip(lines, least, strict=True))
 
 
 def comparable_with(label: str, extractor: str | None) -> str | None:

@@ -34,11 +34,12 @@ from vca_engine import assemble
 from vca_engine.config.cli import parse
 from vca_engine.config.schema import Config, TrainConfig
 from vca_engine.images import to_uint8
+from vca_engine.images.files import naming
 from vca_engine.images.loader import DeadWorkerError, load
 from vca_engine.records import read_json
 from vca_engine.sampling.guidance import Guidance
 from vca_engine.sampling.pipeline import Pipeline
-from vca_engine.signals import SIGNALS, STOPPED, StopSignal
+from vca_engine.signals import SIGNALS, STOPPED, GivenUpError, StopSignal
 from vca_engine.training import log as logs
 from vca_engine.training.log import Log, plot_losses, read_metrics, smooth
 from vca_engine.training.meter import Meter
@@ -185,6 +186,14 @@ def test_a_signal_in_the_first_step_leaves_nothing_to_go_on_from(tmp_path, capsy
     assert "stopped at step 0, before anything was to be saved; run the same" in capsys.readouterr().out
     monkeypatch.undo()
     assert_same(tensors(run(folder, 2)), tensors(run(tmp_path / "whole", 2)))
+
+
+def test_a_signal_while_an_image_is_read_is_no_fault_of_the_image():
+    stop = StopSignal()
+    stop.num_processes = 1
+    with pytest.raises(GivenUpError), stop.giving_up(), naming("cat.png"):
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.requested
 
 
 def test_what_nohup_began_outlives_its_terminal():

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import train_vae
+from vca_engine import assemble
 from vca_engine.images import from_uint8
 from vca_engine.images.codecs import VAECodec
 
@@ -65,6 +66,21 @@ def test_the_block_of_the_page_measures_other_images(trained, images, tmp_path, 
     exec(block, {})
     shown = float(re.search(r"hues ([\d.]+) of the circle", capsys.readouterr().out)[1])
     assert 0 < shown < 0.5
+
+
+def test_balance_draws_each_class_equally_often(tmp_path):
+    """Of three white images and one black one, half of what it learns from is black; elsewhere it is refused."""
+    for name, colour, num in (("white", 255, 3), ("black", 0, 1)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(num):
+            Image.new("RGB", (16, 16), (colour,) * 3).save(tmp_path / "images" / name / f"{i}.png")
+    args = train_vae.VaeArguments(
+        out="vae", batch_size=8, data={"name": "folder", "images": str(tmp_path / "images"), "balance": "classes"}
+    )
+    batch = next(train_vae.batches_from(args, assemble.images(args), 0))
+    assert batch.mean((1, 2, 3)).tolist().count(-1.0) == 4
+    with pytest.raises(SystemExit, match="2"):
+        train_vae.main(words(tmp_path / "images", tmp_path / "vae", "--data.balance", "sizes"))
 
 
 def test_what_it_writes_of_the_training(trained):

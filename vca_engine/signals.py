@@ -20,8 +20,11 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # those that end a prog
 SAME = 5.0  # seconds within which a second Ctrl-C is the first one, passed on by a launcher
 
 
-class GivenUpError(Exception):
-    """A signal has ended a block that may be given up, see `StopSignal.giving_up`."""
+class GivenUpError(BaseException):
+    """A signal has ended a block that may be given up, see `StopSignal.giving_up`.
+
+    Like KeyboardInterrupt no Exception, so that what reads an image does not take it for damage of the image.
+    """
 
 
 class StopSignal:
@@ -44,7 +47,7 @@ class StopSignal:
                 signal.signal(number, self._receive)
 
     def begin(self, accelerator: Accelerator, minutes: int) -> None:
-        """Let a signal end the run only after a step; processes wait for each other so many minutes. All call this."""
+        """Let a signal end the run by `requested`; processes wait for each other so many minutes. All call this."""
         self.num_processes = accelerator.num_processes
         if self.num_processes > 1:  # on the CPU, where asking does not wait for a GPU
             self.group = distributed.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
@@ -87,7 +90,7 @@ class StopSignal:
 def leave_process_group(worker: int) -> None:
     """Keep the processes that load data from signals, which go to the whole group and would end them too early.
 
-    The trainer needs their batches until its step is done, and ends them itself; they end when it is gone, too.
+    The trainer may need their batches until its step is done, and ends them itself; they end when it is gone, too.
     """
     os.setpgrp()
     for number in SIGNALS:
