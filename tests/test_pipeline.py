@@ -146,8 +146,9 @@ def test_a_call_gives_pictures_and_takes_names(published, vae):
         pipe([])
     with pytest.raises(ValueError, match="class True is neither a number nor a name"):
         pipe([True])
-    with pytest.raises(ValueError, match="num_images_per_class is 0; choose at least 1"):
-        pipe([1], num_images_per_class=0)
+    for wrong in (0, 1.5, "2"):
+        with pytest.raises(ValueError, match=f"num_images_per_class is {wrong!r}; choose a whole number"):
+            pipe([1], num_images_per_class=wrong)
     heun = {"name": "ode", "method": "heun"}
     pipe.config = dataclasses.replace(pipe.config, sample=SampleConfig(sampler=heun))
     tensor = pipe(torch.tensor([1, 1]), sampler={"num_steps": 3}, seed=2, output_type="np")

@@ -144,6 +144,7 @@ def is_generator(config: Config) -> bool:
 
 def check_settings(config: Config) -> None:
     """Raise ValueError for a setting that the process has no use for, a codec that it cannot use, or vain eval.data."""
+    is_balanced(config)  # which raises it for a word that it may not be
     unused = process_kind(config).unused
     default = Config(config.run_dir, config.process, config.data, config.codec)
     for key, (_, given) in differences(to_dict(default), to_dict(config)).items():

@@ -194,8 +194,8 @@ class Pipeline(TrainedModel):
         labels = self.label_ids([class_labels] if isinstance(class_labels, int | str) else class_labels)
         if not labels:
             raise ValueError("class_labels is empty; name at least one class.")
-        if num_images_per_class < 1:
-            raise ValueError(f"num_images_per_class is {num_images_per_class}; choose at least 1.")
+        if not isinstance(num_images_per_class, int) or num_images_per_class < 1:
+            raise ValueError(f"num_images_per_class is {num_images_per_class!r}; choose a whole number of at least 1.")
         labels = [label for label in labels for _ in range(num_images_per_class)]
         image_sampler = self.image_sampler(sampling)
         images = image_sampler.all(labels, sampling.group_size)
