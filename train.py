@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         more = " A larger train.num_steps would go on." if config.train.schedule == "constant" else ""
         accelerator.print(f"done already: {done:,} steps in {config.run_dir}.{more}")
         if config.fid.every and not (Path(config.run_dir) / "fid.jsonl").exists():
-            measure = f"python sample.py --checkpoint {config.run_dir} --num N --fid {config.fid.reference}"
+            measure = f"python sample.py {config.run_dir} --num N --fid {config.fid.reference}"
             accelerator.print(f"Measure it with: {measure}")
         accelerator.end_training()
         return

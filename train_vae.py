@@ -246,7 +246,7 @@ def show(vae: nn.Module, images: ImageDataset, step: int, log: Log) -> str:
     chosen = np.linspace(0, len(found) - 1, NUM_SHOWN).round().astype(int)
     shown = np.stack([originals[chosen], found[chosen]], axis=1)  # (16, 2, H, W, 3)
     title = f"step {step:,}: {said}"
-    picture = grid(shown.reshape(4, -1, *found.shape[1:]), [], ["image", "latent"] * 4, title)
+    picture = grid(shown.reshape(4, -1, *found.shape[1:]), [], ["image", "decoded"] * 4, title)
     log.attempt("the picture", save_picture, [picture], preview_file(log.run_dir, step))
     log.add_preview(step, picture)
     log.plot()

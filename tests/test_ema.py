@@ -229,7 +229,7 @@ def test_the_command_writes_a_folder_that_can_be_sampled_from(followed, capsys):
     ema.main([str(run), "--std", "0.07"])
     folder = run / "reconstructed" / "step-00000400-std-0.07"
     said = capsys.readouterr()
-    assert f"python sample.py --checkpoint {folder}" in said.out
+    assert f"python sample.py {folder}" in said.out
     assert said.err == ""
     assert checkpoint.find(folder) == folder
     assert set(checkpoint.read(folder, "ema")) == {f"{i}.{n}" for i in (0, 1) for n in ("weight", "bias")} | {

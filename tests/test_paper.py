@@ -4,7 +4,7 @@ import pytest
 
 from vca_engine import assemble
 from vca_engine.config.cli import parse
-from vca_engine.config.paper import TABLES, find_row, read_tables
+from vca_engine.config.paper import TABLES, find_row, read_config, read_tables
 from vca_engine.config.schema import Config
 
 GENERATOR = """
@@ -188,3 +188,9 @@ def test_an_unknown_name_is_told_with_the_nearest(capsys, tmp_path):
         assert "test: " in sentence(capsys, "--config", odd)
     with pytest.raises(ValueError, match="is not a row of configs/paper.yaml; did you mean 'dit_s2_vca'"):
         find_row("dit_s2_vc")
+
+
+def test_a_config_is_found_by_its_name_alone_and_the_nearest_is_named():
+    assert read_config("folder32_sit") == read_config(str(TABLES.with_name("folder32_sit.yaml")))
+    with pytest.raises(ValueError, match=r"directory; the nearest there is '.*configs/folder32_sit.yaml'\.$"):
+        read_config(str(TABLES.with_name("folder33_sit.yaml")))

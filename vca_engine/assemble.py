@@ -133,7 +133,7 @@ def process_kind(config: Config) -> ProcessKind:
 def command_to_use(process: str, folder: Path) -> str:
     """Say what to type to use the weights in a folder, as its process is."""
     if lookup(PROCESSES, process, "process.name").samplers:
-        return f"Sample with: python sample.py --checkpoint {folder}"
+        return f"Sample with: python sample.py {folder}"
     return f"Recognise with: python -m classify predict {folder} IMAGE ..."
 
 

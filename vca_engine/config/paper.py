@@ -9,7 +9,7 @@ from typing import Any
 
 from vca import nearest
 from vca_engine.config.yamlfile import read_yaml
-from vca_engine.files import expanded
+from vca_engine.files import expanded, nearest_there
 
 INSTALLED, CLONE = (Path(__file__).resolve().parents[k] / "configs" / "paper.yaml" for k in (1, 2))
 TABLES = INSTALLED if INSTALLED.is_file() else CLONE
@@ -103,7 +103,7 @@ def find_row(name: str) -> PaperRow:
 def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Read settings by what stands after --config: a file, or the name of a row.
 
-    `configs/ROW.yaml` is the row, too: each had such a file once.
+    `configs/ROW.yaml` is the row, too: each had such a file once. `NAME` is also short for `configs/NAME.yaml`.
 
     Returns:
         The settings, later ones overriding earlier ones; and lines that say what they are, if they are a row's.
@@ -119,6 +119,8 @@ def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
         row = _all_rows()[name]
         return list(row.settings), row.comments()
     if may_be_row and name == path and place.parent == Path():
+        if (file := TABLES.with_name(f"{name}.yaml")).is_file():
+            return [read_yaml(str(file))], []
         raise ValueError(
             f"--config is {path!r}, which is neither a file nor a row of configs/{TABLES.name};"
             f"{nearest(name, _all_rows())} python reproduce.py --list shows all rows."
@@ -127,6 +129,8 @@ def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
         settings = read_yaml(path)
     except ValueError as error:
         close = nearest(name, _all_rows()) if may_be_row else ""
+        if may_be_row and not close:
+            raise ValueError(f"{str(error).rstrip('.')}{nearest_there(place)}.") from None
         raise ValueError(f"{error}{close}") from None
     if settings.keys() == {"parts", "tables"}:
         raise ValueError(f"{path} is a table of configs; name one of its rows, e.g. --config sit_b2_vca.")

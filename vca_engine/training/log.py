@@ -149,12 +149,14 @@ def plot_losses(lines: Sequence[dict[str, Any]], file: Path, ends: tuple[str, st
         _plot_by_t(right, steps, table, window, ends)
     else:
         figure, left = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    left.plot(steps, loss, color="tab:blue", alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
+    style = {"color": "tab:blue", "marker": "." if len(loss) < 3 else None}
+    left.plot(steps, loss, **style, alpha=0.35 if window > 1 else 1, linewidth=1, label="loss")
     if window > 1:
         left.plot(steps, smooth(loss, window), color="tab:blue", linewidth=2, label=f"running mean of {window}")
     low, high = np.quantile(loss, [0, 0.98])
     # Without the loss of the first steps, which would hide the rest.
-    left.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low) + 1e-9)
+    room = high - low or abs(high) or 1.0
+    left.set_ylim(low - 0.05 * room, high + 0.15 * room)
     left.set_title(f"{file.resolve().parent.name}: training loss")
     for axes in figure.axes:
         axes.set(xlabel="optimizer step", ylabel="loss")

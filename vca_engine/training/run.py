@@ -276,7 +276,8 @@ class Run:
         now = self._made_of()
         if different := differences({key: record[key] for key in now}, now):
             raise ValueError(
-                f"{str(self.start)!r} was trained on other data, or through another autoencoder: {listed(different)}."
+                f"{str(self.start)!r} was trained on other data, or through another autoencoder: {listed(different)}; "
+                "choose another --run_dir, or those data."
             )
 
 
