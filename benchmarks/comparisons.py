@@ -230,7 +230,7 @@ def report_of(stages: dict[str, Sequence[dict[str, Any]]]) -> str:
         check_comparable(name, runs)
         lines += [f"### {name}", ""]
         if not runs:
-            lines += [f"No final runs yet. `python -m benchmarks.study --part 1/1 --stages {name}`", ""]
+            lines += [f"Not complete. `python -m benchmarks.study --part 1/1 --stages {name}`", ""]
             continue
         for block in (table_of_arms(runs), table_of_comparisons(runs), sentences(runs)):
             lines += [*block, ""]

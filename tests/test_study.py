@@ -207,7 +207,7 @@ def test_the_report_of_results(tmp_path):
         in text
     )
     assert "In 2 of 4 comparisons nothing can be said of Frechet distance." in text
-    assert "No final runs yet. `python -m benchmarks.study --part 1/1 --stages mnist-sit`" in text
+    assert "Not complete. `python -m benchmarks.study --part 1/1 --stages mnist-sit`" in text
 
     page = tmp_path / "study.md"
     page.write_text("# A\n<!-- results: written by --table -->\nold\n<!-- end of the results -->\nB\n")

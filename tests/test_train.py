@@ -733,7 +733,7 @@ def test_other_data_or_another_autoencoder_is_refused(tmp_path, capsys):
 
 
 def test_settings_may_change_before_the_first_checkpoint(tmp_path, monkeypatch):
-    def killed(run, batches):
+    def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -119,8 +119,8 @@ def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
         row = _all_rows()[name]
         return list(row.settings), row.comments()
     if may_be_row and name == path and place.parent == Path():
-        if (file := TABLES.with_name(f"{name}.yaml")).is_file():
-            return [read_yaml(str(file))], []
+        if os.path.isfile(file := f"{TABLES.parent}/{name}.yaml"):  # False for what is no name, too
+            return [read_yaml(file)], []
         raise ValueError(
             f"--config is {path!r}, which is neither a file nor a row of configs/{TABLES.name};"
             f"{nearest(name, _all_rows())} python reproduce.py --list shows all rows."
