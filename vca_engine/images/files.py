@@ -133,20 +133,13 @@ class ImageFiles:
     def _read(self, path: str, check: Callable[[bytes], None]) -> bytes:
         """Read a file below the root; `check` gets its first 16 bytes, and raises where the rest need not be read."""
         where = self.path_below_root(path)
-        try:
-            with self._open(path) as (file, size):
-                if size > MAX_SIZE:
-                    raise UnreadableImageError(f"{where!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")
-                head = file.read(16)
-                with naming(where):
-                    check(head)
-                return head + file.read()
-        except UnreadableImageError:
-            raise
-        except OSError as error:  # the disk's fault, not the image's
-            raise _unread(where, error) from None
-        except Exception as error:  # of a .zip
-            raise UnreadableImageError(f"{where!r} cannot be unpacked: {error}.") from None
+        with self._open(path) as (file, size):
+            if size > MAX_SIZE:
+                raise UnreadableImageError(f"{where!r} has {size / 2**30:.1f} GiB; no image file has more than 1.")
+            head = file.read(16)
+            with naming(where):
+                check(head)
+            return head + file.read()
 
     def decode(self, name: str, how: Callable[[IO[bytes]], T]) -> T:
         """Read an image file with the function `how`.
@@ -193,16 +186,8 @@ class ImageFiles:
 
     def _size(self, name: str) -> tuple[int, int]:
         """Read the width and the height of an image; see `sizes`."""
-        where = self.path(name)
-        try:
-            with self._open(self.prefix + name) as (file, _), naming(where):
-                return Image.open(file, formats=FORMATS).size
-        except UnreadableImageError:
-            raise
-        except OSError as error:  # the disk's fault, not the image's
-            raise _unread(where, error) from None
-        except Exception as error:  # of a .zip
-            raise UnreadableImageError(f"{where!r} cannot be unpacked: {error}.") from None
+        with self._open(self.prefix + name) as (file, _), naming(self.path(name)):
+            return Image.open(file, formats=FORMATS).size
 
     def content_key(self, name: str) -> str:
         """Give what changes with a file's content, as a rule, without reading it: its size, or a .zip's checksum.
@@ -222,14 +207,27 @@ class ImageFiles:
 
     @contextmanager
     def _open(self, path: str) -> Iterator[tuple[IO[bytes], int]]:
-        """Open a file below the root and give it with its size; of a .zip, no more than that is unpacked."""
-        if self.zipped:
-            member = self._members[path]
-            with self._open_archive().open(member) as file:
-                yield file, member.file_size
-        else:
-            with open(self.path_below_root(path), "rb", buffering=0) as file:
-                yield file, os.fstat(file.fileno()).st_size
+        """Open a file below the root and give it with its size; of a .zip, no more than that is unpacked.
+
+        Raises:
+            OSError: The disk does not give it, or it has gone; within the block, too.
+            UnreadableImageError: It cannot be unpacked; within the block, too.
+        """
+        where = self.path_below_root(path)
+        try:
+            if self.zipped:
+                member = self._members[path]
+                with self._open_archive().open(member) as file:
+                    yield file, member.file_size
+            else:
+                with open(where, "rb", buffering=0) as file:
+                    yield file, os.fstat(file.fileno()).st_size
+        except UnreadableImageError:
+            raise
+        except OSError as error:  # the disk's fault, not the image's
+            raise _unread(where, error) from None
+        except Exception as error:  # of a .zip
+            raise UnreadableImageError(f"{where!r} cannot be unpacked: {error}.") from None
 
     def _open_archive(self) -> zipfile.ZipFile:
         """Open the .zip, once in each process: two that share a file share its position."""
