@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fid.networks.extractor import FeatureExtractor
-from vca_engine.images import check_uint8
+from vca_engine.images import uint8_batches
 from vca_engine.precision import ieee_float32
 
 SIZE = 224
@@ -72,10 +72,10 @@ class DINOv2(FeatureExtractor):
     @ieee_float32()
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
         """Compute features (B, 1024) of uint8 (B, 3, H, W), or of a list of (3, H, W)."""
-        resized = []
-        for part in [image[None] for image in images] if isinstance(images, list) else [images]:
-            check_uint8(part)
-            resized.append(F.interpolate(part.float(), size=(SIZE, SIZE), mode="bicubic", antialias=True))
+        resized = [
+            F.interpolate(batch.float(), size=(SIZE, SIZE), mode="bicubic", antialias=True)
+            for batch in uint8_batches(images)
+        ]
         x = (torch.cat(resized) / 255 - self.mean) / self.std  # (B, 3, 224, 224)
         return {"features": self.network(x)}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fid.networks.extractor import FeatureExtractor, fingerprint
 from fid.networks.resize import clean_bicubic, half_pixel_bilinear, tf1_bilinear
 from vca_engine.files import sha256_of
-from vca_engine.images import check_uint8
+from vca_engine.images import uint8_batches
 from vca_engine.precision import ieee_float32
 
 WEIGHTS_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")
@@ -137,10 +137,7 @@ class Inception(FeatureExtractor):
 
 def network_input(images: Tensor | list[Tensor], preset: str, size: int) -> Tensor:
     """Prepare uint8 (B, 3, H, W), or a list of (3, H, W), as a preset says: (B, 3, size, size) float32."""
-    parts = [image[None] for image in images] if isinstance(images, list) else [images]
-    for part in parts:
-        check_uint8(part)
-    return torch.cat([PRESETS[preset].prepare(part, size) for part in parts])
+    return torch.cat([PRESETS[preset].prepare(batch, size) for batch in uint8_batches(images)])
 
 
 def inception_network() -> nn.Module:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fid.networks.extractor import FeatureExtractor
-from vca_engine.images import check_uint8
+from vca_engine.images import uint8_batches
 
 
 class Pixels(FeatureExtractor):
@@ -33,8 +33,5 @@ class Pixels(FeatureExtractor):
 
     def forward(self, images: Tensor | list[Tensor]) -> dict[str, Tensor]:
         """Compute features (B, 3 side side) of uint8 (B, 3, H, W), or of a list of (3, H, W)."""
-        found = []
-        for part in [image[None] for image in images] if isinstance(images, list) else [images]:
-            check_uint8(part)
-            found.append(F.adaptive_avg_pool2d(part.float() / 255, self.side).flatten(1))
-        return {"features": torch.cat(found)}
+        found = [F.adaptive_avg_pool2d(batch.float() / 255, self.side) for batch in uint8_batches(images)]
+        return {"features": torch.cat(found).flatten(1)}

@@ -4,7 +4,7 @@ Training, the cache of latents and the evaluator read the same files to the same
 Uses the standard library, numpy, torch and Pillow, and no other package of this repository.
 """
 
-from vca_engine.images.arrays import ArrayFile, ArrayInMemory, as_nchw, check_uint8
+from vca_engine.images.arrays import ArrayFile, ArrayInMemory, as_nchw, check_uint8, uint8_batches
 from vca_engine.images.files import LABEL_FILES, SUFFIXES, ImageFiles, UnreadableImageError, is_image
 from vca_engine.images.pixels import (
     FORMATS,
@@ -39,4 +39,5 @@ __all__ = [
     "quantize",
     "read_image",
     "to_uint8",
+    "uint8_batches",
 ]

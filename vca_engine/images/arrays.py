@@ -26,6 +26,14 @@ def check_uint8(images: Tensor) -> None:
         raise ValueError(f"expected uint8 images (B, 3, H, W); got {tuple(images.shape)}.")
 
 
+def uint8_batches(images: Tensor | list[Tensor]) -> list[Tensor]:
+    """Give images (B, 3, H, W) as one batch, and each of a list of (3, H, W) as one of its own; see `check_uint8`."""
+    batches = [image[None] for image in images] if isinstance(images, list) else [images]
+    for batch in batches:
+        check_uint8(batch)
+    return batches
+
+
 def as_nchw(images: Tensor | np.ndarray) -> Tensor:
     """Turn images uint8 (B, H, W, 3) into (B, 3, H, W), and leave those as they are.
 
