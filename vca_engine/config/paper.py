@@ -9,7 +9,7 @@ from typing import Any
 
 from vca import nearest
 from vca_engine.config.yamlfile import read_yaml
-from vca_engine.files import expanded, nearest_there
+from vca_engine.files import expanded
 
 INSTALLED, CLONE = (Path(__file__).resolve().parents[k] / "configs" / "paper.yaml" for k in (1, 2))
 TABLES = INSTALLED if INSTALLED.is_file() else CLONE
@@ -129,8 +129,6 @@ def read_config(path: str) -> tuple[list[dict[str, Any]], list[str]]:
         settings = read_yaml(path)
     except ValueError as error:
         close = nearest(name, _all_rows()) if may_be_row else ""
-        if may_be_row and not close:
-            raise ValueError(f"{str(error).rstrip('.')}{nearest_there(place)}.") from None
         raise ValueError(f"{error}{close}") from None
     if settings.keys() == {"parts", "tables"}:
         raise ValueError(f"{path} is a table of configs; name one of its rows, e.g. --config sit_b2_vca.")

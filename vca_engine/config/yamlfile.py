@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 
-from vca_engine.files import content_of, expanded
+from vca_engine.files import content_of, expanded, nearest_there
 
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML 1.2
@@ -35,7 +35,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         return parse_yaml(content_of(expanded(path)).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is not text in UTF-8 ({error.reason})"
-        raise ValueError(f"{path} cannot be read: {reason}.") from None
+        close = nearest_there(expanded(path)) if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"{path} cannot be read: {reason}{close}.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not a YAML file of settings: {error}.") from None
 
