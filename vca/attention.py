@@ -23,6 +23,12 @@ Softmax = Literal["joint", "separate"]
 MOST_KEPT = 64  # interpolated embeddings that a layer keeps; by default there are at most 8x8 contrast grids
 
 
+def default_contrast_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    """Give half of each side of a grid of patch tokens (H, W), at least 1 and at most 8."""
+    height, width = grid
+    return min(max(1, height // 2), 8), min(max(1, width // 2), 8)
+
+
 def interpolate(embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Interpolate embeddings (1, a b, C) of a grid (a, b) to (1, a' b', C) of a new one (a', b').
 
@@ -186,11 +192,10 @@ class VisualContrastAttention(Attention):
     def contrast_grid_of(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Give the contrast grid (a, b) of a grid of patch tokens (H, W)."""
         height, width = grid
-        half = max(1, height // 2), max(1, width // 2)
-        if self._contrast_rule == "half":
-            return half
         if self._contrast_rule is None:
-            return min(half[0], 8), min(half[1], 8)
+            return default_contrast_grid(grid)
+        if self._contrast_rule == "half":
+            return max(1, height // 2), max(1, width // 2)
         return min(self._contrast_rule[0], height), min(self._contrast_rule[1], width)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -272,7 +277,7 @@ class VisualContrastAttention(Attention):
                 f"attention.contrast_grid is {contrast_grid!r}; write two positive integers, e.g. [8, 8], or half."
             )
         if grid[0] > height or grid[1] > width:
-            default = min(max(1, height // 2), 8), min(max(1, width // 2), 8)
+            default = default_contrast_grid(self.grid_size)
             raise ValueError(
                 f"attention.contrast_grid {grid[0]}x{grid[1]} is larger than the {height}x{width} grid of patch tokens;"
                 f" choose at most [{height}, {width}], or leave it out for [{default[0]}, {default[1]}]."
